@@ -1,0 +1,47 @@
+# `make train` and `make test` need nothing installed but Python 3.11 or newer, a C compiler and a package index.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+# Ranks of `make train`: every GPU that torch sees, else 2 CPU processes.
+NPROC ?= $$($(VENV)/bin/python -c 'import torch; print(torch.cuda.device_count() or 2)')
+# Passed on to launch/train.py, for example: make train ARGS="--steps 50 --engine ddp"
+ARGS ?=
+# Passed on to pytest, for example: make test PYTEST_ARGS="-k clip"
+PYTEST_ARGS ?=
+
+INSTALLED := $(VENV)/.installed
+ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+
+.PHONY: help env train lint test test-all clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+env: $(INSTALLED) ## make the environment in .venv
+
+$(INSTALLED): pyproject.toml setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("make: " + sys.executable + " is Python %d.%d, 3.11 or newer is needed. Pass PYTHON=/path/to/python3.11." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[train,test]"
+	@touch $@
+
+train: $(INSTALLED) ## train a language model with ShardedLion, about 2 minutes on 2 cores (NPROC, ARGS)
+	$(ONE_THREAD) $(VENV)/bin/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
+		launch/train.py --engine sharded $(ARGS)
+
+lint: $(INSTALLED) ## ruff, and the contract on imports
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports
+
+test: lint ## lint and the quick tests (PYTEST_ARGS)
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+# pytest exits with 5 when no test is marked slow.
+test-all: $(INSTALLED) ## the slow tests (PYTEST_ARGS)
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+clean: ## remove the environment, build products and caches; runs/ is kept
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

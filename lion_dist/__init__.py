@@ -1,0 +1,9 @@
+"""lion_dist: the Lion optimizer, sharded, for large-scale training in PyTorch."""
+
+from lion_dist.config import PrecisionPolicy, ShardingConfig
+from lion_dist.grad_scaler import GradScaler
+from lion_dist.optimizer import Lion
+from lion_dist.sharded_optimizer import ShardedLion
+
+__version__ = "0.1.0"
+__all__ = ["GradScaler", "Lion", "PrecisionPolicy", "ShardedLion", "ShardingConfig"]

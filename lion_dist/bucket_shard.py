@@ -1,0 +1,99 @@
+"""What this rank keeps of one bucket for Lion: momentum and main params of its shard, and the slices to update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lion_dist.config import PrecisionPolicy
+from lion_dist.kernels.update import LionTensors
+from lion_dist.optimizer import main_for, refresh_main_
+from lion_dist.sharding.boxes import BoxedTensor
+from lion_dist.sharding.bucket import Bucket
+
+
+class BucketShard:
+    """This rank's optimizer state of one bucket.
+
+    Args:
+        group: the param group; lr, betas and weight_decay are read from it at each step.
+        canonical_starts: of the bucket's parameters (``sharding/layout.py``).
+
+    Attributes:
+        exp_avg: [shard_numel], fp32 | bf16.
+        main_param: [shard_numel], fp32 | int16 remainder, or None.
+        steps: [slices] int64 with stochastic rounding, or None.
+        tensors: the slices as the update reads them, views of the above and of the bucket's parameters; padding
+            between them is never read. None when this rank owns nothing but padding.
+        slice_params: [slices] int64 on the device, the position in the bucket of each slice's parameter.
+    """
+
+    def __init__(self, bucket: Bucket, group: dict, precision: PrecisionPolicy, canonical_starts: list[int]):
+        self.bucket, self.group = bucket, group
+        params, dtype = bucket.param_shard, bucket.param_shard.dtype
+        self.exp_avg = torch.zeros_like(params, dtype=precision.momentum_dtype_for(dtype))
+        self.main_param = main_for(params, precision.main_params_for(dtype))
+        self.steps = None
+        if precision.is_stochastic(dtype):
+            self.steps = torch.zeros(len(bucket.slices), dtype=torch.int64, device=params.device)
+        self.slice_params = torch.tensor([s.param for s in bucket.slices], dtype=torch.int64).to(params.device)
+        self.tensors = None
+        if bucket.slices:
+            self.tensors = LionTensors(
+                params=self.slices_of(params),
+                exp_avgs=self.slices_of(self.exp_avg),
+                mains=None if self.main_param is None else self.slices_of(self.main_param),
+                index_starts=[canonical_starts[s.param] + s.param_start for s in bucket.slices],
+                steps=None if self.steps is None else list(self.steps.unbind()),
+                stochastic_momentum=(
+                    precision.momentum_rounding == "stochastic" and self.exp_avg.dtype == torch.bfloat16
+                ),
+            )
+
+    def slices_of(self, shard: Tensor) -> list[Tensor]:
+        """The pieces of a [shard_numel] tensor that belong to parameters."""
+        first, _ = self.bucket.layout.shard_range(self.bucket.groups.shard_rank)
+        return [shard[s.bucket_start - first : s.bucket_stop - first] for s in self.bucket.slices]
+
+    def refresh_main(self) -> None:
+        """Let fp32 main params follow parameters that were changed from outside."""
+        if self.main_param is not None and self.main_param.dtype == torch.float32:
+            refresh_main_(self.main_param, self.bucket.param_shard)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """``{parameter name: {"exp_avg": boxes, "main_param": boxes, "step": []}}`` of what this rank owns."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for kind, shard in (("exp_avg", self.exp_avg), ("main_param", self.main_param)):
+            for piece, local in zip(self.bucket.slices, [] if shard is None else self.slices_of(shard), strict=False):
+                boxed = BoxedTensor(
+                    self.bucket.params[piece.param].shape,
+                    [(piece.param_start, local)],
+                    dtype=shard.dtype,
+                    device=shard.device,
+                )
+                state.setdefault(self.bucket.names[piece.param], {})[kind] = boxed
+        if self.steps is not None:
+            for piece, step in zip(self.bucket.slices, self.steps.unbind(), strict=True):
+                state[self.bucket.names[piece.param]]["step"] = step
+        return state
+
+
+def matching_tensors(mine: dict[str, dict], theirs: dict[str, dict]) -> list[tuple[Tensor, Tensor]]:
+    """(target, source) pairs of local tensors that must be copied; ValueError lists what does not match."""
+    if mine.keys() != theirs.keys():
+        raise ValueError(f"saved and present parameters differ in {sorted(mine.keys() ^ theirs.keys())[:8]}")
+    pairs = []
+    for name, kinds in mine.items():
+        if kinds.keys() != theirs[name].keys():
+            raise ValueError(f"state of {name!r}: saved {sorted(theirs[name])}, present {sorted(kinds)}")
+        for kind, tensor in kinds.items():
+            other = theirs[name][kind]
+            if not isinstance(tensor, BoxedTensor):
+                pairs.append((tensor, other))
+            elif not isinstance(other, BoxedTensor) or (tensor.shape, [*tensor.boxes]) != (other.shape, [*other.boxes]):
+                raise ValueError(f"{kind} of {name!r}: saved {other}, present {tensor}")
+            elif tensor.dtype != other.dtype:
+                raise ValueError(f"{kind} of {name!r} was saved as {other.dtype} and is {tensor.dtype} here")
+            else:
+                pairs += [(local, other.boxes[box]) for box, local in tensor.boxes.items()]
+    return [(target, source) for target, source in pairs if target.data_ptr() != source.data_ptr()]

@@ -1,0 +1,135 @@
+"""What a user may choose, validated where it is chosen.
+
+Two frozen dataclasses: :class:`PrecisionPolicy` says in which dtypes the state is kept and how it is rounded,
+:class:`ShardingConfig` how gradients and parameters move between ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+MAIN_PARAMS = ("auto", "fp32", "split", "none")
+ROUNDINGS = ("nearest", "stochastic")
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+PARAM_DTYPES = (torch.float32, *LOW_PRECISION)
+
+
+@dataclass(frozen=True)
+class PrecisionPolicy:
+    """In which dtypes the optimizer keeps its state, and how it rounds.
+
+    Args:
+        main_params: what the update reads and writes for a low-precision parameter. fp32 parameters are their own
+            main params whatever is said here.
+
+            * ``"fp32"``: a separate fp32 value (4 bytes per owned parameter).
+            * ``"split"``: bf16 parameter + 16-bit remainder; the two halves *are* the fp32 value, so training is
+              bit-equal to ``"fp32"`` at 2 bytes. bf16 only.
+            * ``"none"``: the bf16 parameter alone, rounded stochastically so that neither the decay nor the update
+              is lost in its 8 bits. bf16 only.
+            * ``"auto"``: split for bf16, fp32 for fp16.
+        momentum_dtype: ``torch.float32``, ``torch.bfloat16``, or None for the parameter's own (fp32 for fp16).
+        momentum_rounding: how a bf16 momentum is rounded, ``"nearest"`` (ties to even) or ``"stochastic"``.
+        seed: of the random bits of stochastic rounding; the same on every rank.
+    """
+
+    main_params: str = "auto"
+    momentum_dtype: torch.dtype | None = None
+    momentum_rounding: str = "nearest"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.main_params not in MAIN_PARAMS:
+            raise ValueError(f"main_params must be one of {MAIN_PARAMS}, got {self.main_params!r}")
+        if self.momentum_rounding not in ROUNDINGS:
+            raise ValueError(f"momentum_rounding must be one of {ROUNDINGS}, got {self.momentum_rounding!r}")
+        if self.momentum_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"momentum_dtype must be torch.float32, torch.bfloat16 or None (as the parameter), got "
+                f"{self.momentum_dtype!r}. fp16 lacks the range of a momentum."
+            )
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be an int in [0, 2**63), got {self.seed!r}")
+
+    def main_params_for(self, param_dtype: torch.dtype) -> str:
+        """``"own"`` (the parameter itself is fp32), ``"fp32"``, ``"split"`` or ``"none"`` for one parameter dtype."""
+        if param_dtype == torch.float32:
+            return "own"
+        if self.main_params == "auto":
+            return "split" if param_dtype == torch.bfloat16 else "fp32"
+        if param_dtype == torch.float16 and self.main_params != "fp32":
+            raise ValueError(
+                f"main_params={self.main_params!r} is for bf16 parameters, but a parameter is torch.float16. "
+                "Use main_params='fp32' (or 'auto'), or bf16 parameters."
+            )
+        return self.main_params
+
+    def momentum_dtype_for(self, param_dtype: torch.dtype) -> torch.dtype:
+        """The dtype of ``exp_avg`` for a parameter of ``param_dtype``."""
+        if self.momentum_dtype is not None:
+            return self.momentum_dtype
+        return torch.bfloat16 if param_dtype == torch.bfloat16 else torch.float32
+
+    def is_stochastic(self, param_dtype: torch.dtype) -> bool:
+        """Whether updating a parameter of ``param_dtype`` draws random bits."""
+        stochastic_momentum = (
+            self.momentum_rounding == "stochastic" and self.momentum_dtype_for(param_dtype) == torch.bfloat16
+        )
+        return stochastic_momentum or self.main_params_for(param_dtype) == "none"
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """How :class:`~lion_dist.ShardedLion` moves gradients and parameters.
+
+    Args:
+        zero_stage: 1 keeps full local gradients through ``no_sync()`` micro-batches; 2 reduces every micro-batch
+            into the gradient shard, so that no full gradient is ever kept. Momentum is sharded in both.
+        bucket_numel: elements per bucket (what is communicated together); None chooses from the model and ranks.
+        reduce_dtype: dtype of gradients on the wire; None: the parameter's.
+        ordered_sum: True sums gradients in fp32 in rank order (an all-to-all and a local sum), which makes the
+            sum reproducible by bits; False leaves the sum to the backend's reduce-scatter. None: True on gloo,
+            whose own reduce-scatter sends an all-reduce's bytes and rounds bf16 at every hop; False on NCCL.
+        average: True divides the summed gradient by the number of ranks; False leaves the sum.
+    """
+
+    zero_stage: int = 2
+    bucket_numel: int | None = None
+    reduce_dtype: torch.dtype | None = None
+    ordered_sum: bool | None = None
+    average: bool = True
+
+    def __post_init__(self):
+        if self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage=3 (sharded parameters) is not ShardedLion's: wrap the model with "
+                "torch.distributed.fsdp.fully_shard and use lion_dist.Lion(model.parameters()) over its shards."
+            )
+        if self.zero_stage not in (1, 2):
+            raise ValueError(f"zero_stage must be 1 or 2, got {self.zero_stage!r}")
+        if self.bucket_numel is not None and self.bucket_numel < 1:
+            raise ValueError(f"bucket_numel must be at least 1 element, got {self.bucket_numel!r}")
+        if self.reduce_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"reduce_dtype must be torch.float32, torch.bfloat16 or None, got {self.reduce_dtype!r}")
+
+
+def check_hyperparameters(group: dict) -> None:
+    """Raise ValueError unless ``lr``, ``betas`` and ``weight_decay`` of a param group are usable.
+
+    A tensor (a learning rate on the device) is taken as it is: looking at its value would wait for the device.
+    """
+    for name in ("lr", "weight_decay"):
+        value = group[name]
+        if isinstance(value, torch.Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{name} as a tensor must hold one element, got shape {tuple(value.shape)}")
+        elif not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(
+            f"betas must be two numbers in [0, 1), got {betas!r}. The paper's are (0.9, 0.99); Lion has no third."
+        )

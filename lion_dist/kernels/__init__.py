@@ -1,0 +1,1 @@
+"""What one Lion step is: on tensors, without ranks."""

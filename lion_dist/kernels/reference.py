@@ -1,0 +1,214 @@
+"""THE definition of a Lion step. Every backend and every engine equals it bit for bit.
+
+Lion is Algorithm 2 of Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675). With
+gradient ``g``, momentum ``m`` and parameter ``p`` read as fp32, and the scalars rounded once from fp64 to fp32::
+
+    g  = g * grad_scale                     (only when a grad_scale is given: unscaling, averaging, clipping)
+    c  = m * beta1 + g * (1 - beta1)
+    p  = p * (1 - lr * weight_decay) - lr * sign(c)
+    m  = m * beta2 + g * (1 - beta2)
+
+Every operation is rounded to fp32 (no fused multiply-add) and ``sign(0) = 0``. An element whose scaled gradient is
+not finite is left exactly as it was, parameter and momentum: a NaN never becomes a step. Results are then rounded to
+their storage by the integer arithmetic below. Bits are promised for numbers; a NaN equals any NaN.
+
+The tensors, for one parameter of ``numel`` elements:
+
+    ===========  ====================  =========================================================================
+    param        fp32 | bf16 | fp16    what the model reads
+    main         None | fp32 | int16   main params: none, the fp32 value, or the 16-bit remainder of a bf16 param
+    exp_avg      fp32 | bf16           momentum
+    grad         fp32 | bf16 | fp16
+    ===========  ====================  =========================================================================
+
+``main=None`` under an fp32 param: the param is its own main param. Under a bf16 param: it is rounded stochastically.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BF16_NAN = 0x7FC0
+
+
+@dataclass(frozen=True)
+class StepScalars:
+    """The scalars of one step, each rounded once from fp64 to fp32 where it is used.
+
+    ``lr`` and ``decay`` = 1 - lr * weight_decay are Python floats, or 0-d fp32 tensors on the parameters' device
+    when the learning rate or the weight decay is itself a tensor.
+    """
+
+    lr: float | Tensor
+    decay: float | Tensor
+    beta1: float
+    beta2: float
+
+    @classmethod
+    def from_group(cls, lr, betas, weight_decay) -> StepScalars:
+        """``1 - lr * weight_decay`` is computed in fp64 on the host, or on the device when either is a tensor."""
+        if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
+            like = lr if isinstance(lr, Tensor) else weight_decay
+            lr64, decay64 = (torch.as_tensor(x, device=like.device).double().reshape(()) for x in (lr, weight_decay))
+            return cls(lr64.float(), (1.0 - lr64 * decay64).float(), *betas)
+        return cls(float(lr), 1.0 - float(lr) * float(weight_decay), *betas)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rounding, on the integer bits of fp32.
+
+
+def float_to_bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32)
+
+
+def bits_to_bf16(bits: Tensor, source: Tensor) -> Tensor:
+    """The upper 16 of 32 ``bits`` as bf16; where the fp32 ``source`` was NaN, the quiet NaN."""
+    upper = (bits >> 16).to(torch.int16)
+    return torch.where(source.isnan(), BF16_NAN, upper).to(torch.int16).view(torch.bfloat16)
+
+
+def round_nearest_even(x: Tensor) -> Tensor:
+    """fp32 -> bf16, ties to even: the rounding of a bf16 momentum."""
+    bits = float_to_bits(x)
+    return bits_to_bf16(bits + 0x7FFF + ((bits >> 16) & 1), x)
+
+
+def round_half_up(x: Tensor) -> Tensor:
+    """fp32 -> bf16, ties up in the integer bits: the rounding of a low-precision parameter with main params.
+
+    Ties to even could not be undone: 0x3F818000 and 0x3F828000 would both become (0x3F82, 0x8000).
+    """
+    return bits_to_bf16(float_to_bits(x) + 0x8000, x)
+
+
+def round_stochastic(x: Tensor, random16: Tensor) -> Tensor:
+    """fp32 -> bf16, up with a probability equal to the fraction cut off. ``random16``: int32 in [0, 2**16).
+
+    Zero, infinities and values that bf16 holds exactly stay what they are.
+    """
+    return bits_to_bf16(float_to_bits(x) + random16, x)
+
+
+def split_main(x: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 -> (bf16 param, int16 remainder), from which :func:`join_main` gives the fp32 value back exactly."""
+    remainder = ((float_to_bits(x) << 16) >> 16).to(torch.int16)
+    return round_half_up(x), torch.where(x.isnan(), 0, remainder).to(torch.int16)
+
+
+def join_main(param: Tensor, remainder: Tensor) -> Tensor:
+    """(bf16 param, int16 remainder) -> fp32: ``bits = (param << 16) + remainder``, the remainder signed."""
+    upper = param.view(torch.int16).to(torch.int32) << 16
+    return (upper + remainder.to(torch.int32)).view(torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Random bits: a counter-based hash keyed by (seed, step); the counter is the element's canonical index.
+#
+# Two multiply-xorshift rounds (constants: Ettinger's "lowbias32" search, github.com/skeeto/hash-prospector) with a
+# key added before each. Philox was considered: 76 instructions an element, or one call shared by 4 to 8 neighbours,
+# which ties the bits to an alignment that shards, slices and views do not share. This costs about 12 and needs none.
+
+MIX_1, MIX_2, GOLDEN = 0x21F0AAAD, 0x735A2D97, 0x9E3779B9
+
+
+def _int32(constant: int) -> int:
+    return constant - 2**32 if constant >= 2**31 else constant
+
+
+def _shift_right(x: Tensor, by: int) -> Tensor:
+    return (x >> by) & (0xFFFFFFFF >> by)  # logical, on int32
+
+
+def mix32(x: Tensor) -> Tensor:
+    """A bijection on 32 bits (int32 tensors, wrapping) that spreads every input bit over all output bits."""
+    x = (x ^ _shift_right(x, 16)) * _int32(MIX_1)
+    x = (x ^ _shift_right(x, 15)) * _int32(MIX_2)
+    return x ^ _shift_right(x, 15)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 -> its (low, high) 32 bits as int32."""
+    pair = x.reshape(-1, 1).contiguous().view(torch.int32)
+    return pair[:, 0].reshape(x.shape), pair[:, 1].reshape(x.shape)
+
+
+def random_keys(seed: int, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Two 32-bit keys for one step. ``step``: [] int64, the steps that the tensor has completed before this one."""
+    seed_low, seed_high = _halves(torch.full_like(step, seed))
+    step_low, step_high = _halves(step)
+    key = mix32(seed_low ^ _int32(GOLDEN))
+    for word in (seed_high, step_low, step_high):
+        key = mix32(key ^ word)
+    return key, mix32(key ^ _int32(GOLDEN))
+
+
+def random_bits(index: Tensor, seed: int, step: Tensor) -> Tensor:
+    """32 random bits an element, as int32. ``index``: [n] int64, canonical indices.
+
+    The low 16 bits round the parameter, the high 16 the momentum.
+    """
+    key_1, key_2 = random_keys(seed, step)
+    low, high = _halves(index)
+    x = low ^ key_1
+    x = (x ^ _shift_right(x, 16)) * _int32(MIX_1)
+    x = x + key_2 + high * _int32(GOLDEN)
+    x = (x ^ _shift_right(x, 15)) * _int32(MIX_2)
+    return x ^ _shift_right(x, 15)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The step.
+
+
+def read_main(param: Tensor, main: Tensor | None) -> Tensor:
+    """The fp32 value that the update reads."""
+    if main is None:
+        return param.float()
+    return join_main(param, main) if main.dtype == torch.int16 else main
+
+
+def lion_step(
+    param: Tensor,  # [numel]
+    main: Tensor | None,  # [numel]
+    exp_avg: Tensor,  # [numel]
+    grad: Tensor,  # [numel]
+    scalars: StepScalars,
+    *,
+    grad_scale: Tensor | None = None,  # [] fp32
+    bits: Tensor | None = None,  # [numel] int32, random_bits(); needed by stochastic rounding
+    stochastic_momentum: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """One Lion step on one tensor, out of place.
+
+    Returns:
+        The new ``(param, main, exp_avg)``, in the dtypes of the old ones.
+    """
+    p, m, g = read_main(param, main), exp_avg.float(), grad.float()
+    if grad_scale is not None:
+        g = g * grad_scale
+    finite = g.abs() < torch.inf
+
+    c = m * scalars.beta1 + g * (1.0 - scalars.beta1)
+    sign = (c > 0).float() - (c < 0).float()
+    new_p = p * scalars.decay - sign * scalars.lr
+    new_m = m * scalars.beta2 + g * (1.0 - scalars.beta2)
+
+    if exp_avg.dtype == torch.bfloat16:
+        new_m = round_stochastic(new_m, _shift_right(bits, 16)) if stochastic_momentum else round_nearest_even(new_m)
+    new_main = None
+    if main is not None and main.dtype == torch.int16:
+        new_param, new_main = split_main(new_p)
+    elif param.dtype == torch.float32:
+        new_param = new_p
+    elif main is None:
+        new_param = round_stochastic(new_p, bits & 0xFFFF)
+    else:
+        new_main = new_p
+        new_param = round_half_up(new_p) if param.dtype == torch.bfloat16 else new_p.to(param.dtype)
+
+    keep = lambda new, old: new if old is None else torch.where(finite, new, old)  # noqa: E731
+    return keep(new_param, param), keep(new_main, main), keep(new_m, exp_avg)

@@ -1,0 +1,198 @@
+"""``lion_update_``: one Lion step on the tensors of one homogeneous group, in place, by the backend that fits.
+
+Backends are translations of ``reference.py`` and take the same arguments: ``cpu.py`` (cache-blocked, in place),
+``triton_kernels.py`` (one launch for the whole list) and the reference itself in chunks, for a GPU without Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lion_dist.config import PARAM_DTYPES
+from lion_dist.kernels import cpu
+from lion_dist.kernels.reference import StepScalars, lion_step, random_bits
+
+BACKENDS = ("cpu", "triton", "chunked_reference")
+REFERENCE_CHUNK = 1 << 24  # elements; bounds the reference's temporaries to about 0.5 GB on a GPU without Triton
+
+
+@dataclass(eq=False)
+class LionTensors:
+    """The tensors that one call updates: all on one device, and alike in dtypes. Checked once, updated many times.
+
+    ``params[i]``, ``mains[i]`` and ``exp_avgs[i]`` are 1-D, contiguous and of the same numel, and stay where they are
+    in memory for the life of this object. See ``reference.py`` for the dtypes and what each is.
+    """
+
+    params: Sequence[Tensor]  # T x [numel_i]
+    exp_avgs: Sequence[Tensor]  # T x [numel_i]
+    mains: Sequence[Tensor] | None = None  # T x [numel_i]
+    index_starts: Sequence[int] | None = None  # T canonical indices of the first elements; random bits need them
+    steps: Sequence[Tensor] | None = None  # T x [] int64 on the device, completed steps; random bits need them
+    stochastic_momentum: bool = False
+    launch_cache: dict = field(default_factory=dict, repr=False)  # the backend's: tables that outlive a call
+
+    def __post_init__(self):
+        columns = [self.params, self.exp_avgs] + ([] if self.mains is None else [self.mains])
+        for column in columns:
+            first = column[0]
+            for tensor, param in zip(column, self.params, strict=True):
+                if tensor.dtype != first.dtype or tensor.device != self.params[0].device:
+                    raise ValueError(
+                        f"one group has one dtype and device: got {tensor.dtype} on {tensor.device} beside "
+                        f"{first.dtype} on {self.params[0].device}"
+                    )
+                if tensor.shape != (param.numel(),) or not tensor.is_contiguous():
+                    raise ValueError(
+                        f"tensors of a group are 1-D and contiguous: got shape {tuple(tensor.shape)}, stride "
+                        f"{tensor.stride()} for a parameter of {param.numel()} elements"
+                    )
+        self._check_dtypes()
+
+    def _check_dtypes(self):
+        param, exp_avg = self.params[0].dtype, self.exp_avgs[0].dtype
+        main = None if self.mains is None else self.mains[0].dtype
+        if param not in PARAM_DTYPES:
+            raise TypeError(f"Lion updates fp32, bf16 and fp16 parameters, got {param}")
+        if exp_avg not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"exp_avg must be fp32 or bf16, got {exp_avg}")
+        allowed = {torch.float32: [None], torch.bfloat16: [None, torch.float32, torch.int16]}
+        if main not in allowed.get(param, [torch.float32]):
+            raise TypeError(f"main params of dtype {main} do not go with {param} parameters")
+        if self.is_stochastic and (self.steps is None or self.index_starts is None):
+            raise ValueError("stochastic rounding needs steps and index_starts")
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    @property
+    def stochastic_param(self) -> bool:
+        return self.mains is None and self.params[0].dtype == torch.bfloat16
+
+    @property
+    def is_stochastic(self) -> bool:
+        return self.stochastic_param or self.stochastic_momentum
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _warn_no_triton() -> None:
+    warnings.warn(
+        "lion_dist: triton is not installed, so CUDA tensors are updated by plain PyTorch operations, several times "
+        "slower. Install it with: pip install 'lion-dist[triton]', or pass use_triton=False to silence this.",
+        stacklevel=3,
+    )
+
+
+def choose_backend(device: torch.device, use_triton: bool | None) -> str:
+    """``use_triton``: None chooses, True insists, False forbids."""
+    can_launch = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if use_triton:
+        if not triton_is_installed():
+            raise RuntimeError("use_triton=True, but triton is not installed: pip install 'lion-dist[triton]'")
+        if not can_launch:
+            raise RuntimeError(
+                f"use_triton=True, but the parameters are on {device}. Move the model to a GPU, leave use_triton=None, "
+                "or set TRITON_INTERPRET=1 before importing triton to run the kernels in its interpreter (slow)."
+            )
+        return "triton"
+    if device.type == "cuda" and use_triton is None:
+        if triton_is_installed():
+            return "triton"
+        _warn_no_triton()
+    return "cpu" if device.type == "cpu" else "chunked_reference"
+
+
+@torch.no_grad()
+def lion_update_(
+    tensors: LionTensors,
+    grads: Sequence[Tensor],  # T x numel_i elements, contiguous, one dtype: fp32 | bf16 | fp16
+    scalars: StepScalars,
+    *,
+    grad_scale: Tensor | None = None,  # [] fp32 on the device: gradients are multiplied by it
+    skip: Tensor | None = None,  # [] fp32 on the device: nonzero leaves everything as it was
+    active: Tensor | None = None,  # [T] fp32 on the device: 0 leaves that tensor as it was
+    seed: int = 0,
+    backend: str = "cpu",
+) -> None:
+    """One Lion step on every tensor of the group, in place. Nothing here waits for a GPU.
+
+    Raises:
+        ValueError: a gradient of another size, dtype or device than the group's; nothing is changed.
+    """
+    _check_grads(tensors, grads)
+    if backend == "triton":
+        from lion_dist.kernels import triton_kernels
+
+        update = triton_kernels.update
+    else:
+        update = {"cpu": cpu.update, "chunked_reference": _update_by_reference}[backend]
+    update(tensors, grads, scalars, grad_scale=grad_scale, skip=skip, active=active, seed=seed)
+    if tensors.is_stochastic:
+        _count_steps(tensors.steps, skip, active)
+
+
+def _check_grads(tensors: LionTensors, grads: Sequence[Tensor]) -> None:
+    dtype, device = grads[0].dtype, tensors.device
+    for grad, param in zip(grads, tensors.params, strict=True):
+        if grad.numel() != param.numel() or grad.dtype != dtype or grad.device != device or not grad.is_contiguous():
+            raise ValueError(
+                f"a gradient has {grad.numel()} elements of {grad.dtype} on {grad.device} "
+                f"(contiguous: {grad.is_contiguous()}), but its parameter has {param.numel()} on {device} and the "
+                f"group's gradients are {dtype}"
+            )
+
+
+def _count_steps(steps: Sequence[Tensor], skip: Tensor | None, active: Tensor | None) -> None:
+    if skip is None and active is None:
+        torch._foreach_add_(steps, 1)
+        return
+    taken = torch.ones(len(steps), dtype=torch.int64, device=steps[0].device)
+    if active is not None:
+        taken *= active != 0
+    if skip is not None:
+        taken *= skip == 0
+    torch._foreach_add_(steps, list(taken.unbind()))
+
+
+def _update_by_reference(tensors, grads, scalars, *, grad_scale, skip, active, seed) -> None:
+    """The definition itself, in chunks that bound its temporaries; on any device, without waiting for it."""
+    for i, (param, exp_avg) in enumerate(zip(tensors.params, tensors.exp_avgs, strict=True)):
+        main = None if tensors.mains is None else tensors.mains[i]
+        takes_part = torch.ones((), dtype=torch.bool, device=param.device)
+        if skip is not None:
+            takes_part &= (skip == 0).reshape(())
+        if active is not None:
+            takes_part &= active[i] != 0
+        for start in range(0, param.numel(), REFERENCE_CHUNK):
+            part = slice(start, min(start + REFERENCE_CHUNK, param.numel()))
+            old = param[part], None if main is None else main[part], exp_avg[part]
+            bits = None
+            if tensors.is_stochastic:
+                first = tensors.index_starts[i]
+                index = torch.arange(first + part.start, first + part.stop, device=param.device)
+                bits = random_bits(index, seed, tensors.steps[i])
+            new = lion_step(
+                *old,
+                grads[i].reshape(-1)[part],
+                scalars,
+                grad_scale=grad_scale,
+                bits=bits,
+                stochastic_momentum=tensors.stochastic_momentum,
+            )
+            for old_tensor, new_tensor in zip(old, new, strict=True):
+                if old_tensor is not None:
+                    old_tensor.copy_(torch.where(takes_part, new_tensor, old_tensor))

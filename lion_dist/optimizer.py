@@ -1,0 +1,337 @@
+"""``Lion``: a ``torch.optim.Optimizer`` over whatever tensors are local to this rank.
+
+Plain parameters, the local shards of DTensors (FSDP2, tensor parallel), FSDP1's flat parameters, DeepSpeed's flat
+partitions: Lion is elementwise, so the engine decides what is local and this class updates it. It never asks DTensor
+to dispatch an operation in ``step()``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lion_dist.config import PARAM_DTYPES, PrecisionPolicy, check_hyperparameters
+from lion_dist.kernels.reference import StepScalars, join_main, split_main
+from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
+
+GROUP_KEYS = ("lr", "betas", "weight_decay")  # lion-pytorch's, so that param groups travel both ways
+STATE_KEYS = ("exp_avg", "main_param", "step")
+
+
+def check_param(param: object, name: str) -> None:
+    """Raise TypeError unless Lion can update ``param``."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(param).__name__}")
+    if param.dtype not in PARAM_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {param.dtype}; Lion updates {', '.join(map(str, PARAM_DTYPES))}. "
+            "Leave it out of the optimizer, or keep it as a buffer of its module."
+        )
+
+
+def effective_weight_decay(group: dict, decoupled_from: float | None):
+    """lion-pytorch's ``decoupled_weight_decay``: the decay is divided by the constructor's learning rate."""
+    return group["weight_decay"] if decoupled_from is None else group["weight_decay"] / decoupled_from
+
+
+def decoupling_lr(lr, decoupled_weight_decay: bool) -> float | None:
+    if not decoupled_weight_decay:
+        return None
+    if not float(lr) > 0:
+        raise ValueError(f"decoupled_weight_decay divides by the initial lr, which must be above 0, got {lr!r}")
+    return float(lr)
+
+
+_warned_of_decay: set[float] = set()
+
+
+def warn_if_decay_vanishes(lr, weight_decay) -> None:
+    """``1 - lr * weight_decay`` is 1 in fp32 below about 6e-8: say so, once for each product."""
+    if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
+        return
+    product = lr * weight_decay
+    if 0 < product < 2**-24 and not _warned_of_decay:
+        _warned_of_decay.add(product)
+        warnings.warn(
+            f"lr * weight_decay = {product:.1e} is below 6e-8: 1 - lr * weight_decay rounds to 1 in fp32 and weights "
+            "do not decay. Raise weight_decay, or ignore this during warm-up.",
+            stacklevel=3,
+        )
+
+
+def main_for(param: Tensor, kind: str) -> Tensor | None:
+    """Fresh main params for a local ``param``: ``kind`` is ``PrecisionPolicy.main_params_for``'s answer."""
+    if kind == "fp32":
+        return param.detach().float()
+    if kind == "split":
+        return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+    return None
+
+
+@torch.no_grad()
+def refresh_main_(main: Tensor, param: Tensor) -> None:
+    """Let fp32 ``main`` follow a low-precision ``param`` that was changed from outside; both 1-D, in place.
+
+    The upper 16 bits become the parameter's and the remainder stays: exactly what happens to ``"split"`` main params,
+    whose upper half *is* the parameter, and nothing at all where the parameter did not change.
+    """
+    if param.dtype == torch.bfloat16:
+        main.copy_(join_main(param, split_main(main)[1]))
+    else:
+        main.copy_(torch.where(main.to(param.dtype) == param, main, param.float()))
+
+
+class Lion(Optimizer):
+    """Lion (arXiv 2302.06675), a drop-in for lion-pytorch's class.
+
+    Args:
+        params: parameters, param groups or (name, parameter) pairs.
+        lr: learning rate, a float or a 0-d tensor on the parameters' device; Lion wants 3 to 10 times less than AdamW.
+        betas: of the update's interpolation and of the momentum; each in [0, 1).
+        weight_decay: decoupled from the gradient as in AdamW: weights shrink by ``lr * weight_decay`` a step.
+        use_triton: None uses the Triton kernel where it can run; True insists on it; False forbids it.
+        decoupled_weight_decay: lion-pytorch's: divide ``weight_decay`` by the initial lr.
+        precision: dtypes and rounding of the state.
+
+    State of a parameter: ``exp_avg`` (its shape, fp32 or bf16); with main params ``main_param`` (fp32, or the int16
+    remainder); with stochastic rounding ``step`` ([] int64). It is created when a gradient first comes.
+
+    A parameter's *canonical index* (``sharding/layout.py``) counts elements of full tensors in the order of
+    ``param_groups``. Bits of stochastic rounding are independent of sharding for plain tensors and for DTensors
+    sharded on dim 0.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf as device tensors
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        use_triton: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        *,
+        precision: PrecisionPolicy = PrecisionPolicy(),
+    ):
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        check_hyperparameters(defaults)
+        self.precision = precision
+        self.use_triton = use_triton
+        self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
+        self._groups_of_tensors: dict[tuple, LionTensors] = {}
+        self._versions: dict[Tensor, int] = {}  # of low-precision params with fp32 main params, after our last write
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_hyperparameters(group)
+            names = group.get("param_names", [f"parameter {i} of the group" for i in range(len(group["params"]))])
+            for name, param in zip(names, group["params"], strict=True):
+                check_param(param, name)
+                self.precision.main_params_for(param.dtype)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None):
+        """One step for every parameter that has a gradient. Returns what ``closure`` returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, skip = self._scaling()
+        work = [(group, *batch) for group in self.param_groups for batch in self._batches(group)]
+        for group, params, tensors, grads in work:
+            weight_decay = effective_weight_decay(group, self._decoupled_from)
+            warn_if_decay_vanishes(group["lr"], weight_decay)
+            lion_update_(
+                tensors,
+                grads,
+                StepScalars.from_group(group["lr"], group["betas"], weight_decay),
+                grad_scale=grad_scale,
+                skip=skip,
+                seed=self.precision.seed,
+                backend=choose_backend(tensors.device, self.use_triton),
+            )
+            self._after_update(params, tensors)
+        return loss
+
+    def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """What GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
+        scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return None if scale is None else scale.double().reciprocal().float(), skip
+
+    def _batches(self, group: dict) -> list[tuple[list[Tensor], LionTensors, list[Tensor]]]:
+        """The parameters with a gradient, sorted into groups of like tensors: one launch each."""
+        alike: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            grad = param.grad
+            if grad.is_sparse:
+                raise RuntimeError(
+                    f"Lion has no sparse update, and a parameter of shape {tuple(param.shape)} has a sparse gradient. "
+                    "Use nn.Embedding(sparse=False): untouched rows stay where they are without it too."
+                )
+            grad = local_tensor(grad)
+            params, grads = alike.setdefault((grad.device, param.dtype, grad.dtype), ([], []))
+            params.append(param)
+            grads.append(grad.contiguous())
+        return [(params, self._tensors_of(params), grads) for params, grads in alike.values()]
+
+    def _tensors_of(self, params: list[Tensor]) -> LionTensors:
+        """The checked, flattened tensors of ``params``, kept as long as they stay where they are."""
+        key = tuple((id(p), local_tensor(p).data_ptr()) for p in params)
+        tensors = self._groups_of_tensors.get(key)
+        if tensors is None or any(not local_tensor(p).is_contiguous() for p in params):
+            if len(self._groups_of_tensors) > 8 * len(self.param_groups):
+                self._groups_of_tensors.clear()
+            tensors = self._groups_of_tensors[key] = self._flatten(params)
+        self._refresh_stale_main(params, tensors)
+        return tensors
+
+    def _flatten(self, params: list[Tensor]) -> LionTensors:
+        states = [self.state_of(p) for p in params]
+        columns = {key: [_flat(s[key]) for s in states] for key in STATE_KEYS[:2] if key in states[0]}
+        starts = self._canonical_starts() if "step" in states[0] else None
+        return LionTensors(
+            params=[_flat(p) for p in params],
+            exp_avgs=columns["exp_avg"],
+            mains=columns.get("main_param"),
+            index_starts=None if starts is None else [starts[p] + _first_index(p) for p in params],
+            steps=None if starts is None else [s["step"] for s in states],
+            stochastic_momentum=self.precision.momentum_rounding == "stochastic"
+            and states[0]["exp_avg"].dtype == torch.bfloat16,
+        )
+
+    def _fresh_state(self, param: Tensor) -> dict[str, Tensor]:
+        precision, dtype = self.precision, param.dtype
+        exp_avg = torch.zeros_like(
+            param, dtype=precision.momentum_dtype_for(dtype), memory_format=torch.contiguous_format
+        )
+        state = {"exp_avg": exp_avg}
+        main = main_for(param, precision.main_params_for(dtype))
+        if main is not None:
+            state["main_param"] = main.contiguous()
+            self._versions[param] = param._version
+        if precision.is_stochastic(dtype):
+            state["step"] = torch.zeros((), dtype=torch.int64, device=local_tensor(param).device)
+        return state
+
+    def state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """The state of ``param``, created if there is none yet."""
+        if not self.state[param]:
+            self.state[param] = self._fresh_state(param)
+        return self.state[param]
+
+    def _canonical_starts(self) -> dict[Tensor, int]:
+        starts, total = {}, 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                starts[param] = total
+                total += param.numel()
+        return starts
+
+    def _refresh_stale_main(self, params: list[Tensor], tensors: LionTensors) -> None:
+        """fp32 main params follow parameters that somebody else wrote since our last step (load_state_dict, EMA)."""
+        if tensors.mains is None or tensors.mains[0].dtype != torch.float32:
+            return
+        for param, flat, main in zip(params, tensors.params, tensors.mains, strict=True):
+            if self._versions.get(param) != param._version:
+                refresh_main_(main, flat)
+
+    def _after_update(self, params: list[Tensor], tensors: LionTensors) -> None:
+        for param, flat in zip(params, tensors.params, strict=True):
+            if flat.data_ptr() != local_tensor(param).data_ptr():  # a working copy of a non-contiguous parameter
+                local_tensor(param).copy_(flat.view(param.shape))
+        torch.autograd.graph.increment_version(params)  # the Triton kernel writes behind autograd's back
+        if tensors.mains is not None:
+            self._versions.update((param, param._version) for param in params)
+
+    # ---- state_dict, in the shape of torch's and lion-pytorch's
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a ``state_dict`` of this class, of lion-pytorch's Lion, or of any other that keeps ``exp_avg``.
+
+        ``exp_avg`` takes the configured dtype (with a warning where the file's differs), main params are made from
+        the parameters where the file has none, and missing group keys are filled in. Load the model first.
+        """
+        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        saved_ids = [i for group in groups for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = state_dict["state"]
+        pairs = zip(saved_ids, params, strict=False)  # super() says so when there are more or fewer
+        states = {param: self._adopt_state(param, saved[i]) for i, param in pairs if i in saved}
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        self.state.update(states)
+        self._groups_of_tensors.clear()
+
+    def _adopt_state(self, param: Tensor, saved: dict) -> dict[str, Tensor]:
+        if "exp_avg" not in saved:
+            raise ValueError(
+                f"the saved state has {sorted(saved)} but no 'exp_avg': it is not a Lion's (nor an Adam's). "
+                "Start with fresh optimizer state instead."
+            )
+        state = self._fresh_state(param)
+        for key, fresh in state.items():
+            value = saved.get(key)
+            if value is None:
+                continue
+            if key == "main_param" and value.dtype != fresh.dtype:
+                value = _convert_main(local_tensor(value), local_tensor(param))
+            if key == "exp_avg" and value.dtype != fresh.dtype:
+                _warn_dtype(value.dtype, fresh.dtype)
+            if value.shape != fresh.shape:
+                raise ValueError(f"saved {key} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
+            state[key] = local_copy_(fresh, value)
+        return state
+
+
+def _convert_main(value: Tensor, param: Tensor) -> Tensor:
+    """Saved main params of the other kind: fp32 -> remainder, or remainder -> fp32."""
+    if value.dtype == torch.int16:
+        return join_main(param.detach(), value.to(param.device))
+    return split_main(value.float())[1]
+
+
+def _warn_dtype(found: torch.dtype, configured: torch.dtype) -> None:
+    warnings.warn(
+        f"lion_dist: the loaded exp_avg is {found}; it is kept as {configured}, the configured momentum dtype.",
+        stacklevel=4,
+    )
+
+
+def local_copy_(target: Tensor, source: Tensor) -> Tensor:
+    """Copy ``source`` into ``target``, locally when they are DTensors; returns ``target``."""
+    local_tensor(target).copy_(local_tensor(source))
+    return target
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What of ``tensor`` lies on this rank: a DTensor's local shard, or the tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)  # torch.distributed.tensor costs 0.5 s to import: not needed here
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """[local numel], a view where the memory is contiguous."""
+    return local_tensor(tensor.detach()).reshape(-1)
+
+
+def _first_index(param: Tensor) -> int:
+    """Row-major index, in the full tensor, of this rank's first element."""
+    if local_tensor(param) is param:
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    strides = [math.prod(param.shape[i + 1 :]) for i in range(param.ndim)]
+    return sum(o * s for o, s in zip(offset, strides, strict=True))

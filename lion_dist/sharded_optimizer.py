@@ -1,0 +1,490 @@
+"""``ShardedLion``: ZeRO stages 1 and 2. Where the update without ranks and the ranks without Lion meet.
+
+Alternatives considered:
+
+* One flat buffer for the whole model: no overlap, and nothing can start before the last gradient.
+* ``p.grad`` as views of the grad buffer: autograd then adds into zeroed memory, 8 bytes a parameter where one fused
+  copy moves 4, and ``zero_grad(set_to_none=True)`` silently breaks the views.
+* Parameters of ``param_groups`` replaced by shard parameters (as DeepSpeed does): GradScaler would see gradients, but
+  every other user of ``param_groups`` would see tensors that the model does not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lion_dist.bucket_shard import BucketShard, matching_tensors
+from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparameters
+from lion_dist.kernels.reference import StepScalars
+from lion_dist.kernels.update import choose_backend, lion_update_
+from lion_dist.optimizer import check_param, decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
+from lion_dist.sharding.agreement import check_ranks_agree
+from lion_dist.sharding.bucket import Bucket
+from lion_dist.sharding.buffers import CommStream, GradBufferPool
+from lion_dist.sharding.grad_norm import GradNorm
+from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
+from lion_dist.sharding.process_groups import ShardGroups, backend_for, resolve_groups
+from lion_dist.sharding.scheduler import GradScheduler, ParamScheduler
+
+
+@dataclass
+class Verdict:
+    """What all ranks know about the gradients of the step that is about to be taken; on the device."""
+
+    sum_of_squares: Tensor  # [] fp64, of the summed gradients as backward left them (scaled, not averaged)
+    skip: Tensor  # [] fp32, 1 when a gradient is not finite
+    used: dict[Bucket, Tensor]  # [params] fp32
+    clip_coefficient: Tensor | None = None  # [] fp32
+
+
+class ShardedLion(Optimizer):
+    """Lion with its state sharded over ranks, for a replicated ``nn.Module`` on 1 to N ranks.
+
+    Each rank keeps the momentum (and main params) of 1/N of the elements, updates those, and gathers the others'.
+    Gradients are reduced to their owners from within backward; the gather overlaps the next forward when ``module``
+    is given and is complete when ``step()`` returns otherwise.
+
+    After backward ``p.grad`` is None, for the gradients live in shards: use :meth:`clip_grad_norm_` and
+    :meth:`grad_norm`, which see all of them. ``torch.nn.utils.clip_grad_norm_`` would see nothing.
+
+    Args:
+        params: parameters, (name, parameter) pairs or param groups with their own ``lr``, ``betas``,
+            ``weight_decay`` and ``process_group`` (the ranks that share that group's parameters: experts).
+        lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision: as :class:`~lion_dist.Lion`.
+        module: the model that owns the parameters. Given, its parameters and buffers are made equal to the first
+            rank's, its forward waits for each module's parameters only, and parameters get their names.
+        process_group: the ranks that train this model: None for all, a ProcessGroup, a 1-D DeviceMesh, or a 2-D
+            one (replicate, shard).
+        sharding: ZeRO stage, bucket size, what is on the wire.
+
+    An unused parameter (no gradient on any rank) is left as it was. A rank without a batch calls ``step()`` all the
+    same and takes part with zeros. Between ``step()`` and the next forward, whatever reads parameters by itself
+    (EMA, a weight used outside its module) calls :meth:`finish_param_sync` first; ``state_dict()`` of the module does.
+    """
+
+    _step_supports_amp_scaling = True  # the verdict and the factor stay on the device
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        use_triton: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        *,
+        module: nn.Module | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        sharding: ShardingConfig = ShardingConfig(),
+        precision: PrecisionPolicy = PrecisionPolicy(),
+    ):
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "process_group": None}
+        check_hyperparameters(defaults)
+        self.precision, self.sharding, self.use_triton = precision, sharding, use_triton
+        self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
+        self.groups = resolve_groups(process_group)
+        self.shards: list[BucketShard] = []
+        self._module = module
+        self._module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
+        self._names: dict[Parameter, str] = {}
+        self._canonical_start: dict[Parameter, int] = {}
+        self._numel = 0
+        self._frozen: dict[Parameter, dict] = {}  # parameters that have no bucket yet, and their groups
+        self._versions: dict[Parameter, int] = {}
+        self._pools: dict[tuple, GradBufferPool] = {}
+        self._group_cache: dict[object, ShardGroups] = {}
+        self._verdict: Verdict | None = None
+        self._grad_divisor: float | Tensor | None = None
+        self._inverse_loss_scale: Tensor | None = None
+        self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
+        self.param_scheduler: ParamScheduler | None = None
+        self._is_built = False
+        super().__init__(params, defaults)
+        self._build(self.param_groups)
+
+    # ---- construction
+
+    def _build(self, groups: list[dict]) -> None:
+        """All user input has been checked: from here on ranks communicate, and tensors change."""
+        params = [(p, g) for g in groups for p in g["params"]]
+        self._device = params[0][0].device
+        self._stream = CommStream(self._device)
+        self._grad_norm = GradNorm(self.groups)
+        self._counters = torch.zeros(2, dtype=torch.int64, device=self._device)  # steps taken, steps skipped
+        self._check_agreement(groups)
+        if self._module is not None:
+            self.param_scheduler = ParamScheduler(self._module)
+            strangers = [p.data for p in self._module.parameters() if p not in self._names]
+            for tensor in [*strangers, *self._module.buffers()]:
+                self.groups.broadcast(tensor)
+        self._is_built = True
+        self._add_buckets(params)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Append a param group; its parameters get buckets of their own. All ranks do so together, between steps."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        for name, param in zip(self._names_of(group), group["params"], strict=True):
+            self._names[param] = name
+            self._canonical_start[param] = self._numel
+            self._numel += param.numel()
+        if self._is_built:
+            self._check_agreement([group])
+            self._add_buckets([(p, group) for p in group["params"]])
+
+    def _names_of(self, group: dict) -> list[str]:
+        if "param_names" in group:
+            return list(group["param_names"])
+        first = len(self._names)
+        return [self._module_names.get(p, f"param.{first + i}") for i, p in enumerate(group["params"])]
+
+    def _check_group(self, group: dict) -> None:
+        check_hyperparameters(group)
+        for name, param in zip(self._names_of(group), group["params"], strict=True):
+            check_param(param, f"parameter {name!r}")
+            self.precision.main_params_for(param.dtype)
+            first = self.param_groups[0]["params"][0]
+            if param.device != first.device:
+                raise ValueError(
+                    f"ShardedLion expects parameters on one device, got {first.device} and {param.device} (first: "
+                    f"{name!r}). Move the model before constructing the optimizer."
+                )
+            if hasattr(param, "_local_tensor"):
+                raise TypeError(
+                    f"parameter {name!r} is a DTensor: it is sharded already. Use lion_dist.Lion, which updates local "
+                    "shards in place."
+                )
+
+    def _check_agreement(self, groups: list[dict]) -> None:
+        entries = [("ShardedLion", (str(self.sharding), str(self.precision), str(self._decoupled_from)))]
+        for i, group in enumerate(groups):
+            settings = [str(_number(group[key])) for key in ("lr", "betas", "weight_decay")]
+            entries.append((f"param group {i}: lr, betas, weight_decay", tuple(settings)))
+            for param in group["params"]:
+                entries.append((self._names[param], (tuple(param.shape), str(param.dtype), param.requires_grad)))
+        for axis in self.groups.axes:
+            check_ranks_agree(entries, axis)
+
+    def _groups_for(self, group: dict) -> ShardGroups:
+        where = group["process_group"]
+        if where is None:
+            return self.groups
+        if where not in self._group_cache:
+            self._group_cache[where] = resolve_groups(where)
+        return self._group_cache[where]
+
+    def _add_buckets(self, params: list[tuple[Parameter, dict]]) -> None:
+        """Lay ``params`` out in new buckets, broadcast them, and hook them up. Frozen ones wait until they are not."""
+        for param, group in params:
+            if not param.requires_grad:
+                self._frozen[param] = group
+                self._groups_for(group).broadcast(param.data)
+        trainable = [(p, g) for p, g in params if p.requires_grad]
+        keys = [(id(g), p.dtype, self._groups_for(g)) for p, g in trainable]
+        numels = [p.numel() for p, _ in trainable]
+        bucket_numel = self.sharding.bucket_numel or choose_bucket_numel(sum(numels), self.groups.shard_world_size)
+        new = []
+        for members in pack_into_buckets(numels, keys, bucket_numel):
+            group = trainable[members[0]][1]
+            new.append(self._make_bucket([trainable[i][0] for i in members], group))
+        self.grad_scheduler.add_buckets([shard.bucket for shard in new])
+        if self.param_scheduler is not None:
+            self.param_scheduler.add_buckets([shard.bucket for shard in new])
+        self.shards += new
+        for param in (p for shard in new for p in shard.bucket.params):
+            self._versions[param] = param._version
+
+    def _make_bucket(self, params: list[Parameter], group: dict) -> BucketShard:
+        groups = self._groups_for(group)
+        ordered = self.sharding.ordered_sum
+        if ordered is None:
+            ordered = any(backend_for(axis, self._device) == "gloo" for axis in groups.axes)
+        wire = self.sharding.reduce_dtype or params[0].dtype
+        pool = self._pools.setdefault((wire, groups), GradBufferPool(wire, self._device))
+        names = [self._names[p] for p in params]
+        bucket = Bucket(params, names, groups, pool, ordered_sum=ordered, stream=self._stream)
+        groups.broadcast(bucket.flat_params)
+        starts = [self._canonical_start[p] for p in params]
+        return BucketShard(bucket, group, self.precision, starts)
+
+    def _adopt_unfrozen(self) -> None:
+        unfrozen = [(p, g) for p, g in self._frozen.items() if p.requires_grad]
+        for param, _ in unfrozen:
+            del self._frozen[param]
+        if unfrozen:
+            self._add_buckets(unfrozen)
+
+    # ---- the step
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return [shard.bucket for shard in self.shards]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None):
+        """Update this rank's shards and start gathering the others'. All ranks call it together.
+
+        A step whose gradients are not finite on any rank is skipped on all: weights and momentum stay as they were.
+
+        Raises:
+            RuntimeError: inside ``no_sync()``.
+        """
+        self._refuse_blind_scaler()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        verdict = self._judge_gradients()
+        grad_scale = self._grad_scale(verdict)
+        self._refresh_stale_main()
+        for shard in self.shards:
+            if shard.tensors is not None:
+                self._update(shard, verdict, grad_scale)
+            shard.bucket.reset_grad()
+            shard.bucket.start_param_sync()  # the next forward waits, not this line
+        self._counters += torch.stack([verdict.skip == 0, verdict.skip != 0])
+        self._forget_step()
+        if self.param_scheduler is None:
+            self.finish_param_sync()
+        return loss
+
+    def _forget_step(self) -> None:
+        self._verdict = self._grad_divisor = self._inverse_loss_scale = None
+
+    def _update(self, shard: BucketShard, verdict: Verdict, grad_scale: Tensor) -> None:
+        group = shard.group
+        weight_decay = effective_weight_decay(group, self._decoupled_from)
+        warn_if_decay_vanishes(group["lr"], weight_decay)
+        lion_update_(
+            shard.tensors,
+            shard.slices_of(shard.bucket.finish_grad_sync()),
+            StepScalars.from_group(group["lr"], group["betas"], weight_decay),
+            grad_scale=grad_scale,
+            skip=verdict.skip,
+            active=verdict.used[shard.bucket].index_select(0, shard.slice_params),
+            seed=self.precision.seed,
+            backend=choose_backend(self._device, self.use_triton),
+        )
+
+    @torch.no_grad()
+    def _judge_gradients(self) -> Verdict:
+        """Wait for every reduction, then ask all ranks once: norm, finite, used. Kept until ``step()``."""
+        if self._verdict is None:
+            if self.grad_scheduler.in_no_sync:
+                raise RuntimeError(
+                    "step(), clip_grad_norm_() and grad_norm() inside no_sync() would use gradients that have not been "
+                    "reduced. Leave the no_sync() block before the last backward of the step."
+                )
+            self._adopt_unfrozen()
+            self.finish_param_sync()  # a step without a forward since the last
+            self.grad_scheduler.finish_backward()
+            total, used = self._grad_norm(self.buckets)
+            self._verdict = Verdict(total, (~total.isfinite()).float(), used)
+        return self._verdict
+
+    def _refuse_blind_scaler(self) -> None:
+        if isinstance(getattr(self, "found_inf", None), int):  # the sum of no checks at all
+            raise RuntimeError(
+                "torch.amp.GradScaler found no gradients to check, for ShardedLion keeps them in shards. Use "
+                "lion_dist.GradScaler, which finds them; everything else about it is torch's."
+            )
+
+    def _unscaling(self) -> Tensor:
+        """[] fp64: what turns a sum of scaled gradients into the gradient."""
+        divisor = self._grad_divisor
+        if divisor is None:
+            divisor = self.groups.num_ranks if self.sharding.average else 1
+        divisor = torch.as_tensor(divisor, dtype=torch.float64, device=self._device)
+        loss_scale = getattr(self, "grad_scale", None)  # set by GradScaler around step(), unless it has unscaled
+        if loss_scale is not None:
+            divisor = divisor * loss_scale.double()
+        factor = divisor.reciprocal()
+        return factor if self._inverse_loss_scale is None else factor * self._inverse_loss_scale.double()
+
+    def _grad_scale(self, verdict: Verdict) -> Tensor:
+        """[] fp32: the one factor that the update multiplies gradients by."""
+        scale = self._unscaling().float()
+        return scale if verdict.clip_coefficient is None else scale * verdict.clip_coefficient
+
+    # ---- gradients
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the global norm of this step's gradients; the next ``step()`` applies it.
+
+        Returns:
+            [] fp32 on the device: the norm before clipping, over all ranks and parameters.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be above 0, got {max_norm!r}")
+        norm = self.grad_norm()
+        self._verdict.clip_coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    def grad_norm(self) -> Tensor:
+        """[] fp32 on the device: the global norm of this step's gradients, averaged and unscaled, before clipping."""
+        verdict = self._judge_gradients()
+        return (verdict.sum_of_squares.sqrt() * self._unscaling()).float()
+
+    def unscale_and_check_(self, inverse_loss_scale: Tensor) -> Tensor:
+        """For ``lion_dist.GradScaler``: multiply gradients by ``inverse_loss_scale`` in the next step.
+
+        Returns:
+            [] fp32 on the device: 1 when a gradient is not finite on any rank.
+        """
+        self._inverse_loss_scale = inverse_loss_scale
+        return self._judge_gradients().skip
+
+    def set_grad_divisor(self, count: float | Tensor) -> None:
+        """Divide this step's summed gradients by ``count`` (say, its tokens over all ranks) instead of the ranks.
+
+        Call it before ``clip_grad_norm_`` and ``step``; it holds for one step. A tensor is not read by the host.
+        """
+        if not isinstance(count, Tensor) and not (math.isfinite(count) and count > 0):
+            raise ValueError(f"the gradient divisor must be finite and above 0, got {count!r}")
+        if self._verdict is not None:
+            raise RuntimeError("set_grad_divisor() comes before clip_grad_norm_() and grad_norm(), which use it")
+        self._grad_divisor = count
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside add up gradients locally (stage 1) and send nothing.
+
+        Stage 2 reduces them all the same: keeping them would be the full gradient that it exists to avoid. So one
+        training loop serves both stages.
+        """
+        before, self.grad_scheduler.in_no_sync = self.grad_scheduler.in_no_sync, True
+        try:
+            yield
+        finally:
+            self.grad_scheduler.in_no_sync = before
+
+    def backward_without_batch(self) -> None:
+        """This rank has no micro-batch where others run one more backward: it takes part with zeros.
+
+        Needed only when ranks run different numbers of synchronized backward passes within one step; a rank that
+        runs none just calls ``step()``.
+        """
+        self.grad_scheduler.finish_pass()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget this step's gradients. It does not wait for parameters in flight: it touches none."""
+        if not set_to_none:
+            raise ValueError("ShardedLion keeps no full gradients to zero: call zero_grad() with set_to_none=True")
+        self._forget_step()
+        self.grad_scheduler.reset()
+        for param in self._frozen:
+            param.grad = None
+
+    # ---- parameters
+
+    def finish_param_sync(self) -> None:
+        """Whatever follows may read every parameter of the model."""
+        for shard in self.shards:
+            shard.bucket.finish_param_sync()
+
+    def refresh_main_params(self) -> None:
+        """Make main params follow parameters that were written through ``.data``, which leaves no trace.
+
+        ``load_state_dict``, ``copy_`` and other in-place operations are noticed without this call.
+        """
+        self.finish_param_sync()
+        for shard in self.shards:
+            shard.refresh_main()
+
+    def _refresh_stale_main(self) -> None:
+        """A parameter's version counter moves only when somebody else writes: our writes go through the flat buffer."""
+        for shard in self.shards:
+            stale = [p for p in shard.bucket.params if self._versions[p] != p._version]
+            if stale:
+                shard.refresh_main()
+                self._versions.update((p, p._version) for p in stale)
+
+    # ---- what there is
+
+    def skipped_steps(self) -> int:
+        """Steps skipped for a gradient that was not finite. Waits for the device."""
+        return int(self._counters[1])
+
+    def taken_steps(self) -> int:
+        """Steps that changed weights. Waits for the device."""
+        return int(self._counters[0])
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes on this rank by kind, counted from the tensors. ``grads``: grad shards and the pooled buffers."""
+        total = dict.fromkeys(("params", "main_params", "exp_avg", "grads"), 0)
+        for shard in self.shards:
+            total["params"] += shard.bucket.flat_params.nbytes
+            total["main_params"] += 0 if shard.main_param is None else shard.main_param.nbytes
+            total["exp_avg"] += shard.exp_avg.nbytes
+            total["grads"] += shard.bucket.grad_shard_nbytes()
+        total["params"] += sum(p.nbytes for p in self._frozen)
+        total["grads"] += sum(pool.nbytes for pool in self._pools.values())
+        return total
+
+
+    # ---- state_dict: boxes of full tensors by parameter name
+
+    def state_dict(self) -> dict:
+        """This rank's part of the state, for torch.distributed.checkpoint.
+
+        ``{"state": {name: {"exp_avg": ..., "main_param": ..., "step": ...}}, "param_groups": [...], "counters": ...}``
+
+        ``exp_avg`` and ``main_param`` are :class:`BoxedTensor`: views of the live shards, so that loading into them
+        loads the optimizer. They have the parameter's full shape and depend on neither ranks nor buckets. A parameter
+        of which this rank owns nothing is not listed; ``param_groups`` list all, by name.
+        """
+        self.finish_param_sync()
+        state: dict[str, dict] = {}
+        for shard in self.shards:
+            for name, kinds in shard.state().items():
+                state[name] = kinds
+        groups = [
+            {k: v for k, v in g.items() if k not in ("params", "param_names", "process_group")}
+            | {"params": [self._names[p] for p in g["params"]]}
+            for g in self.param_groups
+        ]
+        return {"state": state, "param_groups": groups, "counters": self._counters}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take a :meth:`state_dict` of the same ranks and buckets, or the one that a checkpoint was loaded into.
+
+        Raises:
+            ValueError: other parameters, shapes or geometry; nothing is changed. To load on other ranks or buckets
+                use torch.distributed.checkpoint or ``lion_dist.checkpoint.load``.
+        """
+        mine = self.state_dict()
+        copies = matching_tensors(mine["state"], state_dict["state"])
+        groups = state_dict["param_groups"]
+        if [g["params"] for g in groups] != [g["params"] for g in mine["param_groups"]]:
+            raise ValueError("the saved param groups hold other parameters than this optimizer's, or in another order")
+        for group in groups:
+            check_hyperparameters(group)
+        for target, source in copies:
+            target.copy_(source)
+        self._counters.copy_(state_dict["counters"])
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+
+
+def _number(value):
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what torch.compile and checkpoint wrappers put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")

@@ -1,0 +1,1 @@
+"""Who owns which elements, and how they move between ranks: without Lion."""

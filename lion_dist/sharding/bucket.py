@@ -1,0 +1,226 @@
+"""A bucket: parameters that are communicated together, and the state of that communication.
+
+The tensors of a bucket, with N = shard_world_size and the geometry of ``layout.py``:
+
+    flat_params  [numel]        the parameters are views of it; full on every rank
+    param_shard  [shard_numel]  this rank's part of flat_params, a view
+    grad buffer  [numel]        this micro-batch's gradients, packed; from a pool, on their way out
+    grad_shard   [shard_numel]  this rank's part of the gradients summed over ranks (and micro-batches)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lion_dist.sharding import collectives
+from lion_dist.sharding.buffers import CommStream, GradBufferPool, gaps_of, views_of
+from lion_dist.sharding.collectives import Finish, nothing
+from lion_dist.sharding.layout import BucketLayout
+from lion_dist.sharding.process_groups import ShardGroups
+
+
+class GradState(Enum):
+    EMPTY = "no gradient of this step has been reduced"
+    SYNCING = "a reduce-scatter is under way"
+    REDUCED = "grad_shard holds the sum of all reductions of this step"
+
+
+class ParamState(Enum):
+    FULL = "flat_params is the same on every rank"
+    GATHERING = "an all-gather is under way: only param_shard may be read"
+
+
+_GRAD_TRANSITIONS = {
+    (GradState.EMPTY, GradState.SYNCING),
+    (GradState.SYNCING, GradState.REDUCED),
+    (GradState.REDUCED, GradState.SYNCING),  # the next micro-batch adds to it
+    (GradState.REDUCED, GradState.EMPTY),
+    (GradState.EMPTY, GradState.EMPTY),
+}
+_PARAM_TRANSITIONS = {
+    (ParamState.FULL, ParamState.GATHERING),
+    (ParamState.GATHERING, ParamState.FULL),
+}
+
+
+class Bucket:
+    """Parameters alike in group, dtype, device and ranks, in one flat buffer.
+
+    Args:
+        params: they become views of the flat buffer; their values are kept.
+        names: for errors.
+        groups: the ranks that share and replicate the bucket.
+        pool: of gradient buffers, in the dtype of the wire.
+        ordered_sum: gradients are summed in fp32 in rank order (see ``collectives.reduce_scatter``).
+        stream: where communication is queued.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Parameter],
+        names: Sequence[str],
+        groups: ShardGroups,
+        pool: GradBufferPool,
+        *,
+        ordered_sum: bool,
+        stream: CommStream,
+    ):
+        self.params, self.names, self.groups = list(params), list(names), groups
+        self.layout = BucketLayout(tuple(p.numel() for p in params), groups.shard_world_size)
+        self.slices = self.layout.slices(groups.shard_rank)
+        self.pool, self.ordered_sum, self.stream = pool, ordered_sum, stream
+        pool.fit(self.layout.numel)
+
+        self.flat_params = torch.zeros(self.layout.numel, dtype=params[0].dtype, device=params[0].device)
+        with torch.no_grad():
+            for param, view in zip(params, views_of(self.flat_params, self.layout, self.shapes), strict=True):
+                view.copy_(param)
+                param.data = view
+        start, stop = self.layout.shard_range(groups.shard_rank)
+        self.param_shard = self.flat_params[start:stop]
+
+        wire_dtype = torch.float32 if ordered_sum else pool.dtype
+        self._grad_shard = torch.zeros(self.layout.shard_numel, dtype=wire_dtype, device=self.device)
+        self._accumulator: Tensor | None = None  # fp32, when micro-batches are added up over a 16-bit wire
+
+        self.grad_state = GradState.EMPTY
+        self.param_state = ParamState.FULL
+        self.used = [False] * len(params)  # which parameters had a gradient on this rank since reset_grad()
+        self._ready = [False] * len(params)  # which have one in this backward pass
+        self._finish_reduce: Finish = nothing
+        self._finish_gather: Finish = nothing
+        self._grad_mark = self._param_mark = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        return [p.shape for p in self.params]
+
+    def _set_grad_state(self, new: GradState) -> None:
+        if (self.grad_state, new) not in _GRAD_TRANSITIONS:
+            raise RuntimeError(f"bucket of {self.names[0]!r}: gradients cannot go {self.grad_state.name} -> {new.name}")
+        self.grad_state = new
+
+    def _set_param_state(self, new: ParamState) -> None:
+        if (self.param_state, new) not in _PARAM_TRANSITIONS:
+            raise RuntimeError(
+                f"bucket of {self.names[0]!r}: parameters cannot go {self.param_state.name} -> {new.name}"
+            )
+        self.param_state = new
+
+    # ---- gradients: register_grad_ready ... start_grad_sync ... finish_grad_sync ... reset_grad
+
+    def register_grad_ready(self, position: int) -> None:
+        """The gradient of ``params[position]`` is complete for this backward pass."""
+        self._ready[position] = True
+        self.used[position] = True
+
+    def all_grads_ready(self) -> bool:
+        """Whether every parameter that takes a gradient has one in this backward pass."""
+        return all(ready or not p.requires_grad for ready, p in zip(self._ready, self.params, strict=True))
+
+    def start_grad_sync(self) -> None:
+        """Pack the gradients there are (zeros for the others), forget them, and start their reduce-scatter."""
+        if self.grad_state is GradState.SYNCING:
+            self.complete_reduction()
+        buffer, flat = self.pool.take(self.layout.numel)
+        self._pack(flat)
+        adds_up = self.grad_state is GradState.REDUCED
+        self._set_grad_state(GradState.SYNCING)
+        with self.stream.fork():
+            reduced = torch.empty_like(self._grad_shard) if adds_up else self._grad_shard
+            finish = collectives.reduce_scatter(reduced, flat, self.groups.shard_group, ordered=self.ordered_sum)
+            self._finish_reduce = lambda: self._take_in(finish, reduced, adds_up)
+            if self.stream.stream is not None:  # the rest only joins the queue
+                self.complete_reduction()
+                mark = self.stream.mark()
+                buffer.release = lambda: self.stream.join(mark)
+            else:
+                buffer.release = self.complete_reduction
+        self._ready = [False] * len(self.params)
+
+    def _pack(self, flat: Tensor) -> None:
+        places = views_of(flat, self.layout, self.shapes)
+        present = [(place, p) for place, p in zip(places, self.params, strict=True) if p.grad is not None]
+        missing = [place for place, p in zip(places, self.params, strict=True) if p.grad is None and p.numel()]
+        zeros = missing + gaps_of(flat, self.layout)
+        if zeros:
+            torch._foreach_zero_(zeros)
+        if present:
+            with torch.no_grad():
+                torch._foreach_copy_([place for place, _ in present], [p.grad for _, p in present])
+        for _, param in present:
+            param.grad = None
+
+    def complete_reduction(self) -> None:
+        """Bring a reduction under way to its end. On a CUDA stream it is queued already and this costs nothing."""
+        finish, self._finish_reduce = self._finish_reduce, nothing
+        finish()
+
+    def _take_in(self, finish: Finish, reduced: Tensor, adds_up: bool) -> None:
+        finish()
+        if self.ordered_sum:
+            collectives.ordered_all_reduce(reduced, self.groups.replicate_group)
+        else:
+            collectives.all_reduce(reduced, self.groups.replicate_group)
+        if adds_up:
+            self._add_up(reduced)
+        self._set_grad_state(GradState.REDUCED)
+        self._grad_mark = self.stream.mark()
+
+    def _add_up(self, reduced: Tensor) -> None:
+        """Micro-batches are summed in fp32, whatever the wire carried."""
+        if self._accumulator is None:
+            if self._grad_shard.dtype == torch.float32:
+                self._grad_shard.add_(reduced)
+                return
+            self._accumulator = self._grad_shard.float()
+        self._accumulator.add_(reduced)
+
+    def finish_grad_sync(self) -> Tensor:
+        """The gradients of this rank's shard [shard_numel], summed over ranks and micro-batches of this step."""
+        self.complete_reduction()
+        self.stream.join(self._grad_mark)
+        if self.grad_state is not GradState.REDUCED:
+            raise RuntimeError(
+                f"bucket of {self.names[0]!r}: no gradient has been reduced ({self.grad_state.name}); "
+                "start_grad_sync() comes first"
+            )
+        return self._grad_shard if self._accumulator is None else self._accumulator
+
+    def reset_grad(self) -> None:
+        """Forget this step's gradients, also those under way."""
+        self.complete_reduction()
+        self._set_grad_state(GradState.EMPTY)
+        self._accumulator = None
+        self.used = [False] * len(self.params)
+        self._ready = [False] * len(self.params)
+
+    # ---- parameters: (the shard is updated) ... start_param_sync ... finish_param_sync
+
+    def start_param_sync(self) -> None:
+        """Start the all-gather that makes ``flat_params`` full again; ``param_shard`` may be read but not written."""
+        self._set_param_state(ParamState.GATHERING)
+        with self.stream.fork():
+            finish = collectives.all_gather(self.flat_params, self.param_shard, self.groups.shard_group)
+            self._param_mark = self.stream.mark()
+        self._finish_gather = finish
+
+    def finish_param_sync(self) -> None:
+        """What follows may read every parameter. Costs nothing when no gather is under way."""
+        if self.param_state is ParamState.FULL:
+            return
+        self._finish_gather()
+        self.stream.join(self._param_mark)
+        self._set_param_state(ParamState.FULL)
+
+    def grad_shard_nbytes(self) -> int:
+        return self._grad_shard.nbytes + (0 if self._accumulator is None else self._accumulator.nbytes)

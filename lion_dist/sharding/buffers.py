@@ -1,0 +1,96 @@
+"""One 1-D tensor and its views; a few of them, reused; and the stream that communication is queued on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lion_dist.sharding.collectives import Finish, nothing
+from lion_dist.sharding.layout import BucketLayout
+
+
+def views_of(flat: Tensor, layout: BucketLayout, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The parameters' places in ``flat`` [layout.numel], each in its parameter's shape."""
+    return [
+        flat[offset : offset + numel].view(shape)
+        for offset, numel, shape in zip(layout.offsets, layout.param_numels, shapes, strict=True)
+    ]
+
+
+def gaps_of(flat: Tensor, layout: BucketLayout) -> list[Tensor]:
+    """The padding of ``flat``, as views that are not empty."""
+    ends = [offset + numel for offset, numel in zip(layout.offsets, layout.param_numels, strict=True)]
+    starts = [*layout.offsets[1:], layout.numel]
+    return [flat[end:start] for end, start in zip(ends, starts, strict=True) if end < start]
+
+
+class CommStream:
+    """Where communication is queued: a CUDA stream of its own, or on the CPU the order of the program.
+
+    ``fork()`` is a context in which operations run behind everything queued so far, beside what follows. ``mark()``
+    remembers the present end of the queue; ``join(mark)`` lets what follows wait for it, never the host.
+    """
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fork(self):
+        if self.stream is None:
+            return contextlib.nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        return torch.cuda.stream(self.stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        return None if self.stream is None else self.stream.record_event()
+
+    def join(self, mark: torch.cuda.Event | None) -> None:
+        if mark is not None:
+            torch.cuda.current_stream(self.stream.device).wait_event(mark)
+
+
+class GradBuffer:
+    """A full bucket's gradients on their way out: taken by one bucket at a time."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device):
+        self.flat = torch.zeros(numel, dtype=dtype, device=device)
+        self.release: Finish = nothing  # completes the last bucket's use of it
+
+
+class GradBufferPool:
+    """The few buffers that all buckets of one dtype share, taken in turn.
+
+    Stage 2 keeps no full gradient: a bucket's gradients are packed, reduced and forgotten, and the buffer serves the
+    next bucket. Taking a buffer first completes its last use, so that is how far communication may fall behind.
+    """
+
+    DEPTH = 3
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self._buffers: list[GradBuffer] = []
+        self._numel = 0
+        self._turn = 0
+
+    def fit(self, numel: int) -> None:
+        """Make room for buckets of ``numel`` elements; between steps only."""
+        if numel > self._numel:
+            self._numel, self._buffers = numel, []
+
+    def take(self, numel: int) -> tuple[GradBuffer, Tensor]:
+        """A buffer and its first ``numel`` elements; nothing else reads or writes it until its ``release`` ran."""
+        if len(self._buffers) < self.DEPTH:
+            self._buffers.append(GradBuffer(self._numel, self.dtype, self.device))
+            buffer = self._buffers[-1]
+        else:
+            buffer = self._buffers[self._turn % self.DEPTH]
+        self._turn += 1
+        buffer.release()
+        buffer.release = nothing
+        return buffer, buffer.flat[:numel]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.flat.nbytes for buffer in self._buffers)

@@ -1,0 +1,84 @@
+"""DeviceMesh | ProcessGroup | None -> the group that shares the shards and the group that replicates them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from lion_dist.sharding import collectives
+
+
+@dataclass(frozen=True)
+class ShardGroups:
+    """The ranks among which a bucket is sharded, and those that hold the same shard.
+
+    ``None`` stands for a group of this rank alone: nothing is communicated, by the same code. Of a 2-D mesh the last
+    axis shards and the first replicates (hybrid sharding: shard inside a node, replicate across).
+    """
+
+    shard_group: ProcessGroup | None
+    replicate_group: ProcessGroup | None = None
+
+    @property
+    def shard_world_size(self) -> int:
+        return 1 if self.shard_group is None else self.shard_group.size()
+
+    @property
+    def shard_rank(self) -> int:
+        return 0 if self.shard_group is None else self.shard_group.rank()
+
+    @property
+    def replicate_world_size(self) -> int:
+        return 1 if self.replicate_group is None else self.replicate_group.size()
+
+    @property
+    def num_ranks(self) -> int:
+        return self.shard_world_size * self.replicate_world_size
+
+    @property
+    def axes(self) -> tuple[ProcessGroup, ...]:
+        """The groups with more than one rank, the sharding one first."""
+        return tuple(group for group in (self.shard_group, self.replicate_group) if group is not None)
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """The first rank's ``tensor`` becomes that of all ranks: along the shard axis, then the replicate axis."""
+        for axis in self.axes:
+            collectives.broadcast(tensor, axis)
+
+
+def resolve_groups(where: DeviceMesh | ProcessGroup | None) -> ShardGroups:
+    """Args: ``where``: None for all ranks (or this process alone when torch.distributed is not initialized).
+
+    Raises:
+        ValueError: a mesh of more than two axes, or a group that this rank is not a member of.
+    """
+    if where is None:
+        return ShardGroups(_unless_alone(dist.group.WORLD) if dist.is_initialized() else None)
+    if isinstance(where, DeviceMesh):
+        if where.ndim > 2:
+            raise ValueError(
+                f"the mesh has {where.ndim} axes {where.mesh_dim_names}, but ShardedLion takes (replicate, shard). "
+                "Pass the sub-mesh of its data-parallel axes, e.g. mesh['replicate', 'shard']."
+            )
+        groups = [_unless_alone(group) for group in where.get_all_groups()]
+        return ShardGroups(groups[-1], groups[0] if len(groups) == 2 else None)
+    if not isinstance(where, ProcessGroup):
+        raise ValueError(
+            f"process_group must be a ProcessGroup that this rank (global rank {dist.get_rank()}) belongs to, a "
+            f"DeviceMesh or None, got {where!r}. torch.distributed.new_group returns a non-member marker on ranks "
+            "outside the group: construct the optimizer on its members only."
+        )
+    return ShardGroups(_unless_alone(where))
+
+
+def _unless_alone(group: ProcessGroup) -> ProcessGroup | None:
+    return None if group.size() == 1 else group
+
+
+def backend_for(group: ProcessGroup, device: torch.device) -> str:
+    """``"gloo"``, ``"nccl"``, ``"fake"``, ...: what carries tensors on ``device`` in this group."""
+    return dist.get_backend_config(group).split(f"{device.type}:")[-1].split(",")[0]

@@ -1,0 +1,203 @@
+"""When things move: hooks on autograd and on the modules' forward, and the order in which collectives start.
+
+Gradients. A backward pass visits the buckets roughly in reverse; each rank starts their reductions in exactly that
+order, whatever became ready first, because collectives of one group must match across ranks. What is still missing at
+the end of a pass (parameters unused on this rank) is sent as zeros then.
+
+Parameters. Given the module, each of its modules waits, before its own forward, for the buckets of its own parameters.
+**The hazard**: after ``step()`` parameters are in flight. A pre-forward hook protects only what passes through the
+forward of the module that owns the parameter. So modules whose forward did not run in the last forward of the root
+(their parameters are used functionally, as nn.MultiheadAttention uses its output projection) are waited for at the
+root; so are all buckets before ``state_dict`` and ``load_state_dict`` of any module; and everything else that reads
+parameters between ``step()`` and the next forward calls ``finish_param_sync()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+from torch.nn import Parameter
+
+from lion_dist.sharding.bucket import Bucket, GradState, ParamState
+
+
+class GradScheduler:
+    """Starts the reduction of each bucket from backward, in one order on every rank.
+
+    Args:
+        keep_local_grads: through ``no_sync`` passes gradients stay in ``p.grad`` (stage 1); False reduces always.
+    """
+
+    def __init__(self, keep_local_grads: bool):
+        self.keep_local_grads = keep_local_grads
+        self.in_no_sync = False
+        self._order: list[Bucket] = []  # the order in which reductions start
+        self._place: dict[Parameter, tuple[Bucket, int]] = {}
+        self._next = 0  # position in _order of the bucket to start next
+        self._started: set[Bucket] = set()  # in this pass
+        self._pass_is_open = False
+        self._pending_local = False  # a no_sync pass left gradients behind that no later pass has taken along
+
+    def add_buckets(self, buckets: Sequence[Bucket]) -> None:
+        """Buckets in forward order; between steps only."""
+        self._order = [*reversed(buckets), *self._order]
+        for bucket in buckets:
+            for position, param in enumerate(bucket.params):
+                self._place[param] = (bucket, position)
+                # A frozen parameter takes no hook; it keeps the one it got while it briefly took gradients.
+                frozen = not param.requires_grad
+                param.requires_grad_(True)
+                param.register_post_accumulate_grad_hook(self._on_grad)
+                param.requires_grad_(not frozen)
+
+    @torch.compiler.disable
+    def _on_grad(self, param: Parameter) -> None:
+        bucket, position = self._place[param]
+        if self._pass_is_open and bucket in self._started:
+            raise RuntimeError(
+                f"parameter {bucket.names[position]!r} received a second gradient in one backward pass, after its "
+                "bucket was reduced. Reentrant activation checkpointing does that to shared parameters: use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        if self.in_no_sync and self.keep_local_grads:
+            bucket.used[position] = True
+            self._pending_local = True
+            return
+        self.open_pass()
+        bucket.register_grad_ready(position)
+        while self._next < len(self._order) and self._order[self._next].all_grads_ready():
+            self._start_next()
+
+    def open_pass(self) -> None:
+        """A backward pass begins; its end sends what is still missing."""
+        if not self._pass_is_open:
+            self._pass_is_open = True
+            Variable._execution_engine.queue_callback(self.finish_pass)
+
+    def _start_next(self) -> None:
+        bucket = self._order[self._next]
+        self._next += 1
+        self._started.add(bucket)
+        bucket.start_grad_sync()
+
+    def finish_pass(self) -> None:
+        """Start the reductions that this pass has not started yet: parameters without a gradient count as zeros."""
+        while self._next < len(self._order):
+            self._start_next()
+        self._close_pass()
+
+    def _close_pass(self) -> None:
+        self._next = 0
+        self._started.clear()
+        self._pass_is_open = self._pending_local = False
+
+    def finish_backward(self) -> None:
+        """Every bucket's gradients of this step have been reduced, or are on their way.
+
+        A rank that had no batch takes part with zeros; gradients left by ``no_sync`` passes are sent now.
+        """
+        nothing_reduced = all(bucket.grad_state is GradState.EMPTY for bucket in self._order)
+        if nothing_reduced or self._pass_is_open or self._pending_local:
+            self.finish_pass()
+        for bucket in self._order:  # of parameters unfrozen since the last step
+            if bucket.grad_state is GradState.EMPTY:
+                bucket.start_grad_sync()
+
+    def reset(self) -> None:
+        """Forget the gradients of this step, local ones too."""
+        for bucket in self._order:
+            bucket.reset_grad()
+            for param in bucket.params:
+                param.grad = None
+        self._close_pass()
+
+
+class OwnModelHook:
+    """A module hook that stays behind when the model is copied or pickled (EMA): the copy is not ours to wait for."""
+
+    def __init__(self, function: Callable | None):
+        self.function = function
+
+    @torch.compiler.disable
+    def __call__(self, *args, **kwargs) -> None:
+        if self.function is not None:
+            self.function(*args, **kwargs)
+
+    def __deepcopy__(self, _memo) -> OwnModelHook:
+        return OwnModelHook(None)
+
+    def __reduce__(self):
+        return OwnModelHook, (None,)
+
+
+class ParamScheduler:
+    """Lets each module's forward wait for its own parameters only."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.buckets: list[Bucket] = []
+        self._bucket_of: dict[Parameter, Bucket] = {}
+        self._owners: dict[nn.Module, list[Bucket]] = {}  # buckets of the parameters that the hook of a module covers
+        self._ran: set[nn.Module] = set()  # owners whose forward began since the root's did
+        self._at_root: list[Bucket] = []  # buckets of owners whose forward did not run last time
+        for owner in self._owner_modules():
+            owner.register_forward_pre_hook(OwnModelHook(self._before_forward), prepend=True)
+        module.register_forward_pre_hook(OwnModelHook(self._before_root_forward), prepend=True)
+        for child in module.modules():
+            child.register_state_dict_pre_hook(OwnModelHook(self._wait_for_all))
+            child.register_load_state_dict_pre_hook(OwnModelHook(self._wait_for_all))
+
+    def add_buckets(self, buckets: Sequence[Bucket]) -> None:
+        self.buckets += buckets
+        self._bucket_of.update((param, bucket) for bucket in buckets for param in bucket.params)
+        for owner in self._owner_modules():
+            params = owner.parameters(recurse=_is_compiled(owner))
+            self._owners[owner] = list(dict.fromkeys(self._bucket_of[p] for p in params if p in self._bucket_of))
+
+    def _owner_modules(self) -> list[nn.Module]:
+        """Modules with parameters of their own; a compiled module stands for all of its inside."""
+        owners, inside = [], set()
+        for module in self.module.modules():
+            if module in inside:
+                continue
+            if _is_compiled(module):
+                inside.update(module.modules())
+                owners.append(module)
+            elif next(module.parameters(recurse=False), None) is not None:
+                owners.append(module)
+        return owners
+
+    def _before_forward(self, module: nn.Module, _args) -> None:
+        if torch.is_grad_enabled():
+            self._ran.add(module)
+        for bucket in self._owners.get(module, ()):
+            bucket.finish_param_sync()
+
+    def _before_root_forward(self, _module: nn.Module, _args) -> None:
+        if not torch.is_grad_enabled():  # evaluation may take another path through the model
+            self.finish_all()
+            return
+        self._update_owners_at_root()
+        for bucket in self._at_root:
+            bucket.finish_param_sync()
+        self._ran = set()
+
+    def _update_owners_at_root(self) -> None:
+        silent = [owner for owner in self._owners if owner not in self._ran and owner is not self.module]
+        self._at_root = list(dict.fromkeys(bucket for owner in silent for bucket in self._owners[owner]))
+
+    def _wait_for_all(self, *_args, **_kwargs) -> None:
+        self.finish_all()
+
+    def finish_all(self) -> None:
+        for bucket in self.buckets:
+            if bucket.param_state is not ParamState.FULL:
+                bucket.finish_param_sync()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """torch.compile(module) or module.compile(): hooks inside would break its graph."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

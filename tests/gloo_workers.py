@@ -1,0 +1,157 @@
+"""A pool of gloo ranks that outlives the tests: worker processes that are sent functions.
+
+Starting four processes costs seconds, sending them a function milliseconds. Every task gets a fresh process group of
+the size that it asks for, so that nothing one test leaves behind (sub-groups, half a collective) reaches the next.
+A rank that raises comes back with its number and traceback; a rank that hangs is a failure with the stacks of all
+ranks, and the pool starts anew.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+MAX_RANKS = 4
+TASK_TIMEOUT = 120.0  # seconds; the machine may be busy with other things
+GRACE = 10.0  # seconds that other ranks get after one has failed: they may be waiting for it in a collective
+
+
+class RankError(AssertionError):
+    """A function failed on a rank. ``errors``: {rank: traceback}."""
+
+    def __init__(self, errors: dict[int, str]):
+        self.errors = errors
+        super().__init__("\n".join(f"---- rank {rank} ----\n{text}" for rank, text in sorted(errors.items())))
+
+
+class GlooPool:
+    """``pool.run(world_size, function, *args)`` calls ``function(*args)`` on that many ranks at once.
+
+    ``function`` is at the top level of a module; it, its arguments and its result travel by pickle.
+    """
+
+    def __init__(self):
+        self._workers: list[tuple[mp.Process, Connection]] = []
+        self._store: dist.TCPStore | None = None
+        self._tasks = 0
+        self._stacks = Path(tempfile.mkdtemp(prefix="lion-dist-stacks-"))
+
+    def run(self, world_size: int, function: Callable, *args, timeout: float = TASK_TIMEOUT) -> list:
+        """Returns what each rank returned, in rank order.
+
+        Raises:
+            RankError: with the traceback of every rank that raised, died or did not return in time.
+        """
+        if not 1 <= world_size <= MAX_RANKS:
+            raise ValueError(f"world_size must be in [1, {MAX_RANKS}], got {world_size}")
+        self._start(world_size)
+        self._tasks += 1
+        task = pickle.dumps((function, args, world_size, self._tasks, timeout))
+        for _, connection in self._workers[:world_size]:
+            connection.send_bytes(task)
+        results, errors = self._collect(world_size, timeout)
+        if errors:
+            raise RankError(errors)
+        return [results[rank] for rank in range(world_size)]
+
+    def _start(self, count: int) -> None:
+        if self._store is None:
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = mp.get_context("spawn")
+        new = []
+        for rank in range(len(self._workers), count):
+            ours, theirs = context.Pipe()
+            args = (rank, theirs, self._store.port, self._stacks)
+            process = context.Process(target=_serve, args=args, daemon=True)
+            process.start()
+            theirs.close()
+            new.append((process, ours))
+        self._workers += new
+        for _, connection in new:
+            connection.recv_bytes()  # imports are done: from here on time is the task's
+
+    def _collect(self, world_size: int, timeout: float) -> tuple[dict[int, object], dict[int, str]]:
+        results: dict[int, object] = {}
+        errors: dict[int, str] = {}
+        pending = {self._workers[rank][1]: rank for rank in range(world_size)}
+        deadline = time.monotonic() + timeout
+        while pending:
+            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                stacks = self._stacks_of(pending.values())
+                self.stop()
+                late = "did not return after another rank had failed" if errors else f"did not return in {timeout} s"
+                return results, errors | {rank: f"{late}; it was killed here:\n{text}" for rank, text in stacks.items()}
+            for connection in ready:
+                rank = pending.pop(connection)
+                try:
+                    succeeded, value = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    self._workers[rank][0].join(GRACE)
+                    code = self._workers[rank][0].exitcode
+                    self.stop()
+                    return results, errors | {rank: f"the process died with exit code {code}"}
+                if succeeded:
+                    results[rank] = value
+                else:
+                    errors[rank] = value
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return results, errors
+
+    def _stacks_of(self, ranks) -> dict[int, str]:
+        ranks = list(ranks)
+        for rank in ranks:
+            os.kill(self._workers[rank][0].pid, signal.SIGUSR1)  # faulthandler writes the stacks
+        time.sleep(0.5)
+        return {rank: (self._stacks / str(rank)).read_text() for rank in ranks}
+
+    def stop(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers.clear()
+
+
+def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
+    """The loop of a worker: take a function, run it in a new process group, send back what became of it."""
+    torch.set_num_threads(1)
+    stacks_file = (stacks / str(rank)).open("w")
+    faulthandler.register(signal.SIGUSR1, file=stacks_file)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    connection.send_bytes(b"ready")
+    while True:
+        try:
+            task = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            function, args, world_size, number, timeout = pickle.loads(task)
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore(f"task{number}", store),
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout + 2 * GRACE),
+            )
+            try:
+                answer = pickle.dumps((True, function(*args)))
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            answer = pickle.dumps((False, traceback.format_exc()))
+        connection.send_bytes(answer)
