@@ -117,11 +117,13 @@ class ShardedLion(Optimizer):
     def _build(self, groups: list[dict]) -> None:
         """All user input has been checked: from here on ranks communicate, and tensors change."""
         params = [(p, g) for g in groups for p in g["params"]]
+        if not params:
+            raise ValueError("ShardedLion got no parameters: every param group is empty")
         self._device = params[0][0].device
         self._stream = CommStream(self._device)
-        self._grad_norm = GradNorm(self.groups)
+        self._grad_norm = GradNorm(self.groups, self._device)
         self._counters = torch.zeros(2, dtype=torch.int64, device=self._device)  # steps taken, steps skipped
-        self._check_agreement(groups)
+        self._check_agreement([(g, [self._names[p] for p in g["params"]]) for g in groups])
         if self._module is not None:
             self.param_scheduler = ParamScheduler(self._module)
             strangers = [p.data for p in self._module.parameters() if p not in self._names]
@@ -134,17 +136,19 @@ class ShardedLion(Optimizer):
         """Append a param group; its parameters get buckets of their own. All ranks do so together, between steps."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        names = self._names_of(group)
         try:
-            self._check_group(group)
+            self._check_group(group, names)
+            if self._is_built:
+                self._check_agreement([(group, names)])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        for name, param in zip(self._names_of(group), group["params"], strict=True):
+        for name, param in zip(names, group["params"], strict=True):
             self._names[param] = name
             self._canonical_start[param] = self._numel
             self._numel += param.numel()
         if self._is_built:
-            self._check_agreement([group])
             self._add_buckets([(p, group) for p in group["params"]])
 
     def _names_of(self, group: dict) -> list[str]:
@@ -153,12 +157,15 @@ class ShardedLion(Optimizer):
         first = len(self._names)
         return [self._module_names.get(p, f"param.{first + i}") for i, p in enumerate(group["params"])]
 
-    def _check_group(self, group: dict) -> None:
+    def _check_group(self, group: dict, names: list[str]) -> None:
         check_hyperparameters(group)
-        for name, param in zip(self._names_of(group), group["params"], strict=True):
+        self._groups_for(group)
+        if len(set(group["params"])) < len(names):
+            raise ValueError(f"a param group holds a parameter more than once: {', '.join(names)}")
+        first = next((p for g in self.param_groups for p in g["params"]), None)
+        for name, param in zip(names, group["params"], strict=True):
             check_param(param, f"parameter {name!r}")
             self.precision.main_params_for(param.dtype)
-            first = self.param_groups[0]["params"][0]
             if param.device != first.device:
                 raise ValueError(
                     f"ShardedLion expects parameters on one device, got {first.device} and {param.device} (first: "
@@ -170,13 +177,13 @@ class ShardedLion(Optimizer):
                     "shards in place."
                 )
 
-    def _check_agreement(self, groups: list[dict]) -> None:
+    def _check_agreement(self, groups: list[tuple[dict, list[str]]]) -> None:
         entries = [("ShardedLion", (str(self.sharding), str(self.precision), str(self._decoupled_from)))]
-        for i, group in enumerate(groups):
+        for i, (group, names) in enumerate(groups):
             settings = [str(_number(group[key])) for key in ("lr", "betas", "weight_decay")]
             entries.append((f"param group {i}: lr, betas, weight_decay", tuple(settings)))
-            for param in group["params"]:
-                entries.append((self._names[param], (tuple(param.shape), str(param.dtype), param.requires_grad)))
+            for name, param in zip(names, group["params"], strict=True):
+                entries.append((name, (tuple(param.shape), str(param.dtype), param.requires_grad)))
         for axis in self.groups.axes:
             check_ranks_agree(entries, axis)
 
@@ -309,7 +316,10 @@ class ShardedLion(Optimizer):
         divisor = self._grad_divisor
         if divisor is None:
             divisor = self.groups.num_ranks if self.sharding.average else 1
-        divisor = torch.as_tensor(divisor, dtype=torch.float64, device=self._device)
+        if isinstance(divisor, Tensor):
+            divisor = divisor.to(self._device, torch.float64)
+        else:
+            divisor = torch.full((), divisor, dtype=torch.float64, device=self._device)  # a copy would wait
         loss_scale = getattr(self, "grad_scale", None)  # set by GradScaler around step(), unless it has unscaled
         if loss_scale is not None:
             divisor = divisor * loss_scale.double()

@@ -51,9 +51,10 @@ class StepScalars:
     def from_group(cls, lr, betas, weight_decay) -> StepScalars:
         """``1 - lr * weight_decay`` is computed in fp64 on the host, or on the device when either is a tensor."""
         if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
-            like = lr if isinstance(lr, Tensor) else weight_decay
-            lr64, decay64 = (torch.as_tensor(x, device=like.device).double().reshape(()) for x in (lr, weight_decay))
-            return cls(lr64.float(), (1.0 - lr64 * decay64).float(), *betas)
+            # Python numbers meet the tensors as fp64 scalars: nothing is copied to the device, so nothing waits.
+            lr64, decay64 = (x.double().reshape(()) if isinstance(x, Tensor) else x for x in (lr, weight_decay))
+            decay = (1.0 - lr64 * decay64).float()
+            return cls(lr64.float() if isinstance(lr, Tensor) else torch.full_like(decay, lr), decay, *betas)
         return cls(float(lr), 1.0 - float(lr) * float(weight_decay), *betas)
 
 

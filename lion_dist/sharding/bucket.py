@@ -148,6 +148,7 @@ class Bucket:
         self._ready = [False] * len(self.params)
 
     def _pack(self, flat: Tensor) -> None:
+        self._check_grad_shapes()
         places = views_of(flat, self.layout, self.shapes)
         present = [(place, p) for place, p in zip(places, self.params, strict=True) if p.grad is not None]
         missing = [place for place, p in zip(places, self.params, strict=True) if p.grad is None and p.numel()]
@@ -159,6 +160,15 @@ class Bucket:
                 torch._foreach_copy_([place for place, _ in present], [p.grad for _, p in present])
         for _, param in present:
             param.grad = None
+
+    def _check_grad_shapes(self) -> None:
+        """Autograd gives a gradient its parameter's shape; ``.grad.data`` takes any, and copying would broadcast it."""
+        for name, param in zip(self.names, self.params, strict=True):
+            if param.grad is not None and param.grad.shape != param.shape:
+                raise ValueError(
+                    f"the gradient of {name!r} has shape {tuple(param.grad.shape)}, the parameter {tuple(param.shape)}. "
+                    "Call zero_grad() and run backward again; do not assign to .grad.data."
+                )
 
     def complete_reduction(self) -> None:
         """Bring a reduction under way to its end. On a CUDA stream it is queued already and this costs nothing."""

@@ -30,8 +30,8 @@ class GradNorm:
     on some rank.
     """
 
-    def __init__(self, main_groups: ShardGroups):
-        self.main_groups = main_groups
+    def __init__(self, main_groups: ShardGroups, device: torch.device):
+        self.main_groups, self.device = main_groups, device
         self._uses: dict[tuple[bool, ...], Tensor] = {}  # the last pattern of uses of each group, on the device
 
     def __call__(self, buckets: Sequence[Bucket]) -> tuple[Tensor, dict[Bucket, Tensor]]:
@@ -39,6 +39,8 @@ class GradNorm:
         for bucket in buckets:
             by_groups.setdefault(bucket.groups, []).append(bucket)
         used: dict[Bucket, Tensor] = {}
+        if not buckets:  # every parameter is frozen
+            return torch.zeros((), dtype=torch.float64, device=self.device), used
         totals = [self._judge(groups, members, used) for groups, members in by_groups.items()]
         if list(by_groups) == [self.main_groups]:
             return totals[0], used
@@ -63,5 +65,5 @@ class GradNorm:
         if pattern not in self._uses:
             if len(self._uses) > 16:
                 self._uses.clear()
-            self._uses[pattern] = torch.tensor(pattern, dtype=torch.float64).to(buckets[0].device)
+            self._uses[pattern] = torch.tensor(pattern, dtype=torch.float64).to(self.device)
         return self._uses[pattern]

@@ -67,8 +67,9 @@ def resolve_groups(where: DeviceMesh | ProcessGroup | None) -> ShardGroups:
         groups = [_unless_alone(group) for group in where.get_all_groups()]
         return ShardGroups(groups[-1], groups[0] if len(groups) == 2 else None)
     if not isinstance(where, ProcessGroup):
+        rank = dist.get_rank() if dist.is_initialized() else 0
         raise ValueError(
-            f"process_group must be a ProcessGroup that this rank (global rank {dist.get_rank()}) belongs to, a "
+            f"process_group must be a ProcessGroup that this rank (global rank {rank}) belongs to, a "
             f"DeviceMesh or None, got {where!r}. torch.distributed.new_group returns a non-member marker on ranks "
             "outside the group: construct the optimizer on its members only."
         )

@@ -1,0 +1,175 @@
+"""ShardedLion over NCCL, one rank per GPU. NCCL sums in an order of its own, so parity means: equal to ``Lion`` fed
+that run's reduced gradients and the same factor."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+CASES = {
+    "fp32 parameters": (torch.float32, PrecisionPolicy(), ShardingConfig(bucket_numel=70_000)),
+    "fp32, bf16 momentum, stage 1": (
+        torch.float32,
+        PrecisionPolicy(momentum_dtype=torch.bfloat16),
+        ShardingConfig(zero_stage=1, bucket_numel=70_000),
+    ),
+    "split": (torch.bfloat16, PrecisionPolicy(main_params="split"), ShardingConfig(bucket_numel=70_000)),
+    "fp32 main params, fp32 wire": (
+        torch.bfloat16,
+        PrecisionPolicy(main_params="fp32"),
+        ShardingConfig(bucket_numel=70_000, reduce_dtype=torch.float32),
+    ),
+    "none, stochastic momentum, ordered sum": (
+        torch.bfloat16,
+        PrecisionPolicy(main_params="none", momentum_rounding="stochastic", seed=5),
+        ShardingConfig(bucket_numel=70_000, ordered_sum=True),
+    ),
+}
+
+
+def on_all_gpus(function, *args):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, args=(torch.cuda.device_count(), port, function, args), nprocs=torch.cuda.device_count())
+
+
+def _rank(rank, world_size, port, function, args):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", rank=rank, world_size=world_size, device_id=device)
+    try:
+        function(device, *args)
+        torch.cuda.synchronize()
+    finally:
+        dist.destroy_process_group()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(1000, 128)
+        layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, tokens):
+        hidden = self.blocks(self.embedding(tokens))
+        return nn.functional.cross_entropy(
+            nn.functional.linear(hidden[:, :-1], self.embedding.weight).flatten(0, 1).float(), tokens[:, 1:].flatten()
+        )
+
+
+def build(device, case):
+    dtype, precision, sharding = CASES[case]
+    torch.manual_seed(0)
+    model = Net().to(device, dtype)
+    optimizer = ShardedLion(
+        model.parameters(), lr=1e-3, weight_decay=0.1, module=model, precision=precision, sharding=sharding
+    )
+    return model, optimizer
+
+
+def tokens_for(step, device):
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    return torch.randint(1000, (4, 64), generator=generator).to(device)
+
+
+def reduced_gradients(optimizer):
+    """Every parameter's gradient, summed over ranks, gathered from the shards."""
+    grads = {}
+    for bucket in optimizer.buckets:
+        shard = bucket.finish_grad_sync()
+        full = shard.new_empty(bucket.layout.numel)
+        dist.all_gather_into_tensor(full, shard)
+        for param, offset in zip(bucket.params, bucket.layout.offsets, strict=True):
+            grads[param] = full[offset : offset + param.numel()].view(param.shape).clone()
+    return grads
+
+
+def equals_lion_fed_its_reduced_gradients(device, case):
+    model, optimizer = build(device, case)
+    torch.manual_seed(0)
+    twin = Net().to(device, CASES[case][0])
+    reference = Lion(twin.parameters(), lr=1e-3, weight_decay=0.1, precision=CASES[case][1], use_triton=False)
+    for step in range(6):
+        for micro_batch in range(2):
+            model(tokens_for(10 * step + micro_batch, device)).backward()
+        optimizer.clip_grad_norm_(0.5)
+        grads = reduced_gradients(optimizer)
+        factor = optimizer._grad_scale(optimizer._verdict)
+        masters = [grads[p] for p in model.parameters()]
+        for param, grad in zip(twin.parameters(), masters, strict=True):
+            param.grad = None
+            param.grad_dtype = grad.dtype
+            param.grad = grad
+        reference._scaling = lambda factor=factor: (factor, None)
+        reference.step()
+        optimizer.step()
+        optimizer.finish_param_sync()
+        for (name, param), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert torch.equal(param, other), (step, name)
+
+
+def never_waits_for_the_device(device):
+    model, optimizer = build(device, "split")
+    batches = [tokens_for(step, device) for step in range(6)]
+    for step, batch in enumerate(batches):
+        if step == 3:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        optimizer.zero_grad()
+        model(batch).backward()
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def memory_stays_flat(device):
+    model, optimizer = build(device, "split")
+    peaks = []
+    for step in range(60):
+        optimizer.zero_grad()
+        model(tokens_for(step, device)).backward()
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        if step in (20, 59):
+            peaks.append(torch.cuda.max_memory_reserved(device))
+    assert peaks[0] == peaks[1], peaks
+
+
+def a_step_with_a_nan_is_skipped_everywhere(device):
+    model, optimizer = build(device, "split")
+    before = [p.clone() for p in model.parameters()]
+    loss = model(tokens_for(0, device))
+    (loss * (float("nan") if dist.get_rank() == 0 else 1.0)).backward()
+    optimizer.step()
+    optimizer.finish_param_sync()
+    assert optimizer.skipped_steps() == 1
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert all(not shard.exp_avg.any() for shard in optimizer.shards)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_equal_lion_fed_the_reduced_gradients(case):
+    on_all_gpus(equals_lion_fed_its_reduced_gradients, case)
+
+
+def test_a_step_never_waits_for_the_device():
+    on_all_gpus(never_waits_for_the_device)
+
+
+def test_memory_does_not_creep():
+    on_all_gpus(memory_stays_flat)
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all():
+    on_all_gpus(a_step_with_a_nan_is_skipped_everywhere)
