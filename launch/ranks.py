@@ -1,5 +1,6 @@
 """What the training program asks of torch.distributed: a process group, means over ranks, one comparison."""
 
+import gc
 import hashlib
 import os
 
@@ -26,6 +27,17 @@ def start_process_group() -> torch.device:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
     return device
+
+
+def stop_process_group() -> None:
+    """Call it when no engine is referenced any more.
+
+    A DistributedDataParallel that outlives the group becomes its last owner, and frees it while holding the
+    interpreter lock, which gloo's thread may be waiting for: now and then a rank hangs at exit (torch 2.13).
+    """
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

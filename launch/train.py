@@ -27,7 +27,13 @@ from corpus import Corpus, global_batch, held_out_windows, rank_part, read_corpu
 from engines import ENGINES, PlainEngine
 from lion_dist import PrecisionPolicy, ShardingConfig
 from model import Transformer
-from ranks import differing_parameters, gather_objects, mean_over_ranks, start_process_group
+from ranks import (
+    differing_parameters,
+    gather_objects,
+    mean_over_ranks,
+    start_process_group,
+    stop_process_group,
+)
 from report import Metrics, Progress, memory_table, save_loss_curve, unsharded_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -221,6 +227,32 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def run(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> int:
+    """Everything that needs a process group. Returns the exit code."""
+    torch.manual_seed(args.seed)
+    policy = PrecisionPolicy(
+        main_params=args.main_params, momentum_dtype=DTYPES.get(args.momentum_dtype), seed=args.seed
+    )
+    model = Transformer(args.layers, args.dim, args.heads).to(device, DTYPES[args.precision])
+    engine = ENGINES[args.engine](model, args, policy, device)
+    scheduler = LambdaLR(engine.optimizer, warmup_then_cosine(args))
+    say(
+        f"{args.engine}: {sum(p.numel() for p in model.parameters()):,} parameters ({args.precision}), "
+        f"{WORLD_SIZE} x {device.type}; {corpus.files} files, {corpus.train.numel() / 1e6:.1f} MB to train "
+        f"on, {corpus.held_out.numel() / 1e6:.1f} MB held out"
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    completed_steps = 0
+    if args.resume:
+        completed_steps = load_checkpoint(args, engine, scheduler, corpus)
+    else:
+        (args.out / "latest").unlink(missing_ok=True)  # an earlier run's: not to be resumed as this one's
+    held_out = {completed_steps: held_out_loss(args, engine, corpus, device)}
+    train(args, engine, scheduler, corpus, device, completed_steps)
+    held_out[args.steps] = held_out_loss(args, engine, corpus, device)
+    return finish(args, engine, policy, held_out)
+
+
 def main() -> int:
     args = parse_arguments()
     try:
@@ -231,32 +263,8 @@ def main() -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
         return 2
-
-    torch.manual_seed(args.seed)
-    policy = PrecisionPolicy(
-        main_params=args.main_params, momentum_dtype=DTYPES.get(args.momentum_dtype), seed=args.seed
-    )
-    model = Transformer(args.layers, args.dim, args.heads).to(device, DTYPES[args.precision])
-    engine = ENGINES[args.engine](model, args, policy, device)
-    scheduler = LambdaLR(engine.optimizer, warmup_then_cosine(args))
-    say(
-        f"{args.engine}: {sum(p.numel() for p in model.parameters()):,} parameters ({args.precision}), "
-        f"{WORLD_SIZE} x {device.type}; {corpus.files} files, {corpus.train.numel() / 1e6:.1f} MB to "
-        f"train on, {corpus.held_out.numel() / 1e6:.1f} MB held out"
-    )
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.resume:
-        completed_steps = load_checkpoint(args, engine, scheduler, corpus)
-    else:
-        completed_steps = 0
-        (args.out / "latest").unlink(missing_ok=True)  # an earlier run's: not to be resumed as this one's
-    held_out = {completed_steps: held_out_loss(args, engine, corpus, device)}
-    train(args, engine, scheduler, corpus, device, completed_steps)
-    held_out[args.steps] = held_out_loss(args, engine, corpus, device)
-    exit_code = finish(args, engine, policy, held_out)
-    dist.barrier()
-    dist.destroy_process_group()
+    exit_code = run(args, corpus, device)
+    stop_process_group()
     return exit_code
 
 

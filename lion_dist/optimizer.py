@@ -128,6 +128,16 @@ class Lion(Optimizer):
         self._versions: dict[Tensor, int] = {}  # of low-precision params with fp32 main params, after our last write
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict:
+        """To copy or pickle: torch's own keeps defaults, state and param groups only."""
+        kept = ("precision", "use_triton", "_decoupled_from")
+        return super().__getstate__() | {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict) -> None:
+        for cache in ("_groups_of_tensors", "_versions"):  # present when load_state_dict() calls this
+            self.__dict__.setdefault(cache, {})
+        super().__setstate__(state)
+
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -183,6 +193,11 @@ class Lion(Optimizer):
                     "Use nn.Embedding(sparse=False): untouched rows stay where they are without it too."
                 )
             grad = local_tensor(grad)
+            if grad.shape != local_tensor(param).shape:  # .grad.data takes any shape
+                raise ValueError(
+                    f"a gradient has shape {tuple(grad.shape)}, its parameter {tuple(local_tensor(param).shape)}. "
+                    "Call zero_grad() and run backward again; do not assign to .grad.data."
+                )
             params, grads = alike.setdefault((grad.device, param.dtype, grad.dtype), ([], []))
             params.append(param)
             grads.append(grad.contiguous())
@@ -190,7 +205,12 @@ class Lion(Optimizer):
 
     def _tensors_of(self, params: list[Tensor]) -> LionTensors:
         """The checked, flattened tensors of ``params``, kept as long as they stay where they are."""
-        key = tuple((id(p), local_tensor(p).data_ptr()) for p in params)
+        # The momentum's address too: a user may put another in its place, or clear the state to start afresh.
+        states = [self.state_of(p) for p in params]
+        key = tuple(
+            (id(p), local_tensor(p).data_ptr(), local_tensor(state["exp_avg"]).data_ptr())
+            for p, state in zip(params, states, strict=True)
+        )
         tensors = self._groups_of_tensors.get(key)
         if tensors is None or any(not local_tensor(p).is_contiguous() for p in params):
             if len(self._groups_of_tensors) > 8 * len(self.param_groups):
@@ -252,7 +272,7 @@ class Lion(Optimizer):
     def _after_update(self, params: list[Tensor], tensors: LionTensors) -> None:
         for param, flat in zip(params, tensors.params, strict=True):
             if flat.data_ptr() != local_tensor(param).data_ptr():  # a working copy of a non-contiguous parameter
-                local_tensor(param).copy_(flat.view(param.shape))
+                local_tensor(param).copy_(flat.view_as(local_tensor(param)))
         torch.autograd.graph.increment_version(params)  # the Triton kernel writes behind autograd's back
         if tensors.mains is not None:
             self._versions.update((param, param._version) for param in params)

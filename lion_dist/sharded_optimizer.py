@@ -44,6 +44,7 @@ class Verdict:
     sum_of_squares: Tensor  # [] fp64, of the summed gradients as backward left them (scaled, not averaged)
     skip: Tensor  # [] fp32, 1 when a gradient is not finite
     used: dict[Bucket, Tensor]  # [params] fp32
+    grad_version: int  # of the gradients that were judged; a later backward outdates the verdict
     clip_coefficient: Tensor | None = None  # [] fp32
 
 
@@ -131,6 +132,12 @@ class ShardedLion(Optimizer):
                 self.groups.broadcast(tensor)
         self._is_built = True
         self._add_buckets(params)
+
+    def __getstate__(self) -> dict:
+        raise TypeError(
+            "ShardedLion cannot be copied or pickled: it is tied to process groups and to the model's memory. Save "
+            "its state_dict() with torch.distributed.checkpoint and construct another."
+        )
 
     def add_param_group(self, param_group: dict) -> None:
         """Append a param group; its parameters get buckets of their own. All ranks do so together, between steps."""
@@ -235,6 +242,8 @@ class ShardedLion(Optimizer):
             del self._frozen[param]
         if unfrozen:
             self._add_buckets(unfrozen)
+            for bucket in dict.fromkeys(self.grad_scheduler.bucket_of(param) for param, _ in unfrozen):
+                bucket.register_grads_left_by_autograd()
 
     # ---- the step
 
@@ -291,6 +300,7 @@ class ShardedLion(Optimizer):
     @torch.no_grad()
     def _judge_gradients(self) -> Verdict:
         """Wait for every reduction, then ask all ranks once: norm, finite, used. Kept until ``step()``."""
+        self._drop_outdated_verdict()
         if self._verdict is None:
             if self.grad_scheduler.in_no_sync:
                 raise RuntimeError(
@@ -301,8 +311,18 @@ class ShardedLion(Optimizer):
             self.finish_param_sync()  # a step without a forward since the last
             self.grad_scheduler.finish_backward()
             total, used = self._grad_norm(self.buckets)
-            self._verdict = Verdict(total, (~total.isfinite()).float(), used)
+            self._verdict = Verdict(total, (~total.isfinite()).float(), used, self.grad_scheduler.version)
         return self._verdict
+
+    def _drop_outdated_verdict(self) -> None:
+        if self._verdict is None or self._verdict.grad_version == self.grad_scheduler.version:
+            return
+        if self._verdict.clip_coefficient is not None:
+            raise RuntimeError(
+                "a backward pass ran after clip_grad_norm_(), which did not see its gradients. Clip after the last "
+                "backward of the step; grad_norm() may be read at any time."
+            )
+        self._verdict = None
 
     def _refuse_blind_scaler(self) -> None:
         if isinstance(getattr(self, "found_inf", None), int):  # the sum of no checks at all
@@ -366,8 +386,8 @@ class ShardedLion(Optimizer):
         """
         if not isinstance(count, Tensor) and not (math.isfinite(count) and count > 0):
             raise ValueError(f"the gradient divisor must be finite and above 0, got {count!r}")
-        if self._verdict is not None:
-            raise RuntimeError("set_grad_divisor() comes before clip_grad_norm_() and grad_norm(), which use it")
+        if self._verdict is not None and self._verdict.clip_coefficient is not None:
+            raise RuntimeError("set_grad_divisor() comes before clip_grad_norm_(), which has used the old one")
         self._grad_divisor = count
 
     @contextlib.contextmanager

@@ -34,7 +34,10 @@ class RankError(AssertionError):
 
     def __init__(self, errors: dict[int, str]):
         self.errors = errors
-        super().__init__("\n".join(f"---- rank {rank} ----\n{text}" for rank, text in sorted(errors.items())))
+        ranks_of: dict[str, list[int]] = {}
+        for rank, text in sorted(errors.items()):
+            ranks_of.setdefault(text, []).append(rank)
+        super().__init__("\n".join(f"---- rank {', '.join(map(str, r))} ----\n{t}" for t, r in ranks_of.items()))
 
 
 class GlooPool:

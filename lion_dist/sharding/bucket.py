@@ -123,6 +123,12 @@ class Bucket:
         self._ready[position] = True
         self.used[position] = True
 
+    def register_grads_left_by_autograd(self) -> None:
+        """Gradients that came before the parameters were in a bucket, and under a hook."""
+        for position, param in enumerate(self.params):
+            if param.grad is not None:
+                self.register_grad_ready(position)
+
     def all_grads_ready(self) -> bool:
         """Whether every parameter that takes a gradient has one in this backward pass."""
         return all(ready or not p.requires_grad for ready, p in zip(self._ready, self.params, strict=True))

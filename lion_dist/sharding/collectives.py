@@ -90,10 +90,11 @@ def ordered_all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
     """As :func:`all_reduce`, summing in rank order on every rank; for the replicate axis, whose groups are small."""
     if group is None:
         return
-    gathered = tensor.new_empty(group.size(), tensor.numel())
+    gathered = tensor.new_empty(group.size() * tensor.numel())  # gloo gathers into 1-D only
     _all_gather_single(gathered, tensor, group=group)
-    tensor.copy_(gathered[0])
-    for addend in gathered[1:]:
+    addends = gathered.view(group.size(), -1)
+    tensor.copy_(addends[0])
+    for addend in addends[1:]:
         tensor.add_(addend)
 
 

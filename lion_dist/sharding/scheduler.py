@@ -8,8 +8,9 @@ Parameters. Given the module, each of its modules waits, before its own forward,
 **The hazard**: after ``step()`` parameters are in flight. A pre-forward hook protects only what passes through the
 forward of the module that owns the parameter. So modules whose forward did not run in the last forward of the root
 (their parameters are used functionally, as nn.MultiheadAttention uses its output projection) are waited for at the
-root; so are all buckets before ``state_dict`` and ``load_state_dict`` of any module; and everything else that reads
-parameters between ``step()`` and the next forward calls ``finish_param_sync()``.
+root; so are all buckets before a sub-module is called by itself, and before ``state_dict`` and ``load_state_dict`` of
+any module; and everything else that reads parameters between ``step()`` and the next forward calls
+``finish_param_sync()``.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ class GradScheduler:
 
     def __init__(self, keep_local_grads: bool):
         self.keep_local_grads = keep_local_grads
+        self._hook = torch.compiler.disable(self._on_grad)  # as a decorator it would import torch._dynamo with us: 0.6 s
         self.in_no_sync = False
         self._order: list[Bucket] = []  # the order in which reductions start
         self._place: dict[Parameter, tuple[Bucket, int]] = {}
         self._next = 0  # position in _order of the bucket to start next
         self._started: set[Bucket] = set()  # in this pass
         self._pass_is_open = False
+        self.version = 0  # changes with every gradient that is kept or sent
         self._pending_local = False  # a no_sync pass left gradients behind that no later pass has taken along
 
     def add_buckets(self, buckets: Sequence[Bucket]) -> None:
@@ -50,10 +53,12 @@ class GradScheduler:
                 # A frozen parameter takes no hook; it keeps the one it got while it briefly took gradients.
                 frozen = not param.requires_grad
                 param.requires_grad_(True)
-                param.register_post_accumulate_grad_hook(self._on_grad)
+                param.register_post_accumulate_grad_hook(self._hook)
                 param.requires_grad_(not frozen)
 
-    @torch.compiler.disable
+    def bucket_of(self, param: Parameter) -> Bucket:
+        return self._place[param][0]
+
     def _on_grad(self, param: Parameter) -> None:
         bucket, position = self._place[param]
         if self._pass_is_open and bucket in self._started:
@@ -65,6 +70,7 @@ class GradScheduler:
         if self.in_no_sync and self.keep_local_grads:
             bucket.used[position] = True
             self._pending_local = True
+            self.version += 1
             return
         self.open_pass()
         bucket.register_grad_ready(position)
@@ -81,6 +87,7 @@ class GradScheduler:
         bucket = self._order[self._next]
         self._next += 1
         self._started.add(bucket)
+        self.version += 1
         bucket.start_grad_sync()
 
     def finish_pass(self) -> None:
@@ -119,9 +126,8 @@ class OwnModelHook:
     """A module hook that stays behind when the model is copied or pickled (EMA): the copy is not ours to wait for."""
 
     def __init__(self, function: Callable | None):
-        self.function = function
+        self.function = None if function is None else torch.compiler.disable(function)
 
-    @torch.compiler.disable
     def __call__(self, *args, **kwargs) -> None:
         if self.function is not None:
             self.function(*args, **kwargs)
@@ -143,9 +149,14 @@ class ParamScheduler:
         self._owners: dict[nn.Module, list[Bucket]] = {}  # buckets of the parameters that the hook of a module covers
         self._ran: set[nn.Module] = set()  # owners whose forward began since the root's did
         self._at_root: list[Bucket] = []  # buckets of owners whose forward did not run last time
-        for owner in self._owner_modules():
+        self._in_forward = False  # of the root
+        owners, others = self._owner_modules()
+        for owner in owners:
             owner.register_forward_pre_hook(OwnModelHook(self._before_forward), prepend=True)
+        for other in others:
+            other.register_forward_pre_hook(OwnModelHook(self._before_forward_without_params), prepend=True)
         module.register_forward_pre_hook(OwnModelHook(self._before_root_forward), prepend=True)
+        module.register_forward_hook(OwnModelHook(self._after_root_forward), always_call=True)
         for child in module.modules():
             child.register_state_dict_pre_hook(OwnModelHook(self._wait_for_all))
             child.register_load_state_dict_pre_hook(OwnModelHook(self._wait_for_all))
@@ -153,13 +164,13 @@ class ParamScheduler:
     def add_buckets(self, buckets: Sequence[Bucket]) -> None:
         self.buckets += buckets
         self._bucket_of.update((param, bucket) for bucket in buckets for param in bucket.params)
-        for owner in self._owner_modules():
+        for owner in self._owner_modules()[0]:
             params = owner.parameters(recurse=_is_compiled(owner))
             self._owners[owner] = list(dict.fromkeys(self._bucket_of[p] for p in params if p in self._bucket_of))
 
-    def _owner_modules(self) -> list[nn.Module]:
-        """Modules with parameters of their own; a compiled module stands for all of its inside."""
-        owners, inside = [], set()
+    def _owner_modules(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Modules with parameters of their own, and the others; a compiled module stands for all of its inside."""
+        owners, others, inside = [], [], set()
         for module in self.module.modules():
             if module in inside:
                 continue
@@ -168,15 +179,28 @@ class ParamScheduler:
                 owners.append(module)
             elif next(module.parameters(recurse=False), None) is not None:
                 owners.append(module)
-        return owners
+            else:
+                others.append(module)
+        return owners, others
 
     def _before_forward(self, module: nn.Module, _args) -> None:
+        if not self._in_forward:  # a sub-module called by itself: nobody has waited for what it uses functionally
+            self.finish_all()
+            return
         if torch.is_grad_enabled():
             self._ran.add(module)
         for bucket in self._owners.get(module, ()):
             bucket.finish_param_sync()
 
+    def _before_forward_without_params(self, _module: nn.Module, _args) -> None:
+        if not self._in_forward:
+            self.finish_all()
+
+    def _after_root_forward(self, *_args) -> None:
+        self._in_forward = False
+
     def _before_root_forward(self, _module: nn.Module, _args) -> None:
+        self._in_forward = True
         if not torch.is_grad_enabled():  # evaluation may take another path through the model
             self.finish_all()
             return

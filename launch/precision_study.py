@@ -1,0 +1,174 @@
+"""Does a 16-bit momentum, or a 16-bit weight, cost anything? The same runs in every precision, paired by seed.
+
+    python launch/precision_study.py --seeds 0 1 2 --out runs/precision     # one process per GPU, other seeds each
+    python launch/precision_study.py --report --out runs/precision          # the table and the picture
+
+Every arm of a seed starts from the same weights and sees the same batches, so that differences are paired. Main params
+"split" are not an arm: they are "fp32" bit for bit. The model may be compiled; the update is not, because Inductor
+elides bf16 round trips and would fake what is studied.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from corpus import global_batch, held_out_windows, read_corpus
+from lion_dist import Lion, PrecisionPolicy
+from model import Transformer
+
+BASELINE = "fp32 main params, fp32 momentum"
+ARMS = {
+    BASELINE: PrecisionPolicy("fp32", torch.float32),
+    "fp32 main params, bf16 momentum, nearest": PrecisionPolicy("fp32", torch.bfloat16),
+    "fp32 main params, bf16 momentum, stochastic": PrecisionPolicy("fp32", torch.bfloat16, "stochastic"),
+    "no main params, fp32 momentum": PrecisionPolicy("none", torch.float32),
+    "no main params, bf16 momentum, nearest": PrecisionPolicy("none", torch.bfloat16),
+    "no main params, bf16 momentum, stochastic": PrecisionPolicy("none", torch.bfloat16, "stochastic"),
+}
+# Two-sided 95% quantiles of Student's t, by degrees of freedom.
+T_95 = dict(enumerate((12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201), start=1))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/precision"))
+    add("--report", action="store_true", help="read the results in --out instead of training")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--data", help="as launch/train.py's")
+    add("--layers", type=int, default=8)
+    add("--dim", type=int, default=512)
+    add("--heads", type=int, default=8)
+    add("--seq-len", type=int, default=512)
+    add("--batch-size", type=int, default=32)
+    add("--steps", type=int, default=2000)
+    add("--lr", type=float, default=3e-4)
+    add("--weight-decay", type=float, default=0.3)
+    add("--warmup", type=int, default=100)
+    add("--held-out", type=int, default=1024, help="windows that the final loss is measured on")
+    add("--no-compile", action="store_true")
+    return parser.parse_args()
+
+
+def factor(args, step: int) -> float:
+    """Of lr after ``step`` steps: linear warm-up, then a cosine down to a tenth."""
+    if step < args.warmup:
+        return (step + 1) / args.warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - args.warmup) / (args.steps - args.warmup))
+
+
+def run(args, model, forward, corpus, seed: int, precision: PrecisionPolicy, device) -> dict:
+    torch.manual_seed(seed)
+    model.load_state_dict(Transformer(args.layers, args.dim, args.heads).to(torch.bfloat16).state_dict())
+    decayed = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others}]
+    optimizer = Lion(groups, lr=args.lr, precision=precision)
+    losses, started = [], time.perf_counter()
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * factor(args, step)
+        windows = global_batch(corpus.train, args.batch_size, args.seq_len, seed, step)
+        loss = forward(windows.to(device, non_blocking=True))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            losses.append(loss.detach())
+    with torch.no_grad():
+        held_out = held_out_windows(corpus.held_out, args.held_out, args.seq_len).to(device)
+        final = [forward(part) for part in held_out.split(args.batch_size)]
+    final = torch.stack(final).double().mean().item()
+    losses = torch.stack(losses).tolist()
+    return {"held_out": final, "losses": losses, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def train(args) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    corpus = read_corpus(args.data, args.seq_len)
+    model = Transformer(args.layers, args.dim, args.heads).to(device, torch.bfloat16)
+    forward = model if args.no_compile else torch.compile(model)
+    numel = sum(p.numel() for p in model.parameters())
+    print(f"{numel / 1e6:.1f} M parameters, {corpus.train.numel() / 1e6:.1f} MB of text, seeds {args.seeds}")
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "report", "seeds")}
+    with (args.out / f"seeds-{'-'.join(map(str, args.seeds))}.jsonl").open("w") as file:
+        for seed in args.seeds:
+            for arm, precision in ARMS.items():
+                result = run(args, model, forward, corpus, seed, precision, device)
+                row = {"arm": arm, "seed": seed, "numel": numel, "torch": torch.__version__, "machine": machine}
+                file.write(json.dumps(row | settings | result) + "\n")
+                file.flush()
+                print(f"seed {seed}  {result['held_out']:.4f}  {result['seconds']:5.1f} s  {arm}", flush=True)
+
+
+def summarize(rows: list[dict]) -> list[dict]:
+    """Per arm: the mean held-out loss, and the mean paired difference to the baseline with its 95% interval."""
+    by_arm = {arm: {r["seed"]: r["held_out"] for r in rows if r["arm"] == arm} for arm in ARMS}
+    table = []
+    for arm, results in by_arm.items():
+        differences = [loss - by_arm[BASELINE][seed] for seed, loss in results.items() if seed in by_arm[BASELINE]]
+        row = {"arm": arm, "runs": len(results), "held_out": statistics.mean(results.values())}
+        if arm != BASELINE:
+            spread = statistics.stdev(differences) / math.sqrt(len(differences))
+            row |= {"difference": statistics.mean(differences), "half_interval": T_95[len(differences) - 1] * spread}
+        table.append(row)
+    return table
+
+
+def report(args) -> None:
+    rows = [json.loads(line) for path in sorted(args.out.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    table = summarize(rows)
+    baseline = [r["held_out"] for r in rows if r["arm"] == BASELINE]
+    first = rows[0]
+    print(
+        f"{first['numel'] / 1e6:.1f} M parameters in bf16, {first['steps']} steps of "
+        f"{first['batch_size'] * first['seq_len']:,} bytes, {first['machine']}, torch {first['torch']}; "
+        f"{len(baseline)} seeds, baseline {statistics.mean(baseline):.4f} (spread over seeds "
+        f"{statistics.stdev(baseline):.4f})\n"
+    )
+    print("| | held-out loss, nats per byte | paired difference, 95% interval |\n|---|---|---|")
+    for row in table:
+        change = "" if "difference" not in row else f"{row['difference']:+.4f} ± {row['half_interval']:.4f}"
+        print(f"| {row['arm']} | {row['held_out']:.4f} | {change} |")
+    draw(table, rows, args.out / "precision-study.png")
+
+
+def draw(table: list[dict], rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    early = min(5, len(rows[0]["losses"]) - 1)  # the first drop would hide the rest
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(1, 1.2))
+    for arm in ARMS:
+        curves = torch.tensor([r["losses"] for r in rows if r["arm"] == arm])
+        left.plot(torch.arange(curves.shape[1]) * 20, curves.mean(dim=0), linewidth=0.8, label=arm)
+    left.set(xlabel="step", ylabel="training loss, nats per byte", ylim=(None, curves.mean(dim=0)[early].item()))
+    left.legend(fontsize=6)
+    arms = [row for row in table if "difference" in row]
+    right.axvline(0.0, color="grey", linewidth=0.8)
+    right.errorbar(
+        [row["difference"] for row in arms], range(len(arms)), xerr=[row["half_interval"] for row in arms], fmt="o"
+    )
+    right.set_yticks(range(len(arms)), [row["arm"] for row in arms], fontsize=8)
+    right.set(xlabel="held-out loss minus the first arm's, 95% interval", ylim=(len(arms) - 0.5, -0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    args = parse_arguments()
+    report(args) if args.report else train(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""How long a step takes, on the device and on the host, and how much memory it takes on the way."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles over the repeats, in ms."""
+
+    median: float
+    p10: float
+    p90: float
+    repeats: int
+    host: float | None = None  # median time until step() returns, the device idle before it
+    extra_peak_bytes: int | None = None  # peak of the step above what was held before it
+
+    @classmethod
+    def of(cls, times: list[float], **more) -> Timing:
+        cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
+        return cls(statistics.median(times), cuts[0], cuts[8], len(times), **more)
+
+
+def time_on_gpu(step: Callable[[], None], repeats: int, budget_s: float = 1.0) -> Timing:
+    """Between CUDA events around each of up to ``repeats`` steps; fewer where they would take over ``budget_s``.
+
+    The host is not waited for, so a step that the host cannot issue as fast shows the host's time.
+    """
+    for _ in range(WARM_UP):
+        step()
+    host, extra = _host_and_memory(step)
+    repeats = max(5, min(repeats, int(1e3 * budget_s / host) if host > 0 else repeats))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        step()
+        end.record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in events]
+    return Timing.of(times, host=host, extra_peak_bytes=extra)
+
+
+def _host_and_memory(step: Callable[[], None]) -> tuple[float, int]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+        torch.cuda.synchronize()
+    return statistics.median(times), torch.cuda.max_memory_allocated() - held
+
+
+def time_in_graph(step: Callable[[], None], repeats: int, steps: int = 20) -> Timing:
+    """Time of one step within replays of a CUDA graph of ``steps``: the device alone, without the host."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(steps):
+            step()
+    whole = time_on_gpu(graph.replay, repeats)
+    return Timing(whole.median / steps, whole.p10 / steps, whole.p90 / steps, whole.repeats)
+
+
+def time_on_cpu(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, Timing]:
+    """Wall time; the contenders take turns, so that other load on the machine meets them alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(-1, repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if repeat >= 0:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: Timing.of(values) for name, values in times.items()}
+
+
+def free_gpu_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()

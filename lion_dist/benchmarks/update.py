@@ -1,0 +1,417 @@
+"""The optimizer step alone: this library and every other Lion that is installed, against the copy ceiling.
+
+    python -m lion_dist.benchmarks.update                  # one GPU, under 4 minutes; nothing is installed by it
+    python -m lion_dist.benchmarks.update --device cpu     # the CPU path against lion-pytorch's
+    python -m lion_dist.benchmarks.update --sweep          # launch shapes of the Triton kernel
+
+GB/s counts the bytes that must move: what a step reads and writes of parameters, state and gradients, once each.
+The ceiling is a device-to-device copy, bytes read plus bytes written. Tensors hold random numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lion_dist import Lion, PrecisionPolicy
+from lion_dist.benchmarks.report import environment, version_of, write_csv
+from lion_dist.benchmarks.timing import Timing, free_gpu_memory, time_in_graph, time_on_cpu, time_on_gpu
+from lion_dist.kernels.reference import StepScalars, lion_step
+from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
+from lion_dist.optimizer import main_for
+
+LR, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.99), 0.1
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parameter shapes.
+
+
+def llama_shapes() -> list[tuple[int, ...]]:
+    """147 tensors of 1.35 B parameters: 24 layers of width 2048, an untied embedding and head of 32,000 tokens."""
+    d, ffn, vocab = 2048, 5504, 32_000
+    layer = [(d,), (3 * d, d), (d, d), (d,), (2 * ffn, d), (d, ffn)]
+    return [(vocab, d), *(24 * layer), (d,), (vocab, d)]
+
+
+def small_shapes() -> list[tuple[int, ...]]:
+    """4,000 tensors of 67 M parameters: biases, norms and low-rank adapters, some with odd sizes."""
+    return 1000 * [(16, 2048), (2048, 16), (1024,), (771,)]
+
+
+MODELS = {"llama 1.35B": llama_shapes, "4000 small": small_shapes, "4 MiB shard": lambda: [(2**21,)]}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Providers: each makes a step() over parameters that have gradients.
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    precision: str
+    dtype: torch.dtype  # of parameters and gradients
+    bytes_per_param: int  # that a step must move
+    build: Callable[[list[nn.Parameter]], Callable[[], None]]
+    flat: bool = False  # one flat shard of the same numel, instead of separate tensors
+    distribution: str = "lion-dist"
+
+
+PRECISIONS = {
+    "fp32": (FP32, PrecisionPolicy()),
+    "fp32, bf16 momentum": (FP32, PrecisionPolicy(momentum_dtype=BF16)),
+    "bf16 + fp32 main": (BF16, PrecisionPolicy(main_params="fp32")),
+    "bf16 split": (BF16, PrecisionPolicy(main_params="split")),
+    "bf16 split, stochastic momentum": (BF16, PrecisionPolicy(momentum_rounding="stochastic")),
+    "bf16 none": (BF16, PrecisionPolicy(main_params="none")),
+    "bf16 none, stochastic momentum": (BF16, PrecisionPolicy(main_params="none", momentum_rounding="stochastic")),
+    "fp16 + fp32 main": (FP16, PrecisionPolicy()),
+}
+
+
+def bytes_per_param(dtype: torch.dtype, policy: PrecisionPolicy) -> int:
+    """Gradient read; momentum read and written; the parameter likewise, unless fp32 main params are read instead."""
+    size, momentum = dtype.itemsize, policy.momentum_dtype_for(dtype).itemsize
+    params = {"own": 2 * size, "none": 2 * size, "split": 2 * size + 4, "fp32": size + 8}
+    return size + 2 * momentum + params[policy.main_params_for(dtype)]
+
+
+def flat_tensors(param: Tensor, policy: PrecisionPolicy) -> LionTensors:
+    """The tensors that a bucket of ShardedLion updates."""
+    main = main_for(param, policy.main_params_for(param.dtype))
+    return LionTensors(
+        params=[param],
+        exp_avgs=[torch.zeros_like(param, dtype=policy.momentum_dtype_for(param.dtype))],
+        mains=None if main is None else [main],
+        index_starts=[0],
+        steps=[torch.zeros((), dtype=torch.int64, device=param.device)],
+        stochastic_momentum=policy.momentum_rounding == "stochastic",
+    )
+
+
+def flat_step(params: list[nn.Parameter], policy: PrecisionPolicy) -> Callable[[], None]:
+    (param,) = params
+    tensors, backend = flat_tensors(param.detach(), policy), choose_backend(param.device, None)
+    scalars = StepScalars.from_group(LR, BETAS, WEIGHT_DECAY)
+    return lambda: lion_update_(tensors, [param.grad], scalars, backend=backend)
+
+
+def compiled_reference_step(params: list[nn.Parameter], policy: PrecisionPolicy) -> Callable[[], None]:
+    """torch.compile of the definition, for precisions that need no random bits."""
+    (param,) = params
+    tensors = flat_tensors(param.detach(), policy)
+    state = [tensors.params[0], None if tensors.mains is None else tensors.mains[0], tensors.exp_avgs[0]]
+    scalars = StepScalars.from_group(LR, BETAS, WEIGHT_DECAY)
+
+    @torch.compile
+    def step_(param, main, exp_avg, grad):
+        for old, new in zip((param, main, exp_avg), lion_step(param, main, exp_avg, grad, scalars), strict=True):
+            if old is not None:
+                old.copy_(new)
+
+    return torch.no_grad()(lambda: step_(*state, param.grad))
+
+
+def optimizer_step(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
+    return lambda params: make(params).step
+
+
+def lion_pytorch_step(params, variant: str) -> Callable[[], None]:
+    if variant == "foreach":
+        from lion_pytorch.foreach import Lion as Peer
+
+        return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step
+    from lion_pytorch import Lion as Peer
+
+    return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, use_triton=variant == "triton").step
+
+
+def optimi_step(params, kahan_sum: bool) -> Callable[[], None]:
+    from optimi import Lion as Peer
+
+    return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, kahan_sum=kahan_sum, triton=True).step
+
+
+def flash_step(params, **options) -> Callable[[], None]:
+    from flashoptim import FlashLion as Peer
+
+    return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, **options).step
+
+
+def deepspeed_step(params) -> Callable[[], None]:
+    from deepspeed.ops.lion import FusedLion as Peer
+
+    return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step
+
+
+def own_providers() -> list[Provider]:
+    result = []
+    for precision, (dtype, policy) in PRECISIONS.items():
+        moved = bytes_per_param(dtype, policy)
+        make = optimizer_step(
+            lambda params, policy=policy: Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, precision=policy)
+        )
+        flat = lambda params, policy=policy: flat_step(params, policy)  # noqa: E731
+        result.append(Provider("lion_dist flat", precision, dtype, moved, flat, flat=True))
+        result.append(Provider("lion_dist list", precision, dtype, moved, make))
+    for precision in ("fp32", "bf16 split"):
+        dtype, policy = PRECISIONS[precision]
+        build = lambda params, policy=policy: compiled_reference_step(params, policy)  # noqa: E731
+        moved = bytes_per_param(dtype, policy)
+        result.append(Provider("torch.compile", precision, dtype, moved, build, flat=True, distribution="torch"))
+    return result
+
+
+def peer_providers() -> list[Provider]:
+    def peer(name, distribution, precision, dtype, moved, build, **options):
+        make = lambda params: build(params, **options)  # noqa: E731
+        return Provider(name, precision, dtype, moved, make, distribution=distribution)
+
+    pytorch, deepspeed = "lion-pytorch", "deepspeed"
+    int8 = {"quantize": True, "master_weight_bits": 24}
+    return [
+        peer("lion-pytorch plain", pytorch, "bf16", BF16, 10, lion_pytorch_step, variant="plain"),
+        peer("lion-pytorch foreach", pytorch, "bf16", BF16, 10, lion_pytorch_step, variant="foreach"),
+        peer("lion-pytorch triton", pytorch, "bf16", BF16, 10, lion_pytorch_step, variant="triton"),
+        peer("lion-pytorch triton", pytorch, "fp32", FP32, 20, lion_pytorch_step, variant="triton"),
+        peer("optimi triton", "torch-optimi", "bf16", BF16, 10, optimi_step, kahan_sum=False),
+        peer("optimi triton", "torch-optimi", "bf16, Kahan", BF16, 14, optimi_step, kahan_sum=True),
+        peer("FlashLion", "flashoptim", "bf16 split", BF16, 14, flash_step, quantize=False, master_weight_bits=32),
+        peer("FlashLion", "flashoptim", "bf16 24-bit, int8 momentum", BF16, 10, flash_step, **int8),
+        peer("DeepSpeed FusedLion", deepspeed, "bf16", BF16, 10, deepspeed_step),
+        peer("DeepSpeed FusedLion", deepspeed, "fp32", FP32, 20, deepspeed_step),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows.
+
+
+def make_params(shapes, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.randn(shape, dtype=dtype, device=device)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+def row(model: str, provider: str, precision: str, mode: str, tensors: int, bytes_moved: int, timing: Timing) -> dict:
+    extra = timing.extra_peak_bytes
+    return {
+        "model": model,
+        "provider": provider,
+        "precision": precision,
+        "mode": mode,
+        "tensors": tensors,
+        "bytes_moved": bytes_moved,
+        "ms_median": round(timing.median, 4),
+        "ms_p10": round(timing.p10, 4),
+        "ms_p90": round(timing.p90, 4),
+        "repeats": timing.repeats,
+        "gb_per_s": round(bytes_moved / timing.median / 1e6, 1),
+        "percent_of_copy": None,
+        "host_ms": None if timing.host is None else round(timing.host, 4),
+        "extra_peak_mib": None if extra is None else round(extra / 2**20, 3),
+        "version": None,
+    }
+
+
+def copy_row(model: str, bytes_moved: int, device: torch.device, repeats: int, timer=time_on_gpu, mode="") -> dict:
+    source = torch.randn(bytes_moved // 8, device=device)
+    target = torch.empty_like(source)
+    return row(model, "copy", "", mode, 1, bytes_moved, timer(lambda: target.copy_(source), repeats))
+
+
+def measure_model(model: str, providers: list[Provider], device: torch.device, repeats: int, ceiling: float):
+    """Yield a row for each provider that is installed."""
+    shapes = MODELS[model]()
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    for provider in providers:
+        params = make_params([(numel,)] if provider.flat else shapes, provider.dtype, device)
+        try:
+            step = provider.build(params)
+        except ImportError as error:
+            print(f"{'':12}{provider.name}: not installed ({error})", flush=True)
+            continue
+        timing = time_on_gpu(step, repeats)
+        moved = numel * provider.bytes_per_param
+        result = row(model, provider.name, provider.precision, "eager", len(params), moved, timing)
+        result["percent_of_copy"] = round(100 * result["gb_per_s"] / ceiling, 1)
+        result["version"] = version_of(provider.distribution)
+        yield result
+        del params, step
+        free_gpu_memory()
+
+
+def measure_shard(providers: list[Provider], device: torch.device, repeats: int):
+    """Yield rows of a 4 MiB bf16 shard, launched eagerly and within a CUDA graph, beside their floors.
+
+    The floors: one kernel over a single element, and a copy of as many bytes. The shard stays in the L2 cache.
+    """
+    model = "4 MiB shard"
+    (shape,) = MODELS[model]()
+    one = torch.zeros(1, device=device)
+    for mode, timer in (("eager", time_on_gpu), ("graph", time_in_graph)):
+        yield row(model, "one-element kernel", "", mode, 1, 8, timer(lambda: one.add_(1), repeats))
+        for provider in providers:
+            if not (provider.name == "lion_dist flat" and provider.dtype == BF16):
+                continue
+            moved = shape[0] * provider.bytes_per_param
+            ceiling = copy_row(model, moved, device, repeats, timer, mode)
+            ceiling["precision"] = provider.precision
+            yield ceiling
+            for numel in (1, shape[0]):
+                params = make_params([(numel,)], BF16, device)
+                timing = timer(provider.build(params), repeats)
+                name = provider.name if numel > 1 else f"{provider.name}, one element"
+                result = row(model, name, provider.precision, mode, 1, numel * provider.bytes_per_param, timing)
+                if numel > 1:
+                    result["percent_of_copy"] = round(100 * ceiling["ms_median"] / timing.median, 1)
+                result["version"] = version_of(provider.distribution)
+                yield result
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The runs.
+
+HEADER = f"{'model':<12}{'provider':<28}{'precision':<33}{'mode':<6}{'ms':>9}{'p10':>9}{'p90':>9}{'GB/s':>8}"
+HEADER += f"{'% copy':>8}{'host ms':>9}{'extra MiB':>11}"
+
+
+def show(result: dict) -> dict:
+    def number(key, digits, width):
+        value = result[key]
+        return " " * width if value is None else f"{value:{width}.{digits}f}"
+
+    print(
+        f"{result['model']:<12}{result['provider']:<28}{result['precision']:<33}{result['mode']:<6}"
+        f"{number('ms_median', 4, 9)}{number('ms_p10', 4, 9)}{number('ms_p90', 4, 9)}{number('gb_per_s', 0, 8)}"
+        f"{number('percent_of_copy', 1, 8)}{number('host_ms', 3, 9)}{number('extra_peak_mib', 3, 11)}",
+        flush=True,
+    )
+    return result
+
+
+def run_on_gpu(args, device: torch.device) -> list[dict]:
+    providers = [p for p in own_providers() + peer_providers() if args.providers in f"{p.name} {p.precision}"]
+    print(HEADER)
+    rows = [show(copy_row("ceiling", 2**33, device, args.repeats, mode="eager"))]
+    ceiling = rows[0]["gb_per_s"]
+    free_gpu_memory()
+    for model in args.models:
+        if model == "4 MiB shard":
+            rows += map(show, measure_shard(providers, device, args.repeats))
+        else:
+            rows += map(show, measure_model(model, providers, device, args.repeats, ceiling))
+    return rows
+
+
+def run_on_cpu(args, device: torch.device) -> list[dict]:
+    """The CPU path at ``--numel`` fp32 parameters, against lion-pytorch's plain and foreach steps."""
+    makers = {"lion_dist list": lambda params: Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step}
+    if version_of("lion-pytorch"):
+        for variant in ("plain", "foreach"):
+            makers[f"lion-pytorch {variant}"] = lambda params, v=variant: lion_pytorch_step(params, v)
+    steps = {name: make(make_params([(args.numel,)], FP32, device)) for name, make in makers.items()}
+    rows = []
+    print(HEADER)
+    for name, timing in time_on_cpu(steps, args.repeats).items():
+        rows.append(row(f"{args.numel / 1e6:.0f} M", name, "fp32", "eager", 1, 20 * args.numel, timing))
+        rows[-1]["version"] = version_of("lion-dist" if name.startswith("lion_dist") else "lion-pytorch")
+        show(rows[-1])
+    for other in rows[1:]:
+        print(f"{other['provider']} takes {other['ms_median'] / rows[0]['ms_median']:.2f} times as long as lion_dist")
+    return rows
+
+
+def sweep(device: torch.device, repeats: int, numel: int = 2**29) -> None:
+    """Launch shapes of the flat kernel, GB/s of each precision."""
+    from lion_dist.kernels.triton_kernels import LAUNCH_SHAPES, LaunchShape
+
+    shapes = [(1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)]
+    candidates = [LaunchShape(block, warps, vector) for vector in (4, 8) for block, warps in shapes]
+    print(f"{'block, warps, vector':<34}" + "".join(f"{f'{c.block} {c.num_warps} {c.vector}':>10}" for c in candidates))
+    chosen = dict(LAUNCH_SHAPES)
+    for provider in own_providers():
+        if provider.name != "lion_dist flat":
+            continue
+        step = provider.build(make_params([(numel,)], provider.dtype, device))
+        speeds = []
+        for candidate in candidates:
+            LAUNCH_SHAPES.update(dict.fromkeys(LAUNCH_SHAPES, candidate))
+            speeds.append(numel * provider.bytes_per_param / time_on_gpu(step, repeats, budget_s=0.3).median / 1e6)
+        print(f"{provider.precision:<34}" + "".join(f"{speed:>10.0f}" for speed in speeds), flush=True)
+        del step
+        free_gpu_memory()
+    LAUNCH_SHAPES.update(chosen)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Bars of GB/s for each model, the copy ceiling as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ceiling = rows[0]
+    models = [m for m in MODELS if m != "4 MiB shard" and any(r["model"] == m for r in rows)]
+    groups = [[r for r in rows if r["model"] == model][::-1] for model in models]
+    heights = [len(group) for group in groups]
+    figure, axes = plt.subplots(
+        len(groups), figsize=(9, 1.5 + 0.24 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axis, model, group in zip(axes[:, 0], models, groups, strict=True):
+        labels = [f"{r['provider']}: {r['precision']}" for r in group]
+        colors = ["tab:blue" if r["provider"].startswith("lion_dist") else "tab:gray" for r in group]
+        bars = axis.barh(labels, [r["gb_per_s"] for r in group], color=colors)
+        axis.bar_label(bars, [f"{r['ms_median']:.2f} ms" for r in group], padding=3, fontsize=8)
+        axis.axvline(ceiling["gb_per_s"], color="tab:red", linestyle="--", label="copy")
+        axis.set_xlim(0, 1.15 * ceiling["gb_per_s"])
+        axis.set_title(f"{model} parameters" if "B" in model else f"{model} tensors")
+        axis.tick_params(axis="y", labelsize=8)
+        axis.legend(loc="lower right")
+    axes[-1, 0].set_xlabel("GB/s of the bytes that must move")
+    figure.suptitle(f"Lion step, {ceiling['device']}, torch {ceiling['torch']}, {ceiling['date']}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--providers", default="", help="only those whose name and precision contain this text")
+    parser.add_argument("--repeats", type=int, default=None, help="default: 50, on the CPU 7")
+    parser.add_argument("--numel", type=lambda text: int(float(text)), default=100_000_000, help="with --device cpu")
+    parser.add_argument("--sweep", action="store_true", help="time launch shapes instead")
+    parser.add_argument("--csv", type=Path, help="write the rows here")
+    parser.add_argument("--png", type=Path, help="draw the rows here (GPU only)")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA GPU is visible: pass --device cpu to measure the CPU path")
+    if args.repeats is None:
+        args.repeats = 50 if args.device == "cuda" else 7
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    device = torch.device(args.device)
+    if args.sweep:
+        sweep(device, args.repeats)
+        return
+    rows = (run_on_gpu if device.type == "cuda" else run_on_cpu)(args, device)
+    rows = [result | environment(device) for result in rows]
+    if args.csv:
+        write_csv(rows, args.csv)
+    if args.png:
+        plot(rows, args.png)
+
+
+if __name__ == "__main__":
+    main()
