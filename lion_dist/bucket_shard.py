@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lion_dist.config import PrecisionPolicy
-from lion_dist.kernels.update import LionTensors
+from lion_dist.kernels.reference import StepScalars
+from lion_dist.kernels.update import LionTensors, count_aligned_elements
 from lion_dist.optimizer import main_for, refresh_main_
 from lion_dist.sharding.boxes import BoxedTensor
 from lion_dist.sharding.bucket import Bucket
@@ -26,6 +27,7 @@ class BucketShard:
         tensors: the slices as the update reads them, views of the above and of the bucket's parameters; padding
             between them is never read. None when this rank owns nothing but padding.
         slice_params: [slices] int64 on the device, the position in the bucket of each slice's parameter.
+        param_numels: [params] int64 on the device, elements of each whole parameter.
     """
 
     def __init__(self, bucket: Bucket, group: dict, precision: PrecisionPolicy, canonical_starts: list[int]):
@@ -37,6 +39,7 @@ class BucketShard:
         if precision.is_stochastic(dtype):
             self.steps = torch.zeros(len(bucket.slices), dtype=torch.int64, device=params.device)
         self.slice_params = torch.tensor([s.param for s in bucket.slices], dtype=torch.int64).to(params.device)
+        self.param_numels = torch.tensor(bucket.layout.param_numels).to(params.device)
         self.tensors = None
         if bucket.slices:
             self.tensors = LionTensors(
@@ -54,6 +57,16 @@ class BucketShard:
         """The pieces of a [shard_numel] tensor that belong to parameters."""
         first, _ = self.bucket.layout.shard_range(self.bucket.groups.shard_rank)
         return [shard[s.bucket_start - first : s.bucket_stop - first] for s in self.bucket.slices]
+
+    def count_aligned(self, scalars: StepScalars, grad_scale: Tensor) -> Tensor:
+        """[params] int64: of each of the bucket's parameters, the elements here that the cautious step moves."""
+        counts = torch.zeros_like(self.param_numels)
+        if self.tensors is None:
+            return counts
+        grads = self.slices_of(self.bucket.finish_grad_sync())
+        return counts.index_add_(
+            0, self.slice_params, count_aligned_elements(self.tensors, grads, scalars, grad_scale=grad_scale)
+        )
 
     def refresh_main(self) -> None:
         """Let fp32 main params follow parameters that were changed from outside."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lion_dist.config import PARAM_DTYPES, PrecisionPolicy, check_hyperparameters
-from lion_dist.kernels.reference import StepScalars, join_main, split_main
-from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
+from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, split_main
+from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
 
 GROUP_KEYS = ("lr", "betas", "weight_decay")  # lion-pytorch's, so that param groups travel both ways
 STATE_KEYS = ("exp_avg", "main_param", "step")
@@ -97,6 +97,8 @@ class Lion(Optimizer):
         use_triton: None uses the Triton kernel where it can run; True insists on it; False forbids it.
         decoupled_weight_decay: lion-pytorch's: divide ``weight_decay`` by the initial lr.
         precision: dtypes and rounding of the state.
+        cautious: step only where update and gradient agree in sign, and further there (arXiv 2411.16085). It reads
+            gradients and momentum twice, and needs whole tensors: FSDP1's flat parameters are refused.
 
     State of a parameter: ``exp_avg`` (its shape, fp32 or bf16); with main params ``main_param`` (fp32, or the int16
     remainder); with stochastic rounding ``step`` ([] int64). It is created when a gradient first comes.
@@ -118,10 +120,11 @@ class Lion(Optimizer):
         decoupled_weight_decay: bool = False,
         *,
         precision: PrecisionPolicy = PrecisionPolicy(),
+        cautious: bool = False,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
-        self.precision = precision
+        self.precision, self.cautious = precision, cautious
         self.use_triton = use_triton
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._groups_of_tensors: dict[tuple, LionTensors] = {}
@@ -130,7 +133,7 @@ class Lion(Optimizer):
 
     def __getstate__(self) -> dict:
         """To copy or pickle: torch's own keeps defaults, state and param groups only."""
-        kept = ("precision", "use_triton", "_decoupled_from")
+        kept = ("precision", "cautious", "use_triton", "_decoupled_from")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict) -> None:
@@ -147,6 +150,8 @@ class Lion(Optimizer):
             for name, param in zip(names, group["params"], strict=True):
                 check_param(param, name)
                 self.precision.main_params_for(param.dtype)
+                if self.cautious:
+                    _refuse_hidden_boundaries(param, name)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -163,17 +168,28 @@ class Lion(Optimizer):
         for group, params, tensors, grads in work:
             weight_decay = effective_weight_decay(group, self._decoupled_from)
             warn_if_decay_vanishes(group["lr"], weight_decay)
+            scalars = StepScalars.from_group(group["lr"], group["betas"], weight_decay)
             lion_update_(
                 tensors,
                 grads,
-                StepScalars.from_group(group["lr"], group["betas"], weight_decay),
+                scalars,
                 grad_scale=grad_scale,
                 skip=skip,
                 seed=self.precision.seed,
+                cautious_lrs=self._cautious_lrs(params, tensors, grads, scalars, grad_scale),
                 backend=choose_backend(tensors.device, self.use_triton),
             )
             self._after_update(params, tensors)
         return loss
+
+    def _cautious_lrs(self, params, tensors, grads, scalars: StepScalars, grad_scale) -> Tensor | None:
+        """[T] fp32, from counts over whole tensors: one small all-reduce per mesh axis that shards them."""
+        if not self.cautious:
+            return None
+        counts = count_aligned_elements(tensors, grads, scalars, grad_scale=grad_scale)
+        sum_over_shards_(counts, params)
+        numels = torch.tensor([p.numel() for p in params]).to(counts.device, non_blocking=True)
+        return cautious_lr(scalars.lr, counts, numels)
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """What GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
@@ -306,6 +322,7 @@ class Lion(Optimizer):
             value = saved.get(key)
             if value is None:
                 continue
+            value = torch.as_tensor(value)  # other Lions count steps in an int
             if key == "main_param" and value.dtype != fresh.dtype:
                 value = _convert_main(local_tensor(value), local_tensor(param))
             if key == "exp_avg" and value.dtype != fresh.dtype:
@@ -339,6 +356,31 @@ def local_copy_(target: Tensor, source: Tensor) -> Tensor:
 def local_tensor(tensor: Tensor) -> Tensor:
     """What of ``tensor`` lies on this rank: a DTensor's local shard, or the tensor itself."""
     return getattr(tensor, "_local_tensor", tensor)  # torch.distributed.tensor costs 0.5 s to import: not needed here
+
+
+def _refuse_hidden_boundaries(param: Tensor, name: str) -> None:
+    if getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
+        raise ValueError(
+            f"cautious=True needs a statistic over each whole tensor, but {name} is part of FSDP1's flat parameter, "
+            "which hides where tensors begin. Use fully_shard (FSDP2), or cautious=False."
+        )
+
+
+def sum_over_shards_(counts: Tensor, params: list[Tensor]) -> None:
+    """Sum [T] ``counts`` of local shards, in place, over the ranks that hold the other shards of each DTensor."""
+    axes: dict[tuple, list[int]] = {}  # (mesh, axis) -> positions of the tensors that it shards
+    for i, param in enumerate(params):
+        for axis, placement in enumerate(getattr(param, "placements", ())):
+            if placement.is_shard():
+                axes.setdefault((param.device_mesh, axis), []).append(i)
+    for (mesh, axis), positions in axes.items():
+        if len(positions) == len(params):
+            torch.distributed.all_reduce(counts, group=mesh.get_group(axis))
+        else:
+            index = torch.tensor(positions).to(counts.device, non_blocking=True)
+            part = counts[index]
+            torch.distributed.all_reduce(part, group=mesh.get_group(axis))
+            counts[index] = part
 
 
 def _flat(tensor: Tensor) -> Tensor:

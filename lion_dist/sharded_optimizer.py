@@ -25,9 +25,10 @@ from torch.optim import Optimizer
 
 from lion_dist.bucket_shard import BucketShard, matching_tensors
 from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparameters
-from lion_dist.kernels.reference import StepScalars
+from lion_dist.kernels.reference import StepScalars, cautious_lr
 from lion_dist.kernels.update import choose_backend, lion_update_
 from lion_dist.optimizer import check_param, decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
+from lion_dist.sharding import collectives
 from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
@@ -61,7 +62,7 @@ class ShardedLion(Optimizer):
     Args:
         params: parameters, (name, parameter) pairs or param groups with their own ``lr``, ``betas``,
             ``weight_decay`` and ``process_group`` (the ranks that share that group's parameters: experts).
-        lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision: as :class:`~lion_dist.Lion`.
+        lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision, cautious: as :class:`~lion_dist.Lion`.
         module: the model that owns the parameters. Given, its parameters and buffers are made equal to the first
             rank's, its forward waits for each module's parameters only, and parameters get their names.
         process_group: the ranks that train this model: None for all, a ProcessGroup, a 1-D DeviceMesh, or a 2-D
@@ -88,10 +89,11 @@ class ShardedLion(Optimizer):
         process_group: ProcessGroup | DeviceMesh | None = None,
         sharding: ShardingConfig = ShardingConfig(),
         precision: PrecisionPolicy = PrecisionPolicy(),
+        cautious: bool = False,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "process_group": None}
         check_hyperparameters(defaults)
-        self.precision, self.sharding, self.use_triton = precision, sharding, use_triton
+        self.precision, self.sharding, self.use_triton, self.cautious = precision, sharding, use_triton, cautious
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self.groups = resolve_groups(process_group)
         self.shards: list[BucketShard] = []
@@ -185,7 +187,8 @@ class ShardedLion(Optimizer):
                 )
 
     def _check_agreement(self, groups: list[tuple[dict, list[str]]]) -> None:
-        entries = [("ShardedLion", (str(self.sharding), str(self.precision), str(self._decoupled_from)))]
+        choices = (self.sharding, self.precision, self._decoupled_from, self.cautious)
+        entries = [("ShardedLion", tuple(map(str, choices)))]
         for i, (group, names) in enumerate(groups):
             settings = [str(_number(group[key])) for key in ("lr", "betas", "weight_decay")]
             entries.append((f"param group {i}: lr, betas, weight_decay", tuple(settings)))
@@ -268,34 +271,63 @@ class ShardedLion(Optimizer):
         verdict = self._judge_gradients()
         grad_scale = self._grad_scale(verdict)
         self._refresh_stale_main()
+        scalars = {id(group): self._scalars_of(group) for group in self.param_groups}
+        cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
         for shard in self.shards:
             if shard.tensors is not None:
-                self._update(shard, verdict, grad_scale)
+                self._update(shard, verdict, scalars[id(shard.group)], grad_scale, cautious_lrs.get(shard))
             shard.bucket.reset_grad()
             shard.bucket.start_param_sync()  # the next forward waits, not this line
         self._counters += torch.stack([verdict.skip == 0, verdict.skip != 0])
         self._forget_step()
         if self.param_scheduler is None:
             self.finish_param_sync()
+        else:
+            self.param_scheduler.finish_strangers()
         return loss
 
     def _forget_step(self) -> None:
         self._verdict = self._grad_divisor = self._inverse_loss_scale = None
 
-    def _update(self, shard: BucketShard, verdict: Verdict, grad_scale: Tensor) -> None:
-        group = shard.group
+    def _scalars_of(self, group: dict) -> StepScalars:
         weight_decay = effective_weight_decay(group, self._decoupled_from)
         warn_if_decay_vanishes(group["lr"], weight_decay)
+        return StepScalars.from_group(group["lr"], group["betas"], weight_decay)
+
+    def _update(
+        self,
+        shard: BucketShard,
+        verdict: Verdict,
+        scalars: StepScalars,
+        grad_scale: Tensor,  # [] fp32
+        cautious_lrs: Tensor | None,  # [slices] fp32
+    ) -> None:
         lion_update_(
             shard.tensors,
             shard.slices_of(shard.bucket.finish_grad_sync()),
-            StepScalars.from_group(group["lr"], group["betas"], weight_decay),
+            scalars,
             grad_scale=grad_scale,
             skip=verdict.skip,
             active=verdict.used[shard.bucket].index_select(0, shard.slice_params),
             seed=self.precision.seed,
+            cautious_lrs=cautious_lrs,
             backend=choose_backend(self._device, self.use_triton),
         )
+
+    def _cautious_lrs(self, scalars: dict[int, StepScalars], grad_scale: Tensor) -> dict[BucketShard, Tensor]:
+        """[slices] fp32 for each shard, from counts over whole parameters: one small all-reduce a group of ranks."""
+        by_groups: dict[ShardGroups, list[BucketShard]] = {}
+        for shard in self.shards:
+            by_groups.setdefault(shard.bucket.groups, []).append(shard)
+        lrs = {}
+        for groups, shards in by_groups.items():
+            message = torch.cat([shard.count_aligned(scalars[id(shard.group)], grad_scale) for shard in shards])
+            collectives.all_reduce(message, groups.shard_group)
+            counts = message.split([len(shard.bucket.params) for shard in shards])
+            for shard, count in zip(shards, counts, strict=True):
+                lr = cautious_lr(scalars[id(shard.group)].lr, count, shard.param_numels)
+                lrs[shard] = lr.index_select(0, shard.slice_params)
+        return lrs
 
     @torch.no_grad()
     def _judge_gradients(self) -> Verdict:

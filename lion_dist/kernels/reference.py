@@ -22,6 +22,12 @@ The tensors, for one parameter of ``numel`` elements:
     ===========  ====================  =========================================================================
 
 ``main=None`` under an fp32 param: the param is its own main param. Under a bf16 param: it is rounded stochastically.
+
+Cautious Lion (Liang et al., arXiv 2411.16085, Algorithm 2) steps only where ``c`` and ``g`` have the same sign, and
+further there: with ``numel`` and ``count`` of such elements taken over the whole tensor, on all ranks::
+
+    p  = p * (1 - lr * weight_decay) - lr * numel / (count + 1) * sign(c)   where c * g > 0
+    p  = p * (1 - lr * weight_decay)                                        elsewhere
 """
 
 from __future__ import annotations
@@ -162,6 +168,28 @@ def random_bits(index: Tensor, seed: int, step: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Cautious Lion's statistic. Counts are integers, so their sums over chunks and ranks have no order.
+
+
+def are_aligned(c: Tensor, g: Tensor) -> Tensor:
+    """Where the update and the gradient have the same sign. (Their product may underflow.)"""
+    return ((c > 0) & (g > 0)) | ((c < 0) & (g < 0))
+
+
+def count_aligned(exp_avg: Tensor, grad: Tensor, scalars: StepScalars, grad_scale: Tensor | None) -> Tensor:
+    """[] int64: how many elements of a (part of a) tensor the cautious step moves."""
+    g = grad.float() if grad_scale is None else grad.float() * grad_scale
+    c = exp_avg.float() * scalars.beta1 + g * (1.0 - scalars.beta1)
+    return (are_aligned(c, g) & (g.abs() < torch.inf)).sum()
+
+
+def cautious_lr(lr: float | Tensor, count: Tensor, numel: Tensor) -> Tensor:
+    """fp32 ``lr * numel / (count + 1)``, computed in fp64; ``count`` and ``numel``: int64 of one shape."""
+    lr64 = lr.double() if isinstance(lr, Tensor) else lr
+    return (lr64 * (numel.double() / (count + 1).double())).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The step.
 
 
@@ -182,6 +210,7 @@ def lion_step(
     grad_scale: Tensor | None = None,  # [] fp32
     bits: Tensor | None = None,  # [numel] int32, random_bits(); needed by stochastic rounding
     stochastic_momentum: bool = False,
+    cautious_lr: Tensor | None = None,  # [] fp32, cautious_lr(); None: every element steps by lr
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """One Lion step on one tensor, out of place.
 
@@ -195,7 +224,10 @@ def lion_step(
 
     c = m * scalars.beta1 + g * (1.0 - scalars.beta1)
     sign = (c > 0).float() - (c < 0).float()
-    new_p = p * scalars.decay - sign * scalars.lr
+    if cautious_lr is None:
+        new_p = p * scalars.decay - sign * scalars.lr
+    else:
+        new_p = p * scalars.decay - sign * are_aligned(c, g) * cautious_lr
     new_m = m * scalars.beta2 + g * (1.0 - scalars.beta2)
 
     if exp_avg.dtype == torch.bfloat16:

@@ -318,10 +318,15 @@ def _takes_part(skip, active, i):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The kernels. numel, indices and seeds are not specialized on: every shape runs the same binary.
+# The kernels. Nothing is specialized on the values or the alignment of arguments: every shape runs the same binary.
+
+NOT_SPECIALIZED = [
+    *("param", "main", "exp_avg", "grad", "numel", "index_start", "step", "rows", "grads", "first_blocks"),
+    *("search_table", "lr", "decay", "grad_scale", "skip", "active", "seed_key"),
+]
 
 
-@triton.jit(do_not_specialize=["param", "main", "exp_avg", "grad", "numel", "index_start", "seed_key"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _flat_kernel(
     param,
     main,
@@ -379,7 +384,7 @@ def _find_tensor(block, first_blocks, search_table, STRIDE: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["rows", "grads", "first_blocks", "search_table", "seed_key"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _list_kernel(
     rows,  # [T, ROW] int64
     grads,  # [T] int64, addresses

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lion_dist.config import PARAM_DTYPES
 from lion_dist.kernels import cpu
-from lion_dist.kernels.reference import StepScalars, lion_step, random_bits
+from lion_dist.kernels.reference import StepScalars, count_aligned, lion_step, random_bits
 
 BACKENDS = ("cpu", "triton", "chunked_reference")
 REFERENCE_CHUNK = 1 << 24  # elements; bounds the reference's temporaries to about 0.5 GB on a GPU without Triton
@@ -126,6 +126,7 @@ def lion_update_(
     skip: Tensor | None = None,  # [] fp32 on the device: nonzero leaves everything as it was
     active: Tensor | None = None,  # [T] fp32 on the device: 0 leaves that tensor as it was
     seed: int = 0,
+    cautious_lrs: Tensor | None = None,  # [T] fp32 on the device, reference.cautious_lr(): the cautious step
     backend: str = "cpu",
 ) -> None:
     """One Lion step on every tensor of the group, in place. Nothing here waits for a GPU.
@@ -134,7 +135,9 @@ def lion_update_(
         ValueError: a gradient of another size, dtype or device than the group's; nothing is changed.
     """
     _check_grads(tensors, grads)
-    if backend == "triton":
+    if cautious_lrs is not None:
+        update = functools.partial(_update_by_reference, cautious_lrs=cautious_lrs)
+    elif backend == "triton":
         from lion_dist.kernels import triton_kernels
 
         update = triton_kernels.update
@@ -168,7 +171,23 @@ def _count_steps(steps: Sequence[Tensor], skip: Tensor | None, active: Tensor | 
     torch._foreach_add_(steps, list(taken.unbind()))
 
 
-def _update_by_reference(tensors, grads, scalars, *, grad_scale, skip, active, seed) -> None:
+@torch.no_grad()
+def count_aligned_elements(
+    tensors: LionTensors, grads: Sequence[Tensor], scalars: StepScalars, *, grad_scale: Tensor | None = None
+) -> Tensor:
+    """[T] int64 on the device: the elements of each tensor that the cautious step moves (``reference.count_aligned``).
+
+    It reads momentum and gradients once more than the update does.
+    """
+    _check_grads(tensors, grads)
+    counts = []
+    for exp_avg, grad in zip(tensors.exp_avgs, grads, strict=True):
+        parts = zip(exp_avg.split(REFERENCE_CHUNK), grad.reshape(-1).split(REFERENCE_CHUNK), strict=True)
+        counts.append(sum(count_aligned(m, g, scalars, grad_scale) for m, g in parts))
+    return torch.stack(counts)
+
+
+def _update_by_reference(tensors, grads, scalars, *, grad_scale, skip, active, seed, cautious_lrs=None) -> None:
     """The definition itself, in chunks that bound its temporaries; on any device, without waiting for it."""
     for i, (param, exp_avg) in enumerate(zip(tensors.params, tensors.exp_avgs, strict=True)):
         main = None if tensors.mains is None else tensors.mains[i]
@@ -192,6 +211,7 @@ def _update_by_reference(tensors, grads, scalars, *, grad_scale, skip, active, s
                 grad_scale=grad_scale,
                 bits=bits,
                 stochastic_momentum=tensors.stochastic_momentum,
+                cautious_lr=None if cautious_lrs is None else cautious_lrs[i],
             )
             for old_tensor, new_tensor in zip(old, new, strict=True):
                 if old_tensor is not None:

@@ -172,8 +172,8 @@ class Bucket:
         for name, param in zip(self.names, self.params, strict=True):
             if param.grad is not None and param.grad.shape != param.shape:
                 raise ValueError(
-                    f"the gradient of {name!r} has shape {tuple(param.grad.shape)}, the parameter {tuple(param.shape)}. "
-                    "Call zero_grad() and run backward again; do not assign to .grad.data."
+                    f"the gradient of {name!r} has shape {tuple(param.grad.shape)}, the parameter "
+                    f"{tuple(param.shape)}. Call zero_grad() and run backward again; do not assign to .grad.data."
                 )
 
     def complete_reduction(self) -> None:

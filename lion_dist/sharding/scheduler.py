@@ -34,7 +34,8 @@ class GradScheduler:
 
     def __init__(self, keep_local_grads: bool):
         self.keep_local_grads = keep_local_grads
-        self._hook = torch.compiler.disable(self._on_grad)  # as a decorator it would import torch._dynamo with us: 0.6 s
+        # As a decorator, torch.compiler.disable would import torch._dynamo together with this module: 0.6 s.
+        self._hook = torch.compiler.disable(self._on_grad)
         self.in_no_sync = False
         self._order: list[Bucket] = []  # the order in which reductions start
         self._place: dict[Parameter, tuple[Bucket, int]] = {}
@@ -148,6 +149,7 @@ class ParamScheduler:
         self._bucket_of: dict[Parameter, Bucket] = {}
         self._owners: dict[nn.Module, list[Bucket]] = {}  # buckets of the parameters that the hook of a module covers
         self._ran: set[nn.Module] = set()  # owners whose forward began since the root's did
+        self._strangers: list[Bucket] = []
         self._at_root: list[Bucket] = []  # buckets of owners whose forward did not run last time
         self._in_forward = False  # of the root
         owners, others = self._owner_modules()
@@ -167,6 +169,8 @@ class ParamScheduler:
         for owner in self._owner_modules()[0]:
             params = owner.parameters(recurse=_is_compiled(owner))
             self._owners[owner] = list(dict.fromkeys(self._bucket_of[p] for p in params if p in self._bucket_of))
+        inside = set(self.module.parameters())
+        self._strangers = [bucket for bucket in self.buckets if not inside.issuperset(bucket.params)]
 
     def _owner_modules(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """Modules with parameters of their own, and the others; a compiled module stands for all of its inside."""
@@ -212,6 +216,11 @@ class ParamScheduler:
     def _update_owners_at_root(self) -> None:
         silent = [owner for owner in self._owners if owner not in self._ran and owner is not self.module]
         self._at_root = list(dict.fromkeys(bucket for owner in silent for bucket in self._owners[owner]))
+
+    def finish_strangers(self) -> None:
+        """Buckets with parameters that are not the module's (a loss with weights): no forward waits for them."""
+        for bucket in self._strangers:
+            bucket.finish_param_sync()
 
     def _wait_for_all(self, *_args, **_kwargs) -> None:
         self.finish_all()
