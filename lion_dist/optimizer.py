@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lion_dist.config import PARAM_DTYPES, PrecisionPolicy, check_hyperparameters
 from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, split_main
 from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
+from lion_dist.param_batch import GroupBatches, ParamBatch, flat, local_tensor, local_tensors
 
 GROUP_KEYS = ("lr", "betas", "weight_decay")  # lion-pytorch's, so that param groups travel both ways
 STATE_KEYS = ("exp_avg", "main_param", "step")
@@ -45,6 +46,20 @@ def decoupling_lr(lr, decoupled_weight_decay: bool) -> float | None:
     if not float(lr) > 0:
         raise ValueError(f"decoupled_weight_decay divides by the initial lr, which must be above 0, got {lr!r}")
     return float(lr)
+
+
+def check_grad(param: Tensor, grad: Tensor) -> None:
+    """Raise unless the local ``grad`` can be a gradient of ``param``."""
+    if grad.is_sparse:
+        raise RuntimeError(
+            f"Lion has no sparse update, and a parameter of shape {tuple(param.shape)} has a sparse gradient. "
+            "Use nn.Embedding(sparse=False): untouched rows stay where they are without it too."
+        )
+    if grad.shape != local_tensor(param).shape:  # .grad.data takes any shape
+        raise ValueError(
+            f"a gradient has shape {tuple(grad.shape)}, its parameter {tuple(local_tensor(param).shape)}. "
+            "Call zero_grad() and run backward again; do not assign to .grad.data."
+        )
 
 
 _warned_of_decay: set[float] = set()
@@ -84,6 +99,10 @@ def refresh_main_(main: Tensor, param: Tensor) -> None:
         main.copy_(join_main(param, split_main(main)[1]))
     else:
         main.copy_(torch.where(main.to(param.dtype) == param, main, param.float()))
+
+
+def has_fp32_main(tensors: LionTensors) -> bool:
+    return tensors.mains is not None and tensors.mains[0].dtype == torch.float32
 
 
 class Lion(Optimizer):
@@ -127,7 +146,7 @@ class Lion(Optimizer):
         self.precision, self.cautious = precision, cautious
         self.use_triton = use_triton
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
-        self._groups_of_tensors: dict[tuple, LionTensors] = {}
+        self._known_batches: dict[int, GroupBatches] = {}  # by id of the param group, from the last step
         self._versions: dict[Tensor, int] = {}  # of low-precision params with fp32 main params, after our last write
         super().__init__(params, defaults)
 
@@ -137,7 +156,7 @@ class Lion(Optimizer):
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict) -> None:
-        for cache in ("_groups_of_tensors", "_versions"):  # present when load_state_dict() calls this
+        for cache in ("_known_batches", "_versions"):  # present when load_state_dict() calls this
             self.__dict__.setdefault(cache, {})
         super().__setstate__(state)
 
@@ -164,8 +183,10 @@ class Lion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, skip = self._scaling()
-        work = [(group, *batch) for group in self.param_groups for batch in self._batches(group)]
-        for group, params, tensors, grads in work:
+        work = [(group, *found) for group in self.param_groups for found in self._batches(group)]
+        for group, batch, grads in work:
+            params, tensors = batch.params, batch.tensors
+            self._refresh_stale_main(params, tensors)
             weight_decay = effective_weight_decay(group, self._decoupled_from)
             warn_if_decay_vanishes(group["lr"], weight_decay)
             scalars = StepScalars.from_group(group["lr"], group["betas"], weight_decay)
@@ -179,7 +200,10 @@ class Lion(Optimizer):
                 cautious_lrs=self._cautious_lrs(params, tensors, grads, scalars, grad_scale),
                 backend=choose_backend(tensors.device, self.use_triton),
             )
-            self._after_update(params, tensors)
+            batch.write_back()
+            torch.autograd.graph.increment_version(params)  # the Triton kernel writes behind autograd's back
+            if has_fp32_main(tensors):
+                self._versions.update((param, param._version) for param in params)
         return loss
 
     def _cautious_lrs(self, params, tensors, grads, scalars: StepScalars, grad_scale) -> Tensor | None:
@@ -196,51 +220,36 @@ class Lion(Optimizer):
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return None if scale is None else scale.double().reciprocal().float(), skip
 
-    def _batches(self, group: dict) -> list[tuple[list[Tensor], LionTensors, list[Tensor]]]:
-        """The parameters with a gradient, sorted into groups of like tensors: one launch each."""
-        alike: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            grad = param.grad
-            if grad.is_sparse:
-                raise RuntimeError(
-                    f"Lion has no sparse update, and a parameter of shape {tuple(param.shape)} has a sparse gradient. "
-                    "Use nn.Embedding(sparse=False): untouched rows stay where they are without it too."
-                )
-            grad = local_tensor(grad)
-            if grad.shape != local_tensor(param).shape:  # .grad.data takes any shape
-                raise ValueError(
-                    f"a gradient has shape {tuple(grad.shape)}, its parameter {tuple(local_tensor(param).shape)}. "
-                    "Call zero_grad() and run backward again; do not assign to .grad.data."
-                )
-            params, grads = alike.setdefault((grad.device, param.dtype, grad.dtype), ([], []))
-            params.append(param)
-            grads.append(grad.contiguous())
-        return [(params, self._tensors_of(params), grads) for params, grads in alike.values()]
+    def _batches(self, group: dict) -> list[tuple[ParamBatch, Sequence[Tensor]]]:
+        """The group's parameters that have a gradient, in batches of like tensors (one launch each), and gradients."""
+        params = [p for p in group["params"] if p.grad is not None]
+        grads = local_tensors([p.grad for p in params])
+        known = self._known_batches.get(id(group))
+        matched = None if known is None else known.match(params, grads, self.state)
+        if matched is None:
+            matched = self._sort_into_batches(params, grads)
+            self._known_batches[id(group)] = GroupBatches(params, [batch for batch, _ in matched])
+        return matched
 
-    def _tensors_of(self, params: list[Tensor]) -> LionTensors:
-        """The checked, flattened tensors of ``params``, kept as long as they stay where they are."""
-        # The momentum's address too: a user may put another in its place, or clear the state to start afresh.
-        states = [self.state_of(p) for p in params]
-        key = tuple(
-            (id(p), local_tensor(p).data_ptr(), local_tensor(state["exp_avg"]).data_ptr())
-            for p, state in zip(params, states, strict=True)
-        )
-        tensors = self._groups_of_tensors.get(key)
-        if tensors is None or any(not local_tensor(p).is_contiguous() for p in params):
-            if len(self._groups_of_tensors) > 8 * len(self.param_groups):
-                self._groups_of_tensors.clear()
-            tensors = self._groups_of_tensors[key] = self._flatten(params)
-        self._refresh_stale_main(params, tensors)
-        return tensors
+    def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]):
+        alike: dict[tuple, list[int]] = {}
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            check_grad(param, grad)
+            alike.setdefault((grad.device, param.dtype, grad.dtype), []).append(i)
+        result = []
+        for (_, _, grad_dtype), positions in alike.items():
+            members = [params[i] for i in positions]
+            states = [self.state_of(p) for p in members]
+            batch = ParamBatch(positions, members, states, self._flatten(members), grad_dtype)
+            result.append((batch, [grads[i].contiguous() for i in positions]))
+        return result
 
     def _flatten(self, params: list[Tensor]) -> LionTensors:
         states = [self.state_of(p) for p in params]
-        columns = {key: [_flat(s[key]) for s in states] for key in STATE_KEYS[:2] if key in states[0]}
+        columns = {key: [flat(s[key]) for s in states] for key in STATE_KEYS[:2] if key in states[0]}
         starts = self._canonical_starts() if "step" in states[0] else None
         return LionTensors(
-            params=[_flat(p) for p in params],
+            params=[flat(p) for p in params],
             exp_avgs=columns["exp_avg"],
             mains=columns.get("main_param"),
             index_starts=None if starts is None else [starts[p] + _first_index(p) for p in params],
@@ -279,19 +288,11 @@ class Lion(Optimizer):
 
     def _refresh_stale_main(self, params: list[Tensor], tensors: LionTensors) -> None:
         """fp32 main params follow parameters that somebody else wrote since our last step (load_state_dict, EMA)."""
-        if tensors.mains is None or tensors.mains[0].dtype != torch.float32:
+        if not has_fp32_main(tensors):
             return
-        for param, flat, main in zip(params, tensors.params, tensors.mains, strict=True):
+        for param, low_precision, main in zip(params, tensors.params, tensors.mains, strict=True):
             if self._versions.get(param) != param._version:
-                refresh_main_(main, flat)
-
-    def _after_update(self, params: list[Tensor], tensors: LionTensors) -> None:
-        for param, flat in zip(params, tensors.params, strict=True):
-            if flat.data_ptr() != local_tensor(param).data_ptr():  # a working copy of a non-contiguous parameter
-                local_tensor(param).copy_(flat.view_as(local_tensor(param)))
-        torch.autograd.graph.increment_version(params)  # the Triton kernel writes behind autograd's back
-        if tensors.mains is not None:
-            self._versions.update((param, param._version) for param in params)
+                refresh_main_(main, low_precision)
 
     # ---- state_dict, in the shape of torch's and lion-pytorch's
 
@@ -309,7 +310,7 @@ class Lion(Optimizer):
         states = {param: self._adopt_state(param, saved[i]) for i, param in pairs if i in saved}
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         self.state.update(states)
-        self._groups_of_tensors.clear()
+        self._known_batches.clear()
 
     def _adopt_state(self, param: Tensor, saved: dict) -> dict[str, Tensor]:
         if "exp_avg" not in saved:
@@ -353,11 +354,6 @@ def local_copy_(target: Tensor, source: Tensor) -> Tensor:
     return target
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """What of ``tensor`` lies on this rank: a DTensor's local shard, or the tensor itself."""
-    return getattr(tensor, "_local_tensor", tensor)  # torch.distributed.tensor costs 0.5 s to import: not needed here
-
-
 def _refuse_hidden_boundaries(param: Tensor, name: str) -> None:
     if getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
         raise ValueError(
@@ -381,11 +377,6 @@ def sum_over_shards_(counts: Tensor, params: list[Tensor]) -> None:
             part = counts[index]
             torch.distributed.all_reduce(part, group=mesh.get_group(axis))
             counts[index] = part
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """[local numel], a view where the memory is contiguous."""
-    return local_tensor(tensor.detach()).reshape(-1)
 
 
 def _first_index(param: Tensor) -> int:

@@ -26,7 +26,7 @@ class Timing:
 
     @classmethod
     def of(cls, times: list[float], **more) -> Timing:
-        cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
+        cuts = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
         return cls(statistics.median(times), cuts[0], cuts[8], len(times), **more)
 
 

@@ -56,6 +56,7 @@ class LionTensors:
                         f"{tensor.stride()} for a parameter of {param.numel()} elements"
                     )
         self._check_dtypes()
+        self.numels = [param.numel() for param in self.params]
 
     def _check_dtypes(self):
         param, exp_avg = self.params[0].dtype, self.exp_avgs[0].dtype
@@ -149,13 +150,20 @@ def lion_update_(
 
 
 def _check_grads(tensors: LionTensors, grads: Sequence[Tensor]) -> None:
-    dtype, device = grads[0].dtype, tensors.device
-    for grad, param in zip(grads, tensors.params, strict=True):
-        if grad.numel() != param.numel() or grad.dtype != dtype or grad.device != device or not grad.is_contiguous():
+    if (
+        len({grad.dtype for grad in grads}) == 1
+        and {grad.device for grad in grads} == {tensors.device}
+        and list(map(Tensor.numel, grads)) == tensors.numels
+        and all(map(Tensor.is_contiguous, grads))
+    ):
+        return
+    for grad, numel in zip(grads, tensors.numels, strict=True):
+        found = (grad.numel(), grad.dtype, grad.device, grad.is_contiguous())
+        if found != (numel, grads[0].dtype, tensors.device, True):
             raise ValueError(
                 f"a gradient has {grad.numel()} elements of {grad.dtype} on {grad.device} "
-                f"(contiguous: {grad.is_contiguous()}), but its parameter has {param.numel()} on {device} and the "
-                f"group's gradients are {dtype}"
+                f"(contiguous: {grad.is_contiguous()}), but its parameter has {numel} on {tensors.device} and the "
+                f"group's gradients are {grads[0].dtype}"
             )
 
 

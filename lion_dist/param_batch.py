@@ -1,0 +1,108 @@
+"""Parameters that one launch updates, flattened once, and the cheap question whether that still holds.
+
+``Lion.step()`` asks it of every parameter at every step, so it is asked of whole lists by ``map``: half the host time
+of looking at one parameter after the other.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lion_dist.kernels.update import LionTensors
+
+_dtype, _layout, _shape = map(operator.attrgetter, ("dtype", "layout", "shape"))
+_PLAIN = (Tensor, Parameter)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What of ``tensor`` lies on this rank: a DTensor's local shard, or the tensor itself."""
+    # isinstance(tensor, DTensor) would import torch.distributed.tensor, 0.5 s that plain users do not need.
+    return tensor if type(tensor) in _PLAIN else getattr(tensor, "_local_tensor", tensor)
+
+
+def local_tensors(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return tensors if set(map(type, tensors)) <= set(_PLAIN) else list(map(local_tensor, tensors))
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """[local numel], a view where the memory is contiguous and a copy where it is not."""
+    return local_tensor(tensor.detach()).reshape(-1)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, local_tensors(tensors)))
+
+
+class ParamBatch:
+    """Parameters of one group alike in device, dtype and gradient dtype.
+
+    Args:
+        positions: of ``params`` among the group's parameters that have a gradient.
+        states: their optimizer state.
+        tensors: the flattened params and state.
+    """
+
+    def __init__(
+        self,
+        positions: list[int],
+        params: list[Tensor],
+        states: list[dict],
+        tensors: LionTensors,
+        grad_dtype: torch.dtype,
+    ):
+        self.positions, self.params, self.states, self.tensors = positions, params, states, tensors
+        self.grad_dtype = grad_dtype
+        local = local_tensors(params)
+        self._shapes = list(map(_shape, local))
+        self._addresses = _addresses(params), self._state_addresses()
+        # Non-contiguous parameters are updated in a copy, and the copy is made anew at each step.
+        self.copied = [(p, copy) for p, copy in zip(local, tensors.params, strict=True) if not p.is_contiguous()]
+
+    def _state_addresses(self) -> list[int]:
+        return _addresses([state["exp_avg"] for state in self.states])
+
+    def still_holds(self, state: Mapping[Tensor, dict]) -> bool:
+        """Parameters and momentum are where they were: a user may replace them, or clear the state."""
+        return (
+            not self.copied
+            and all(map(operator.is_, map(state.get, self.params), self.states))
+            and (_addresses(self.params), self._state_addresses()) == self._addresses
+        )
+
+    def accepts(self, grads: Sequence[Tensor]) -> bool:
+        """Local gradients of the right dtype, shape and layout for these parameters."""
+        return (
+            set(map(_dtype, grads)) == {self.grad_dtype}
+            and set(map(_layout, grads)) == {torch.strided}
+            and list(map(_shape, grads)) == self._shapes
+            and all(map(Tensor.is_contiguous, grads))
+        )
+
+    def write_back(self) -> None:
+        for param, copy in self.copied:
+            param.copy_(copy.view_as(param))
+
+
+class GroupBatches:
+    """The batches of one param group, as long as the same parameters have gradients."""
+
+    def __init__(self, params: list[Tensor], batches: list[ParamBatch]):
+        self._ids = list(map(id, params))
+        self.batches = batches
+
+    def match(self, params: list[Tensor], grads: Sequence[Tensor], state: Mapping[Tensor, dict]):
+        """[(batch, its gradients)] when everything is as it was, else None."""
+        if list(map(id, params)) != self._ids:
+            return None
+        result = []
+        for batch in self.batches:
+            own = grads if len(self.batches) == 1 else [grads[i] for i in batch.positions]
+            if not (batch.accepts(own) and batch.still_holds(state)):
+                return None
+            result.append((batch, own))
+        return result

@@ -1,0 +1,87 @@
+"""Compile the kernels for sm_90 where there is no GPU, and print what is in their PTX as JSON.
+
+A process of its own, because the test session may have imported the kernels for Triton's interpreter:
+``python -m tests.kernels.compile_ahead``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lion_dist.kernels import triton_kernels
+from lion_dist.kernels.triton_kernels import TL_DTYPES, LaunchShape
+from tests.kernels.cases import BF16, FP16, FP32, INT16, Storage
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SCALARS = ("lr", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2")
+VARIANTS = {
+    "own": (Storage(FP32, None, FP32), FP32),
+    "own, bf16 momentum": (Storage(FP32, None, BF16), FP32),
+    "fp32 main": (Storage(BF16, FP32, BF16), BF16),
+    "fp32 main under fp16": (Storage(FP16, FP32, FP32), FP16),
+    "split": (Storage(BF16, INT16, BF16), BF16),
+    "split, stochastic momentum": (Storage(BF16, INT16, BF16, True), BF16),
+    "none": (Storage(BF16, None, BF16), BF16),
+    "none, stochastic momentum": (Storage(BF16, None, BF16, True), BF16),
+}
+
+
+def launch_shape(storage: Storage, grad_dtype: torch.dtype) -> LaunchShape:
+    dtypes = [storage.param, storage.exp_avg, grad_dtype, storage.main or storage.param]
+    widest = max(dtype.itemsize for dtype in dtypes)
+    if storage.is_stochastic and widest == 2:
+        return triton_kernels.STOCHASTIC_LAUNCH_SHAPE
+    return triton_kernels.LAUNCH_SHAPES[widest]
+
+
+def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype):
+    """``kernel``: "flat", with the fewest arguments that a step can have, or "list", with all there are."""
+    shape = launch_shape(storage, grad_dtype)
+    types = dict.fromkeys(SCALARS, "fp32") | {"seed_key": "i32"}
+    constants = {
+        "SCALARS_ON_DEVICE": kernel == "list",
+        "STOCHASTIC_MOMENTUM": storage.stochastic_momentum,
+        "BLOCK": shape.block,
+        "MASKED_BLOCK": triton_kernels.masked_block(shape),
+        "VECTOR": shape.vector,
+    }
+    tl_types = {
+        "PARAM": TL_DTYPES[storage.param],
+        "MAIN": None if storage.main is None else TL_DTYPES[storage.main],
+        "EXP_AVG": TL_DTYPES[storage.exp_avg],
+        "GRAD": TL_DTYPES[grad_dtype],
+    }
+    if kernel == "flat":
+        function = triton_kernels._flat_kernel
+        types |= {name.lower(): f"*{ty}".replace("int", "i") for name, ty in tl_types.items() if ty is not None}
+        types |= {"numel": "i64", "index_start": "i64"} | ({"step": "*i64"} if storage.is_stochastic else {})
+    else:
+        function = triton_kernels._list_kernel
+        types |= {"rows": "*i64", "grads": "*i64", "first_blocks": "*i32", "search_table": "*i32"}
+        types |= dict.fromkeys(["lr", "decay", "grad_scale", "skip", "active"], "*fp32")
+        constants |= {f"{name}_DTYPE": ty for name, ty in tl_types.items()}
+        constants["STRIDE"] = triton_kernels.SEARCH_STRIDE
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    constants |= {name: None for name in function.arg_names if name not in types and name not in constants}
+    options = {"num_warps": shape.num_warps, "enable_fp_fusion": False}
+    return triton.compile(ASTSource(function, signature, constants), target=HOPPER, options=options)
+
+
+def main() -> None:
+    result = {}
+    for kernel in ("flat", "list"):
+        for name, (storage, grad_dtype) in VARIANTS.items():
+            ptx = compile_kernel(kernel, storage, grad_dtype).asm["ptx"]
+            result[f"{kernel}: {name}"] = Counter(re.findall(r"\t(?:@%p\d+ )?((?:ld|st|fma|mul|add)\.[\w.:]+)", ptx))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

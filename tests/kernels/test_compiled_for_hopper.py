@@ -1,0 +1,59 @@
+"""What is in the kernels' machine code for sm_90. No GPU is needed: compiling ahead of time is enough."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.compile_ahead import VARIANTS, launch_shape
+
+NAMES = [f"{kernel}: {name}" for kernel in ("flat", "list") for name in VARIANTS]
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory) -> dict[str, dict[str, int]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "tests.kernels.compile_ahead"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_blocks_move_in_wide_accesses_each_byte_once(instructions, name):
+    """16 bytes a thread and access; 8 for the 16-bit tensors of a kernel that also touches 32-bit ones."""
+    storage, grad_dtype = VARIANTS[name.split(": ")[1]]
+    shape = launch_shape(storage, grad_dtype)
+    per_thread = shape.block // (32 * shape.num_warps)
+    state = [dtype for dtype in (storage.main or storage.param, storage.exp_avg) if dtype is not None]
+    read, written = [*state, grad_dtype], state
+    if storage.main is not None:  # the low-precision copy is written beside the main params, and half of a split
+        written = [storage.param, *written]
+        if storage.main.itemsize == 2:
+            read = [storage.param, *read]
+    expected = Counter()
+    for direction, dtypes in (("ld", read), ("st", written)):
+        for dtype in dtypes:
+            width = {16: "v4", 8: "v2"}[shape.vector * dtype.itemsize]
+            expected[f"{direction}.global.{width}.b32"] += per_thread // shape.vector
+    found = {name: count for name, count in instructions[name].items() if ".v4." in name or ".v2." in name}
+    assert found == expected
+    assert found["ld.global.v4.b32"] and found["st.global.v4.b32"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_operation_is_fused_or_free_to_be(instructions, name):
+    """An unrounded ``mul.f32`` may still be contracted below PTX; ``mul.rn.f32`` may not."""
+    assert not [op for op in instructions[name] if op.startswith("fma.") or op in ("mul.f32", "add.f32")]
+    assert instructions[name]["mul.rn.f32"] and instructions[name]["add.rn.f32"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_goes_through_local_or_shared_memory(instructions, name):
+    assert not [op for op in instructions[name] if ".local" in op or ".shared" in op]

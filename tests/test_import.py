@@ -1,0 +1,66 @@
+"""``import lion_dist`` on a laptop: no triton, no deepspeed, nothing heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+BLOCK = """
+import sys
+for name in ("triton", "deepspeed", "transformers", "lion_pytorch"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+"""
+
+TRAIN = """
+import torch, lion_dist
+model = torch.nn.Linear(4, 4)
+for opt in (lion_dist.Lion(model.parameters()), lion_dist.ShardedLion(model.parameters(), module=model)):
+    model(torch.ones(2, 4)).sum().backward()
+    opt.step()
+    opt.zero_grad()
+print("trained")
+"""
+
+NO_TRITON = """
+import torch, lion_dist
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+try:
+    lion_dist.Lion([param], use_triton=True).step()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_trains_without_triton_and_deepspeed():
+    assert python(BLOCK + TRAIN).strip() == "trained"
+
+
+def test_use_triton_without_triton_says_what_to_install():
+    assert "triton is not installed: pip install 'lion-dist[triton]'" in python(BLOCK + NO_TRITON)
+
+
+@pytest.mark.parametrize("module", ["triton", "deepspeed", "torch._dynamo", "torch._inductor"])
+def test_import_loads_nothing_heavy(module):
+    loaded = python(
+        "import sys, torch; before = set(sys.modules); import lion_dist; print(*(set(sys.modules) - before))"
+    )
+    assert module not in loaded.split()
+
+
+def test_public_names_are_those_of_all():
+    import lion_dist
+
+    assert set(lion_dist.__all__) <= set(dir(lion_dist))
+    assert lion_dist.__version__
