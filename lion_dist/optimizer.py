@@ -199,6 +199,7 @@ class Lion(Optimizer):
                 seed=self.precision.seed,
                 cautious_lrs=self._cautious_lrs(params, tensors, grads, scalars, grad_scale),
                 backend=choose_backend(tensors.device, self.use_triton),
+                check=False,  # each batch has accepted or made its gradients
             )
             batch.write_back()
             torch.autograd.graph.increment_version(params)  # the Triton kernel writes behind autograd's back
@@ -222,13 +223,13 @@ class Lion(Optimizer):
 
     def _batches(self, group: dict) -> list[tuple[ParamBatch, Sequence[Tensor]]]:
         """The group's parameters that have a gradient, in batches of like tensors (one launch each), and gradients."""
-        params = [p for p in group["params"] if p.grad is not None]
-        grads = local_tensors([p.grad for p in params])
+        pairs = [(p, grad) for p in group["params"] if (grad := p.grad) is not None]
+        params, grads = [p for p, _ in pairs], local_tensors([grad for _, grad in pairs])
         known = self._known_batches.get(id(group))
         matched = None if known is None else known.match(params, grads, self.state)
         if matched is None:
             matched = self._sort_into_batches(params, grads)
-            self._known_batches[id(group)] = GroupBatches(params, [batch for batch, _ in matched])
+            self._known_batches[id(group)] = GroupBatches(params, [batch for batch, _ in matched], self.state)
         return matched
 
     def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]):

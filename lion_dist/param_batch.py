@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from lion_dist.kernels.update import LionTensors
 
-_dtype, _layout, _shape = map(operator.attrgetter, ("dtype", "layout", "shape"))
+_layout, _shape = map(operator.attrgetter, ("layout", "shape"))
 _PLAIN = (Tensor, Parameter)
 
 
@@ -59,28 +59,24 @@ class ParamBatch:
         self.grad_dtype = grad_dtype
         local = local_tensors(params)
         self._shapes = list(map(_shape, local))
-        self._addresses = _addresses(params), self._state_addresses()
+        self._memory = _addresses(params), self._state_addresses()
         # Non-contiguous parameters are updated in a copy, and the copy is made anew at each step.
         self.copied = [(p, copy) for p, copy in zip(local, tensors.params, strict=True) if not p.is_contiguous()]
 
     def _state_addresses(self) -> list[int]:
         return _addresses([state["exp_avg"] for state in self.states])
 
-    def still_holds(self, state: Mapping[Tensor, dict]) -> bool:
-        """Parameters and momentum are where they were: a user may replace them, or clear the state."""
-        return (
-            not self.copied
-            and all(map(operator.is_, map(state.get, self.params), self.states))
-            and (_addresses(self.params), self._state_addresses()) == self._addresses
-        )
+    def still_holds(self) -> bool:
+        """Parameters and momentum are where they were: a user may put others in their place."""
+        return not self.copied and (_addresses(self.params), self._state_addresses()) == self._memory
 
     def accepts(self, grads: Sequence[Tensor]) -> bool:
         """Local gradients of the right dtype, shape and layout for these parameters."""
         return (
-            set(map(_dtype, grads)) == {self.grad_dtype}
-            and set(map(_layout, grads)) == {torch.strided}
+            set(map(_layout, grads)) == {torch.strided}
             and list(map(_shape, grads)) == self._shapes
-            and all(map(Tensor.is_contiguous, grads))
+            and self.tensors.accept(grads)
+            and grads[0].dtype == self.grad_dtype
         )
 
     def write_back(self) -> None:
@@ -89,20 +85,21 @@ class ParamBatch:
 
 
 class GroupBatches:
-    """The batches of one param group, as long as the same parameters have gradients."""
+    """The batches of one param group, as long as the same parameters have gradients and the same state."""
 
-    def __init__(self, params: list[Tensor], batches: list[ParamBatch]):
-        self._ids = list(map(id, params))
+    def __init__(self, params: list[Tensor], batches: list[ParamBatch], state: Mapping[Tensor, dict]):
         self.batches = batches
+        self._ids = list(map(id, params))
+        self._state_ids = list(map(id, state.values()))  # the batches keep them alive: an id is not used again
 
     def match(self, params: list[Tensor], grads: Sequence[Tensor], state: Mapping[Tensor, dict]):
         """[(batch, its gradients)] when everything is as it was, else None."""
-        if list(map(id, params)) != self._ids:
+        if list(map(id, params)) != self._ids or list(map(id, state.values())) != self._state_ids:
             return None
         result = []
         for batch in self.batches:
             own = grads if len(self.batches) == 1 else [grads[i] for i in batch.positions]
-            if not (batch.accepts(own) and batch.still_holds(state)):
+            if not (batch.accepts(own) and batch.still_holds()):
                 return None
             result.append((batch, own))
         return result

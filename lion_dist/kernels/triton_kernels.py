@@ -36,14 +36,15 @@ class LaunchShape:
     vector: int  # consecutive elements per thread
 
 
-# By the widest element that the kernel touches, in bytes. With 8 fp32 elements a thread, stores would go through
-# shared memory and a barrier: Triton stores at most 16 bytes a thread at once.
+# By the widest element that the kernel touches, in bytes, and whether it draws random bits. With 8 fp32 elements a
+# thread, stores would go through shared memory and a barrier: Triton stores at most 16 bytes a thread at once. Random
+# bits take registers: with 16 elements a thread the kernel needs up to 80 and reached 88 to 94% of the copy.
 LAUNCH_SHAPES = {
-    2: LaunchShape(block=2048, num_warps=4, vector=8),
-    4: LaunchShape(block=1024, num_warps=4, vector=4),
+    (2, False): LaunchShape(block=2048, num_warps=4, vector=8),
+    (2, True): LaunchShape(block=1024, num_warps=4, vector=8),
+    (4, False): LaunchShape(block=1024, num_warps=4, vector=4),
+    (4, True): LaunchShape(block=1024, num_warps=4, vector=4),
 }
-# Random bits take registers: with 16 elements a thread the kernel needs up to 80 and reached 88 to 94% of the copy.
-STOCHASTIC_LAUNCH_SHAPE = LaunchShape(block=1024, num_warps=4, vector=8)
 
 # Columns of the address table: one row of int64 a tensor.
 PARAM, MAIN, EXP_AVG, NUMEL, INDEX_START, STEP = (tl.constexpr(column) for column in range(6))
@@ -165,7 +166,9 @@ def _update_block(
     start,  # int64, the first element
     offsets,  # [BLOCK] int32, from there
     mask,  # [BLOCK] bool, or None: all
-    random,  # [BLOCK] uint32, or None
+    index,  # int64, canonical index of offset 0
+    step,  # pointer to int64, completed steps; or None
+    seed_key,  # int32, from _seed_key
     scalars,  # from _read_scalars
     STOCHASTIC_MOMENTUM: tl.constexpr,
 ):
@@ -191,6 +194,13 @@ def _update_block(
         p = (_from_bf16(tl.load(param, mask=mask)) + remainder).to(tl.float32, bitcast=True)
     else:
         p = _load_fp32(param, mask)
+    if STOCHASTIC_MOMENTUM or (main is None and PARAM_DTYPE == tl.bfloat16):
+        # After the loads, which would else wait for what depends on the step. Nor may ptxas sink them below it: a
+        # barrier stops it, and costs nothing beside the loads' latency.
+        tl.debug_barrier()
+        keys = _random_keys(seed_key, tl.load(step))
+        indices = index + offsets
+        random = _random_bits(indices, (index if mask is None else indices) >> 32, keys)
     g = g * grad_scale
     finite = tl.abs(g) < float("inf")
 
@@ -257,25 +267,28 @@ def _update_tensor(
     if main is not None:
         addresses |= main.to(tl.int64)
     fast = (numel - start >= BLOCK) & ((addresses & 15) == 0)
-    keys = None
     if STOCHASTIC:
-        keys = _random_keys(seed_key, tl.load(step))
         fast &= (index & 0xFFFFFFFF) <= 0x100000000 - BLOCK  # else the block has two upper halves of indices
 
     if fast:
         offsets = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
-        if STOCHASTIC:
-            random = _random_bits(index + offsets, index >> 32, keys)
-        else:
-            random = None
-        _update_block(param, main, exp_avg, grad, start, offsets, None, random, scalars, STOCHASTIC_MOMENTUM)
+        _update_block(
+            param,
+            main,
+            exp_avg,
+            grad,
+            start,
+            offsets,
+            None,
+            index,
+            step,
+            seed_key,
+            scalars,
+            STOCHASTIC_MOMENTUM,
+        )
     else:  # in smaller pieces: masked accesses need an address and a predicate an element, hence registers
         for first in range(0, BLOCK, MASKED_BLOCK):
             piece = first + tl.arange(0, MASKED_BLOCK)
-            if STOCHASTIC:
-                masked_random = _random_bits(index + piece, (index + piece) >> 32, keys)
-            else:
-                masked_random = None
             _update_block(
                 param,
                 main,
@@ -284,7 +297,9 @@ def _update_tensor(
                 start,
                 piece,
                 piece < numel - start,
-                masked_random,
+                index,
+                step,
+                seed_key,
                 scalars,
                 STOCHASTIC_MOMENTUM,
             )
@@ -525,7 +540,7 @@ def _launch_shape(tensors, grads) -> LaunchShape:
         return LaunchShape(min(INTERPRETER_BLOCK, triton.next_power_of_2(largest)), num_warps=4, vector=1)
     columns = (tensors.params, tensors.exp_avgs, grads, tensors.mains)
     widest = max(column[0].element_size() for column in columns if column is not None)
-    return STOCHASTIC_LAUNCH_SHAPE if tensors.is_stochastic and widest == 2 else LAUNCH_SHAPES[widest]
+    return LAUNCH_SHAPES[widest, tensors.is_stochastic]
 
 
 def masked_block(shape: LaunchShape) -> int:

@@ -71,6 +71,28 @@ class LionTensors:
         if self.is_stochastic and (self.steps is None or self.index_starts is None):
             raise ValueError("stochastic rounding needs steps and index_starts")
 
+    def accept(self, grads: Sequence[Tensor]) -> bool:
+        """Whether ``grads`` are contiguous, of one dtype, on the device, and of the params' numels."""
+        return (
+            len({grad.dtype for grad in grads}) == 1
+            and {grad.device for grad in grads} == {self.device}
+            and list(map(Tensor.numel, grads)) == self.numels
+            and all(map(Tensor.is_contiguous, grads))
+        )
+
+    def check_grads(self, grads: Sequence[Tensor]) -> None:
+        """Raise ValueError, naming the first misfit, unless the group accepts ``grads``."""
+        if self.accept(grads):
+            return
+        for grad, numel in zip(grads, self.numels, strict=True):
+            found = (grad.numel(), grad.dtype, grad.device, grad.is_contiguous())
+            if found != (numel, grads[0].dtype, self.device, True):
+                raise ValueError(
+                    f"a gradient has {grad.numel()} elements of {grad.dtype} on {grad.device} "
+                    f"(contiguous: {grad.is_contiguous()}), but its parameter has {numel} on {self.device} and the "
+                    f"group's gradients are {grads[0].dtype}"
+                )
+
     @property
     def device(self) -> torch.device:
         return self.params[0].device
@@ -129,13 +151,15 @@ def lion_update_(
     seed: int = 0,
     cautious_lrs: Tensor | None = None,  # [T] fp32 on the device, reference.cautious_lr(): the cautious step
     backend: str = "cpu",
+    check: bool = True,  # False: the caller has asked tensors.accept(grads), which takes host time
 ) -> None:
     """One Lion step on every tensor of the group, in place. Nothing here waits for a GPU.
 
     Raises:
         ValueError: a gradient of another size, dtype or device than the group's; nothing is changed.
     """
-    _check_grads(tensors, grads)
+    if check:
+        tensors.check_grads(grads)
     if cautious_lrs is not None:
         update = functools.partial(_update_by_reference, cautious_lrs=cautious_lrs)
     elif backend == "triton":
@@ -147,24 +171,6 @@ def lion_update_(
     update(tensors, grads, scalars, grad_scale=grad_scale, skip=skip, active=active, seed=seed)
     if tensors.is_stochastic:
         _count_steps(tensors.steps, skip, active)
-
-
-def _check_grads(tensors: LionTensors, grads: Sequence[Tensor]) -> None:
-    if (
-        len({grad.dtype for grad in grads}) == 1
-        and {grad.device for grad in grads} == {tensors.device}
-        and list(map(Tensor.numel, grads)) == tensors.numels
-        and all(map(Tensor.is_contiguous, grads))
-    ):
-        return
-    for grad, numel in zip(grads, tensors.numels, strict=True):
-        found = (grad.numel(), grad.dtype, grad.device, grad.is_contiguous())
-        if found != (numel, grads[0].dtype, tensors.device, True):
-            raise ValueError(
-                f"a gradient has {grad.numel()} elements of {grad.dtype} on {grad.device} "
-                f"(contiguous: {grad.is_contiguous()}), but its parameter has {numel} on {tensors.device} and the "
-                f"group's gradients are {grads[0].dtype}"
-            )
 
 
 def _count_steps(steps: Sequence[Tensor], skip: Tensor | None, active: Tensor | None) -> None:
@@ -187,7 +193,7 @@ def count_aligned_elements(
 
     It reads momentum and gradients once more than the update does.
     """
-    _check_grads(tensors, grads)
+    tensors.check_grads(grads)
     counts = []
     for exp_avg, grad in zip(tensors.exp_avgs, grads, strict=True):
         parts = zip(exp_avg.split(REFERENCE_CHUNK), grad.reshape(-1).split(REFERENCE_CHUNK), strict=True)

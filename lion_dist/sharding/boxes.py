@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+# torch.distributed.checkpoint takes 0.6 s to import, so it is imported by those who call it.
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,10 @@ class BoxedTensor(torch.Tensor):
 
     # What torch.distributed.checkpoint asks of a tensor that is spread over ranks.
 
-    def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
+    def __create_write_items__(self, fqn: str, _object: object) -> list:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         items = []
         for box, local in self.boxes.items():
             chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
@@ -110,10 +113,12 @@ class BoxedTensor(torch.Tensor):
             items.append(WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
         return items
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+    def __create_chunk_list__(self) -> list:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         return [ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in self.boxes]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+    def __get_tensor_shard__(self, index) -> Tensor:
         for box, local in self.boxes.items():
             if box.offsets == tuple(index.offset):
                 return local
