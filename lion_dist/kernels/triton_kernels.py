@@ -166,9 +166,7 @@ def _update_block(
     start,  # int64, the first element
     offsets,  # [BLOCK] int32, from there
     mask,  # [BLOCK] bool, or None: all
-    index,  # int64, canonical index of offset 0
-    step,  # pointer to int64, completed steps; or None
-    seed_key,  # int32, from _seed_key
+    random,  # [BLOCK] uint32, or None
     scalars,  # from _read_scalars
     STOCHASTIC_MOMENTUM: tl.constexpr,
 ):
@@ -194,13 +192,6 @@ def _update_block(
         p = (_from_bf16(tl.load(param, mask=mask)) + remainder).to(tl.float32, bitcast=True)
     else:
         p = _load_fp32(param, mask)
-    if STOCHASTIC_MOMENTUM or (main is None and PARAM_DTYPE == tl.bfloat16):
-        # After the loads, which would else wait for what depends on the step. Nor may ptxas sink them below it: a
-        # barrier stops it, and costs nothing beside the loads' latency.
-        tl.debug_barrier()
-        keys = _random_keys(seed_key, tl.load(step))
-        indices = index + offsets
-        random = _random_bits(indices, (index if mask is None else indices) >> 32, keys)
     g = g * grad_scale
     finite = tl.abs(g) < float("inf")
 
@@ -267,28 +258,25 @@ def _update_tensor(
     if main is not None:
         addresses |= main.to(tl.int64)
     fast = (numel - start >= BLOCK) & ((addresses & 15) == 0)
+    keys = None
     if STOCHASTIC:
+        keys = _random_keys(seed_key, tl.load(step))
         fast &= (index & 0xFFFFFFFF) <= 0x100000000 - BLOCK  # else the block has two upper halves of indices
 
     if fast:
         offsets = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
-        _update_block(
-            param,
-            main,
-            exp_avg,
-            grad,
-            start,
-            offsets,
-            None,
-            index,
-            step,
-            seed_key,
-            scalars,
-            STOCHASTIC_MOMENTUM,
-        )
+        if STOCHASTIC:
+            random = _random_bits(index + offsets, index >> 32, keys)
+        else:
+            random = None
+        _update_block(param, main, exp_avg, grad, start, offsets, None, random, scalars, STOCHASTIC_MOMENTUM)
     else:  # in smaller pieces: masked accesses need an address and a predicate an element, hence registers
         for first in range(0, BLOCK, MASKED_BLOCK):
             piece = first + tl.arange(0, MASKED_BLOCK)
+            if STOCHASTIC:
+                masked_random = _random_bits(index + piece, (index + piece) >> 32, keys)
+            else:
+                masked_random = None
             _update_block(
                 param,
                 main,
@@ -297,9 +285,7 @@ def _update_tensor(
                 start,
                 piece,
                 piece < numel - start,
-                index,
-                step,
-                seed_key,
+                masked_random,
                 scalars,
                 STOCHASTIC_MOMENTUM,
             )

@@ -35,10 +35,7 @@ VARIANTS = {
 
 def launch_shape(storage: Storage, grad_dtype: torch.dtype) -> LaunchShape:
     dtypes = [storage.param, storage.exp_avg, grad_dtype, storage.main or storage.param]
-    widest = max(dtype.itemsize for dtype in dtypes)
-    if storage.is_stochastic and widest == 2:
-        return triton_kernels.STOCHASTIC_LAUNCH_SHAPE
-    return triton_kernels.LAUNCH_SHAPES[widest]
+    return triton_kernels.LAUNCH_SHAPES[max(dtype.itemsize for dtype in dtypes), storage.is_stochastic]
 
 
 def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype):
