@@ -35,7 +35,7 @@ def train(model: nn.Module, opt: ShardedLion, steps: int = 2) -> None:
 def storages_alive() -> dict[int, int]:
     """Address -> bytes of every tensor storage that Python can reach."""
     gc.collect()
-    tensors = [obj for obj in gc.get_objects() if isinstance(obj, Tensor) and obj.layout == torch.strided]
+    tensors = [obj for obj in gc.get_objects() if type(obj) in (Tensor, nn.Parameter) and obj.layout == torch.strided]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
 
 

@@ -193,18 +193,14 @@ class Alternating(nn.Module):
         return F.linear(torch.tanh(first(x)), second.weight)
 
 
-FUNCTIONAL_USE_BEFORE_THE_OWNER = pytest.mark.xfail(
-    strict=True,
-    reason="a module that ran in the last forward is not waited for at the root, though its weight is read earlier",
-)
 MODELS = [
     FunctionalHead,
     TiedByAssignment,
     Attention,
     ParameterAtRoot,
     ListOfParameters,
-    pytest.param(TiedFirstAndLast, marks=FUNCTIONAL_USE_BEFORE_THE_OWNER),
-    pytest.param(Alternating, marks=FUNCTIONAL_USE_BEFORE_THE_OWNER),
+    TiedFirstAndLast,
+    Alternating,
 ]
 
 

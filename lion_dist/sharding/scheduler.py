@@ -4,13 +4,12 @@ Gradients. A backward pass visits the buckets roughly in reverse; each rank star
 order, whatever became ready first, because collectives of one group must match across ranks. What is still missing at
 the end of a pass (parameters unused on this rank) is sent as zeros then.
 
-Parameters. Given the module, each of its modules waits, before its own forward, for the buckets of its own parameters.
-**The hazard**: after ``step()`` parameters are in flight. A pre-forward hook protects only what passes through the
-forward of the module that owns the parameter. So modules whose forward did not run in the last forward of the root
-(their parameters are used functionally, as nn.MultiheadAttention uses its output projection) are waited for at the
-root; so are all buckets before a sub-module is called by itself, and before ``state_dict`` and ``load_state_dict`` of
-any module; and everything else that reads parameters between ``step()`` and the next forward calls
-``finish_param_sync()``.
+Parameters. **The hazard**: after ``step()`` parameters are in flight. Given the module, whoever comes to a parameter
+through it waits for that parameter's bucket, and only then: the forward of the module that owns it, reading it as an
+attribute (``model.embedding.weight``, as tied weights and nn.MultiheadAttention do), ``model.parameters()``,
+``state_dict`` and ``load_state_dict``. What cannot be seen is a reference held elsewhere: a list of parameters made
+before. In the forward of the root such a parameter is safe if its owner's forward did not run last time (its bucket is
+waited for at the root); everybody else calls ``finish_param_sync()``.
 """
 
 from __future__ import annotations
@@ -140,6 +139,37 @@ class OwnModelHook:
         return OwnModelHook, (None,)
 
 
+class AwaitedParameters(dict):
+    """A module's ``_parameters``, whose readers wait: what they get is whole.
+
+    A copy of the module (deepcopy, pickle) gets a plain dict, for the copy is not ours to wait for.
+    """
+
+    def __init__(self, params: dict[str, Parameter | None], finish: Callable[[Parameter | None], None]):
+        super().__init__(params)
+        self._finish = finish
+
+    def __getitem__(self, name: str) -> Parameter | None:
+        param = super().__getitem__(name)
+        self._finish(param)
+        return param
+
+    def items(self):
+        self._finish_all()
+        return super().items()
+
+    def values(self):
+        self._finish_all()
+        return super().values()
+
+    def _finish_all(self) -> None:
+        for param in super().values():
+            self._finish(param)
+
+    def __reduce__(self):
+        return dict, (dict(super().items()),)
+
+
 class ParamScheduler:
     """Lets each module's forward wait for its own parameters only."""
 
@@ -152,8 +182,11 @@ class ParamScheduler:
         self._strangers: list[Bucket] = []
         self._at_root: list[Bucket] = []  # buckets of owners whose forward did not run last time
         self._in_forward = False  # of the root
+        finish = torch.compiler.disable(self._finish_param)
         owners, others = self._owner_modules()
         for owner in owners:
+            if not _is_compiled(owner):
+                owner._parameters = AwaitedParameters(owner._parameters, finish)
             owner.register_forward_pre_hook(OwnModelHook(self._before_forward), prepend=True)
         for other in others:
             other.register_forward_pre_hook(OwnModelHook(self._before_forward_without_params), prepend=True)
@@ -186,6 +219,11 @@ class ParamScheduler:
             else:
                 others.append(module)
         return owners, others
+
+    def _finish_param(self, param: Parameter | None) -> None:
+        bucket = self._bucket_of.get(param)
+        if bucket is not None:
+            bucket.finish_param_sync()
 
     def _before_forward(self, module: nn.Module, _args) -> None:
         if not self._in_forward:  # a sub-module called by itself: nobody has waited for what it uses functionally
