@@ -70,8 +70,8 @@ class ShardedLion(Optimizer):
         sharding: ZeRO stage, bucket size, what is on the wire.
 
     An unused parameter (no gradient on any rank) is left as it was. A rank without a batch calls ``step()`` all the
-    same and takes part with zeros. Between ``step()`` and the next forward, whatever reads parameters by itself
-    (EMA, a weight used outside its module) calls :meth:`finish_param_sync` first; ``state_dict()`` of the module does.
+    same and takes part with zeros. Between ``step()`` and the next forward, reading parameters through the module waits
+    for them; a reference held elsewhere needs :meth:`finish_param_sync` first (``sharding/scheduler.py``, "the hazard").
     """
 
     _step_supports_amp_scaling = True  # the verdict and the factor stay on the device

@@ -243,7 +243,10 @@ def read_right_after_step(read: str) -> None:
         "evaluation mode": lambda: model.eval()(x),
         "state_dict": lambda: torch.cat([v.flatten() for v in model.state_dict().values()]),
         "state_dict of a sub-module": lambda: torch.cat([v.flatten() for v in model["a"].state_dict().values()]),
-        "deepcopy": lambda: copy.deepcopy(after(opt.finish_param_sync, model))(x),
+        "deepcopy": lambda: copy.deepcopy(model["a"])(x),
+        "attribute": lambda: model["a"][1].weight,
+        "parameters()": lambda: torch.cat([p.flatten() for p in model.parameters()]),
+        "get_parameter": lambda: model.get_parameter("attention.inner.out_proj.weight"),
         "state_dict of the optimizer, then the model": lambda: [opt.state_dict(), model(x)][1],
     }
     with poisoned_gathers():
@@ -255,11 +258,6 @@ def read_right_after_step(read: str) -> None:
         late = reads[read]().detach().clone()
     assert early.isfinite().all()
     assert torch.equal(early, late)
-
-
-def after(wait, value):
-    wait()
-    return value
 
 
 @pytest.mark.parametrize(
@@ -275,6 +273,9 @@ def after(wait, value):
         "state_dict",
         "state_dict of a sub-module",
         "deepcopy",
+        "attribute",
+        "parameters()",
+        "get_parameter",
         "state_dict of the optimizer, then the model",
     ],
 )

@@ -167,7 +167,7 @@ class AwaitedParameters(dict):
             self._finish(param)
 
     def __reduce__(self):
-        return dict, (dict(super().items()),)
+        return dict, (dict(self.items()),)
 
 
 class ParamScheduler:
