@@ -71,7 +71,8 @@ class ShardedLion(Optimizer):
 
     An unused parameter (no gradient on any rank) is left as it was. A rank without a batch calls ``step()`` all the
     same and takes part with zeros. Between ``step()`` and the next forward, reading parameters through the module waits
-    for them; a reference held elsewhere needs :meth:`finish_param_sync` first (``sharding/scheduler.py``, "the hazard").
+    for them; a reference held elsewhere needs :meth:`finish_param_sync` first (see "the hazard" in
+    ``sharding/scheduler.py``).
     """
 
     _step_supports_amp_scaling = True  # the verdict and the factor stay on the device

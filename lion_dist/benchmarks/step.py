@@ -1,0 +1,277 @@
+"""A whole training step: forward, backward, communication and update, engine by engine, in one run.
+
+    torchrun --nproc-per-node 2 -m lion_dist.benchmarks.step --micro-batch 1 4 --csv step.csv --png step.png
+    torchrun --nproc-per-node 2 -m lion_dist.benchmarks.step --size tiny --seq-len 32 --steps 5      # on CPUs
+
+Times are of the slowest rank, medians over the steps; the ratio is to forward and backward alone on one rank's batch,
+without communication or step, measured in the same run. Engines whose packages are missing are named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
+from lion_dist.benchmarks.llama import SIZES, make_llama
+from lion_dist.benchmarks.report import environment, write_csv
+from lion_dist.benchmarks.timing import free_gpu_memory
+
+LR, BETAS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.99), 0.1, 1.0
+SETTINGS = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
+BASELINE = "forward + backward alone"
+
+Step = Callable[[list[Tensor]], None]  # the micro-batches of one step
+
+
+def forward_backward(model: nn.Module) -> Step:
+    def step(batches: list[Tensor]) -> None:
+        for batch in batches:
+            model(batch).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def sharded_lion(model: nn.Module, **sharding) -> Step:
+    optimizer = ShardedLion(model.parameters(), **SETTINGS, module=model, sharding=ShardingConfig(**sharding))
+
+    def step(batches: list[Tensor]) -> None:
+        optimizer.zero_grad()
+        for i, batch in enumerate(batches):
+            if i < len(batches) - 1:
+                with optimizer.no_sync():
+                    model(batch).backward()
+            else:
+                model(batch).backward()
+        optimizer.clip_grad_norm_(CLIP)
+        optimizer.step()
+
+    return step
+
+
+def torch_loop(model: nn.Module, wrapped: nn.Module, optimizer: torch.optim.Optimizer, no_sync=None) -> Step:
+    def step(batches: list[Tensor]) -> None:
+        for i, batch in enumerate(batches):
+            if no_sync is not None and i < len(batches) - 1:
+                with no_sync():
+                    wrapped(batch).backward()
+            else:
+                wrapped(batch).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ddp(model: nn.Module, make: Callable) -> Step:
+    device = next(model.parameters()).device
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return torch_loop(model, wrapped, make(model.parameters()), wrapped.no_sync)
+
+
+def lion_pytorch(params):
+    from lion_pytorch import Lion as Peer
+
+    return Peer(params, **SETTINGS, use_triton=torch.cuda.is_available())
+
+
+def lion_pytorch_zero(params):
+    from lion_pytorch import Lion as Peer
+
+    return ZeroRedundancyOptimizer(params, Peer, **SETTINGS, use_triton=torch.cuda.is_available())
+
+
+def flash_lion(params):
+    from flashoptim import FlashLion
+
+    return FlashLion(params, **SETTINGS, quantize=False, master_weight_bits=32)
+
+
+def fsdp2(model: nn.Module, make: Callable, reshard: bool) -> Step:
+    for block in model.blocks:
+        fully_shard(block, reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=reshard)
+    return torch_loop(model, model, make(model.parameters()))
+
+
+def deepspeed_zero(model: nn.Module, stage: int, micro_batches: int) -> Step:
+    import deepspeed
+    from deepspeed.ops.lion import FusedLion
+
+    if not torch.cuda.is_available():
+        raise ImportError("DeepSpeed's FusedLion has no CPU op")
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": CLIP,
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "overlap_comm": True},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=FusedLion(model.parameters(), **SETTINGS), config=config)
+
+    def step(batches: list[Tensor]) -> None:
+        for batch in batches:
+            engine.backward(engine(batch))
+            engine.step()
+
+    return step
+
+
+def engines(micro_batches: int) -> dict[str, Callable[[nn.Module], Step]]:
+    own = lambda params: Lion(params, **SETTINGS, precision=PrecisionPolicy())  # noqa: E731
+    return {
+        BASELINE: forward_backward,
+        "lion_dist stage 2": lambda model: sharded_lion(model, zero_stage=2),
+        "lion_dist stage 1": lambda model: sharded_lion(model, zero_stage=1),
+        "lion_dist stage 2, fp32 on the wire": lambda model: sharded_lion(model, reduce_dtype=torch.float32),
+        "FSDP2 no reshard + lion_dist.Lion": lambda model: fsdp2(model, own, reshard=False),
+        "FSDP2 reshard + lion_dist.Lion": lambda model: fsdp2(model, own, reshard=True),
+        "DDP + lion-pytorch": lambda model: ddp(model, lion_pytorch),
+        "DDP + ZeroRedundancyOptimizer(lion-pytorch)": lambda model: ddp(model, lion_pytorch_zero),
+        "FSDP2 no reshard + FlashLion": lambda model: fsdp2(model, flash_lion, reshard=False),
+        "FSDP2 reshard + FlashLion": lambda model: fsdp2(model, flash_lion, reshard=True),
+        **{
+            f"DeepSpeed ZeRO-{stage} + FusedLion": lambda model, stage=stage: deepspeed_zero(
+                model, stage, micro_batches
+            )
+            for stage in (1, 2, 3)
+        },
+    }
+
+
+def time_steps(step: Step, batches: list[Tensor], steps: int, warm_up: int, device: torch.device) -> dict:
+    """Milliseconds of each step on the slowest rank, and the peak memory of the fullest."""
+    on_gpu = device.type == "cuda"
+    for _ in range(warm_up):
+        step(batches)
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    dist.barrier()
+    marks = []
+    for _ in range(steps + 1):
+        if on_gpu:
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
+        if len(marks) <= steps:
+            step(batches)
+    if on_gpu:
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    else:
+        times = [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    slowest = torch.tensor([*times, peak], dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    *times, peak = slowest.tolist()
+    cuts = statistics.quantiles(times, n=10)
+    return {"ms_median": statistics.median(times), "ms_p10": cuts[0], "ms_p90": cuts[8], "peak_gb": peak / 1e9}
+
+
+def measure(args, name: str, build: Callable, micro_batch: int, device: torch.device) -> dict | None:
+    model = make_llama(args.size, device, torch.bfloat16, args.compile)
+    tokens = torch.randint(SIZES[args.size]["vocab"], (micro_batch, args.seq_len + 1), device=device)
+    try:
+        step = build(model)
+    except ImportError as error:
+        say(f"{name}: not installed ({error})")
+        return None
+    result = time_steps(step, [tokens] * args.micro_batches, args.steps, args.warm_up, device)
+    del model, step
+    if device.type == "cuda":
+        free_gpu_memory()
+    return {"engine": name, "ranks": dist.get_world_size(), "micro_batch": micro_batch} | {
+        key: round(value, 3) for key, value in result.items()
+    }
+
+
+def say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = sorted({row["micro_batch"] for row in rows})
+    figure, axes = plt.subplots(1, len(sizes), figsize=(7 * len(sizes), 5), squeeze=False, sharey=True)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        bars = [row for row in rows if row["micro_batch"] == size]
+        colors = ["tab:blue" if "lion_dist" in row["engine"] else "grey" for row in bars]
+        drawn = axis.barh([row["engine"] for row in bars], [row["ms_median"] for row in bars], color=colors)
+        axis.bar_label(drawn, [f"{row['ms_median']:.1f} ms, x{row['ratio']:.2f}" for row in bars], fontsize=7)
+        axis.set(title=f"micro-batch {size}, {bars[0]['ranks']} ranks", xlabel="ms a step", xmargin=0.25)
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--size", choices=list(SIZES), default="1.35B")
+    add("--micro-batch", type=int, nargs="+", default=[1, 4], help="sequences a rank and backward pass")
+    add("--micro-batches", type=int, default=1, help="backward passes a step")
+    add("--seq-len", type=int, default=2048)
+    add("--steps", type=int, default=20)
+    add("--warm-up", type=int, default=5)
+    add("--compile", action="store_true", help="torch.compile each block")
+    add("--engines", default="", help="only the baseline and engines whose name contains this text")
+    add("--csv", type=Path)
+    add("--png", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    shared, rows = environment(device), []
+    for micro_batch in args.micro_batch:
+        for name, build in engines(args.micro_batches).items():
+            if name != BASELINE and args.engines not in name:
+                continue
+            row = measure(args, name, build, micro_batch, device)
+            if row is None:
+                continue
+            baseline = row["ms_median"] if name == BASELINE else baseline  # noqa: F821 (the first engine)
+            rows.append(row | {"ratio": round(row["ms_median"] / baseline, 3)} | shared)
+            say(
+                f"micro-batch {micro_batch}  {row['ms_median']:9.2f} ms  x{rows[-1]['ratio']:<6.3f} "
+                f"[{row['ms_p10']:.2f}, {row['ms_p90']:.2f}]  {row['peak_gb']:6.2f} GB  {name}"
+            )
+    if dist.get_rank() == 0:
+        if args.csv:
+            write_csv(rows, args.csv)
+        if args.png:
+            draw(rows, args.png)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The benchmark of whole steps really runs, on CPU ranks and a tiny model."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_rows_carry_ratios_memory_and_versions(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "lion_dist.benchmarks.step", "--size", "tiny", "--seq-len", "16", "--steps", "3"]
+    command += ["--micro-batch", "1", "--micro-batches", "2", "--warm-up", "1", "--engines", "stage"]
+    command += ["--csv", str(tmp_path / "step.csv"), "--png", str(tmp_path / "step.png")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "step.csv").open()))
+    assert [row["engine"] for row in rows[:3]] == ["forward + backward alone", "lion_dist stage 2", "lion_dist stage 1"]
+    assert rows[0]["ratio"] == "1.0"
+    assert all(float(row["ms_p10"]) <= float(row["ms_median"]) <= float(row["ms_p90"]) for row in rows)
+    assert {row["ranks"] for row in rows} == {"2"}
+    assert all(row["torch"] and row["device"] and row["date"] for row in rows)
+    assert (tmp_path / "step.png").stat().st_size > 1000
