@@ -1,8 +1,9 @@
-"""Trains a byte-level transformer language model with Lion: on one process, under DDP, or with ShardedLion.
+"""Trains a byte-level transformer language model with Lion: on one process, under DDP, with ShardedLion or DeepSpeed.
 
     python launch/train.py --engine plain
     torchrun --nproc-per-node 2 launch/train.py --engine sharded
     torchrun --nproc-per-node 2 launch/train.py --engine sharded --data my_texts/ --out runs/mine --resume
+    torchrun --nproc-per-node 2 launch/train.py --engine deepspeed --zero-stage 3 --precision bf16
 
 GPUs and NCCL where there are GPUs, else CPUs and gloo. To train your own model, copy this folder and replace
 model.py and corpus.py.
@@ -22,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
-import lion_dist.checkpoint
 from corpus import Corpus, global_batch, held_out_windows, rank_part, read_corpus
 from engines import ENGINES, PlainEngine
 from lion_dist import PrecisionPolicy, ShardingConfig
@@ -65,7 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--precision", choices=list(DTYPES), default="fp32", help="dtype of the parameters")
     add("--main-params", choices=["auto", "fp32", "split", "none"], default="auto", help="of bf16")
     add("--momentum-dtype", choices=list(DTYPES), help="None: as the parameters")
-    add("--zero-stage", type=int, default=2, help="1 or 2, of --engine sharded")
+    add("--zero-stage", type=int, default=2, help="1 or 2 of --engine sharded, 0 to 3 of --engine deepspeed")
+    add("--deepspeed-config", help="of --engine deepspeed; None: launch/deepspeed/zeroN.json")
     add("--seed", type=int, default=0, help="of the initial weights and the batches")
     add("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -97,7 +98,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.resume and not (args.out / "latest").exists():
         raise ValueError(f"--resume found no checkpoint in {args.out}. Pass the --out of an earlier run.")
-    ShardingConfig(zero_stage=args.zero_stage)
+    if args.engine != "deepspeed":
+        ShardingConfig(zero_stage=args.zero_stage)
+    elif args.zero_stage not in range(4):
+        raise ValueError(f"--zero-stage must be 0, 1, 2 or 3 with --engine deepspeed, got {args.zero_stage}.")
 
 
 def warmup_then_cosine(args: argparse.Namespace) -> Callable[[int], float]:
@@ -115,16 +119,15 @@ def warmup_then_cosine(args: argparse.Namespace) -> Callable[[int], float]:
 def train_step(args: argparse.Namespace, engine: PlainEngine, windows: torch.Tensor) -> torch.Tensor:
     """One step on this rank's windows, uint8 [rows, seq_len + 1]. Returns fp32 [2] without waiting for the
     device: this rank's mean loss, and the norm of the whole gradient before clipping."""
-    engine.optimizer.zero_grad()  # not after step(): memory is measured with the gradients
+    engine.zero_grad()  # not after step(): memory is measured with the gradients
     losses = []
     micro_batches = windows.chunk(args.micro_batches)
     for i, micro_batch in enumerate(micro_batches):
         with nullcontext() if i == len(micro_batches) - 1 else engine.accumulate():
             loss = engine.forward(micro_batch)
-            (loss / len(micro_batches)).backward()
+            engine.backward(loss / len(micro_batches))
         losses.append(loss.detach())
-    grad_norm = engine.clip_grad_norm_(args.clip)
-    engine.optimizer.step()
+    grad_norm = engine.step(args.clip)
     return torch.stack([torch.stack(losses).mean(), grad_norm.float()])
 
 
@@ -176,7 +179,7 @@ def save_checkpoint(args, engine: PlainEngine, scheduler: LambdaLR, corpus: Corp
     """Every rank calls. `latest` names a complete checkpoint: a half-written one is never resumed."""
     name = f"step-{step:06d}"
     extra = {"step": step, "scheduler": scheduler.state_dict(), "settings": settings_of(args, corpus)}
-    lion_dist.checkpoint.save(args.out / name, model=engine.model, optimizer=engine.optimizer, extra=extra)
+    engine.save(args.out / name, extra)
     dist.barrier()
     if dist.get_rank() == 0:
         (args.out / "latest.tmp").write_text(name)
@@ -186,7 +189,7 @@ def save_checkpoint(args, engine: PlainEngine, scheduler: LambdaLR, corpus: Corp
 def load_checkpoint(args, engine: PlainEngine, scheduler: LambdaLR, corpus: Corpus) -> int:
     """Returns the number of completed steps."""
     path = args.out / (args.out / "latest").read_text()
-    extra = lion_dist.checkpoint.load(path, model=engine.model, optimizer=engine.optimizer)
+    extra = engine.load(path)
     scheduler.load_state_dict(extra["scheduler"])
     now = settings_of(args, corpus)
     changed = [f"{name} {old} -> {now[name]}" for name, old in extra["settings"].items() if now[name] != old]
@@ -199,11 +202,12 @@ def load_checkpoint(args, engine: PlainEngine, scheduler: LambdaLR, corpus: Corp
 def finish(args, engine: PlainEngine, policy: PrecisionPolicy, held_out: dict[int, float]) -> int:
     """Prints the table, writes summary.json and the loss curve; 1 when the ranks differ, else 0."""
     engine.finish_param_sync()
-    differing = differing_parameters(engine.model)
+    with engine.full_parameters():
+        differing = differing_parameters(engine.model)
+        numel = sum(parameter.numel() for parameter in engine.model.parameters())
     by_rank = gather_objects(engine.memory_bytes())
     memory = {f"rank {rank}, {args.engine}": size for rank, size in enumerate(by_rank)}
     if dist.get_rank() == 0:
-        numel = sum(parameter.numel() for parameter in engine.model.parameters())
         dtype = DTYPES[args.precision]
         memory["unsharded Lion (computed)"] = unsharded_memory(numel, dtype, policy, moments=1)
         memory["unsharded AdamW (computed)"] = unsharded_memory(numel, dtype, policy, moments=2)
@@ -234,10 +238,11 @@ def run(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> int:
         main_params=args.main_params, momentum_dtype=DTYPES.get(args.momentum_dtype), seed=args.seed
     )
     model = Transformer(args.layers, args.dim, args.heads).to(device, DTYPES[args.precision])
+    numel = sum(p.numel() for p in model.parameters())  # an engine may leave only a shard of them here
     engine = ENGINES[args.engine](model, args, policy, device)
     scheduler = LambdaLR(engine.optimizer, warmup_then_cosine(args))
     say(
-        f"{args.engine}: {sum(p.numel() for p in model.parameters()):,} parameters ({args.precision}), "
+        f"{args.engine}: {numel:,} parameters ({args.precision}), "
         f"{WORLD_SIZE} x {device.type}; {corpus.files} files, {corpus.train.numel() / 1e6:.1f} MB to train "
         f"on, {corpus.held_out.numel() / 1e6:.1f} MB held out"
     )

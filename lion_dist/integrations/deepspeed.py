@@ -60,6 +60,8 @@ FOREIGN_KEYS = {
     "amsgrad": "it is a variant of Adam. Delete it",
     "fp32_optimizer_states": 'use "momentum_dtype": "fp32" (the default for fp32 partitions) or "bf16"',
     "set_grad_none": "DeepSpeed owns the gradients here. Delete it",
+    "cautious": "its statistic is over whole tensors, and flat partitions hide where those begin. Use ShardedLion "
+    "or fully_shard (FSDP2) for it",
     "max_grad_norm": 'use the top-level "gradient_clipping" of the config',
 }
 
@@ -79,7 +81,7 @@ def read_params(params: Mapping) -> dict:
     """
     for key, value in params.items():
         if key in FOREIGN_KEYS:
-            raise ValueError(f'"{key}" is not a parameter of Lion: {FOREIGN_KEYS[key]}.')
+            raise ValueError(f'"{key}" does not go with Lion under DeepSpeed: {FOREIGN_KEYS[key]}.')
         if key not in LION_KEYS + PRECISION_KEYS:
             raise ValueError(f'"{key}" is not a parameter of Lion. There are: {", ".join(LION_KEYS + PRECISION_KEYS)}.')
         if isinstance(value, str) and value == "auto" and key != "main_params":
@@ -144,6 +146,7 @@ class DeepSpeedLion(Lion):
         self.param_groups[-1].setdefault("step", 0)  # DeepSpeed's elastic checkpoints ask for it; FusedLion's is 0 too
 
     def __setstate__(self, state: dict) -> None:
+        self.__dict__.setdefault("_own_state", {})
         super().__setstate__(state)
         self.state = _StateOnDemand(self._fresh_state, self.state)
 
@@ -152,13 +155,12 @@ class DeepSpeedLion(Lion):
         self._own_state[param] = dict(state)
         return state
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None):
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._adopt_restored_state(param)
-        return super().step(closure)
+    def _batches(self, group: dict):
+        # Here rather than around step(): a step() that calls another hooked one runs every step hook twice.
+        for param in group["params"]:
+            if param.grad is not None:
+                self._adopt_restored_state(param)
+        return super()._batches(group)
 
     def _adopt_restored_state(self, param: Tensor) -> None:
         """Take over entries that a loader put in the place of ours: fp32 copies, an exp_avg_sq, a step as an int."""
@@ -168,7 +170,7 @@ class DeepSpeedLion(Lion):
         if "exp_avg" in state:  # without _adopt_state's warning: universal loading makes everything fp32
             state["exp_avg"] = state["exp_avg"].to(self.precision.momentum_dtype_for(param.dtype))
         self.state[param] = self._adopt_state(param, state)
-        self._groups_of_tensors.clear()  # they hold the tensors that were replaced
+        self._known_batches.clear()  # they hold the tensors that were replaced
 
     def state_dict(self) -> dict:
         """As ``Lion``'s, and for every partition the entries that ``ds_to_universal`` insists on.
@@ -335,6 +337,7 @@ def _keep_lion(accelerator_module) -> Callable:
             decoupled_weight_decay=optimizer._decoupled_from is not None,
             use_triton=optimizer.use_triton,
             **{key: getattr(optimizer.precision, key) for key in PRECISION_KEYS},
+            **({"cautious": True} if optimizer.cautious else {}),  # is refused, with the reason
         )
 
     return map_lion_to_deepspeed
