@@ -72,6 +72,10 @@ class PlainEngine:
     def finish_param_sync(self) -> None:
         """Before parameters are read outside the training loop."""
 
+    def skipped_steps(self) -> int:
+        """Steps that left everything as it was because a gradient was not finite; only ShardedLion counts them."""
+        return 0
+
 
 class DDPEngine(PlainEngine):
     """Gradients are all-reduced; every rank keeps the whole state."""
@@ -112,6 +116,9 @@ class ShardedEngine(PlainEngine):
 
     def finish_param_sync(self) -> None:
         self.optimizer.finish_param_sync()
+
+    def skipped_steps(self) -> int:
+        return self.optimizer.skipped_steps()
 
 
 class DeepSpeedEngine(PlainEngine):

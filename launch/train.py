@@ -205,7 +205,7 @@ def finish(args, engine: PlainEngine, policy: PrecisionPolicy, held_out: dict[in
     with engine.full_parameters():
         differing = differing_parameters(engine.model)
         numel = sum(parameter.numel() for parameter in engine.model.parameters())
-    by_rank = gather_objects(engine.memory_bytes())
+    by_rank, skipped = gather_objects(engine.memory_bytes()), engine.skipped_steps()
     memory = {f"rank {rank}, {args.engine}": size for rank, size in enumerate(by_rank)}
     if dist.get_rank() == 0:
         dtype = DTYPES[args.precision]
@@ -215,10 +215,13 @@ def finish(args, engine: PlainEngine, policy: PrecisionPolicy, held_out: dict[in
         first, last = min(held_out), max(held_out)
         before, after = f"{held_out[first]:.4f} after step {first}", f"{held_out[last]:.4f} after step {last}"
         print(f"held-out loss, nats per byte: {before}, {after}")
+        if skipped:
+            print(f"{skipped} steps were skipped on all ranks: a gradient was not finite")
         print("full parameters bit-identical on all ranks: " + ("no" if differing else "yes"))
         for name, ranks in differing.items():
             print(f"  {name}: ranks {ranks} differ from rank 0")
         summary = {"held_out": held_out, "memory_bytes": memory, "numel": numel, "differing": differing}
+        summary["skipped_steps"] = skipped
         (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         save_loss_curve(args.out / "metrics.jsonl", held_out, args.out / "loss-curve.png")
         checkpoint = (args.out / "latest").read_text()

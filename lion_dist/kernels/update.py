@@ -1,7 +1,8 @@
 """``lion_update_``: one Lion step on the tensors of one homogeneous group, in place, by the backend that fits.
 
-Backends are translations of ``reference.py`` and take the same arguments: ``cpu.py`` (cache-blocked, in place),
-``triton_kernels.py`` (one launch for the whole list) and the reference itself in chunks, for a GPU without Triton.
+Backends are translations of ``reference.py`` and take the same arguments: ``cpu_native.py`` (C), ``cpu.py`` (PyTorch
+operations, cache-blocked, where there is no C compiler), ``triton_kernels.py`` (one launch for the whole list) and the
+reference itself in chunks, for a GPU without Triton.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ import torch
 from torch import Tensor
 
 from lion_dist.config import PARAM_DTYPES
-from lion_dist.kernels import cpu
+from lion_dist.kernels import cpu, cpu_native
 from lion_dist.kernels.reference import StepScalars, count_aligned, lion_step, random_bits
 
-BACKENDS = ("cpu", "triton", "chunked_reference")
 REFERENCE_CHUNK = 1 << 24  # elements; bounds the reference's temporaries to about 0.5 GB on a GPU without Triton
 
 
@@ -136,7 +136,9 @@ def choose_backend(device: torch.device, use_triton: bool | None) -> str:
         if triton_is_installed():
             return "triton"
         _warn_no_triton()
-    return "cpu" if device.type == "cpu" else "chunked_reference"
+    if device.type != "cpu":
+        return "chunked_reference"
+    return "cpu" if cpu_native.library() is None else "cpu_native"
 
 
 @torch.no_grad()
@@ -167,7 +169,7 @@ def lion_update_(
 
         update = triton_kernels.update
     else:
-        update = {"cpu": cpu.update, "chunked_reference": _update_by_reference}[backend]
+        update = UPDATES[backend]
     update(tensors, grads, scalars, grad_scale=grad_scale, skip=skip, active=active, seed=seed)
     if tensors.is_stochastic:
         _count_steps(tensors.steps, skip, active)
@@ -230,3 +232,6 @@ def _update_by_reference(tensors, grads, scalars, *, grad_scale, skip, active, s
             for old_tensor, new_tensor in zip(old, new, strict=True):
                 if old_tensor is not None:
                     old_tensor.copy_(torch.where(takes_part, new_tensor, old_tensor))
+
+
+UPDATES = {"cpu": cpu.update, "cpu_native": cpu_native.update, "chunked_reference": _update_by_reference}

@@ -14,7 +14,7 @@ from tests.kernels.cases import BF16, FP16, FP32, GRAD_DTYPES, INT16, STORAGES, 
 from tests.kernels.strategies import cases
 
 BLOCK = 64  # small, so that a few hundred elements fill blocks, leave tails and make a program search
-BACKENDS = ["cpu", "chunked_reference", "triton"]
+BACKENDS = ["cpu", "cpu_native", "chunked_reference", "triton"]
 
 
 @pytest.fixture(params=BACKENDS)

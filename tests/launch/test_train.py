@@ -68,6 +68,7 @@ def test_sharded_run_learns_and_leaves_its_results(sharded):
     assert all(math.isfinite(row["grad_norm"]) and row["tokens_per_s"] > 0 for row in rows)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["held_out"]["12"] < summary["held_out"]["0"] - 0.5
+    assert summary["skipped_steps"] == 0
     assert (out / "loss-curve.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "latest").read_text() == "step-000012" and (out / "step-000012").exists()
     assert "full parameters bit-identical on all ranks: yes" in printed

@@ -1,0 +1,140 @@
+/* The Lion step of reference.py on one thread, the same bits. Compiled by cpu_native.py with -ffp-contract=off.
+ *
+ * Blocks of BLOCK elements pass through three stages in the L1 cache: read to fp32, update, store. Each stage is one
+ * plain loop per storage type, which the compiler vectorizes; memory is read once and written once.
+ */
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 1024
+#define EACH for (int64_t i = 0; i < n; i++)
+
+enum { FP32 = 0, BF16 = 1, FP16 = 2, INT16 = 3, NONE = 4 };
+enum { NEAREST = 0, STOCHASTIC = 1 };
+
+typedef struct {
+  float lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, grad_scale;
+  uint32_t key_1, key_2; /* of this step: reference.random_keys */
+} Scalars;
+
+static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+/* The bits of x; a NaN's such that what is added to the lower half does not carry out of it. */
+static inline uint32_t quiet_bits(float x) { return x == x ? bits_of(x) : 0x7FC00000u; }
+
+static void read_fp32(float *restrict out, const void *restrict in, int type, int64_t n) {
+  if (type == FP32) {
+    memcpy(out, in, 4 * n);
+  } else if (type == BF16) {
+    const uint16_t *x = in;
+    EACH out[i] = float_of((uint32_t)x[i] << 16);
+  } else {
+    const _Float16 *x = in;
+    EACH out[i] = (float)x[i];
+  }
+}
+
+static void read_split(float *restrict out, const uint16_t *restrict upper, const int16_t *restrict rest, int64_t n) {
+  EACH out[i] = float_of(((uint32_t)upper[i] << 16) + (uint32_t)(int32_t)rest[i]);
+}
+
+static void draw_bits(uint32_t *restrict out, uint64_t index, const Scalars *s, int64_t n) {
+  EACH {
+    uint64_t at = index + (uint64_t)i;
+    uint32_t x = (uint32_t)at ^ s->key_1;
+    x = (x ^ (x >> 16)) * 0x21F0AAADu + s->key_2 + (uint32_t)(at >> 32) * 0x9E3779B9u;
+    x = (x ^ (x >> 15)) * 0x735A2D97u;
+    out[i] = x ^ (x >> 15);
+  }
+}
+
+/* An element whose gradient is not finite keeps its values: rounding them again gives the bits they had. */
+static void update(float *restrict p, float *restrict m, const float *restrict g, uint32_t *restrict finite,
+                   const Scalars *s, int64_t n) {
+  const float lr = s->lr, decay = s->decay, b1 = s->beta1, a1 = s->one_minus_beta1, b2 = s->beta2,
+              a2 = s->one_minus_beta2;
+  EACH {
+    float c = m[i] * b1 + g[i] * a1;
+    float sign = (c > 0.f ? 1.f : 0.f) - (c < 0.f ? 1.f : 0.f);
+    float new_p = p[i] * decay - sign * lr, new_m = m[i] * b2 + g[i] * a2;
+    int ok = fabsf(g[i]) <= FLT_MAX;
+    p[i] = ok ? new_p : p[i];
+    m[i] = ok ? new_m : m[i];
+    finite[i] = ok;
+  }
+}
+
+static void store_half_up(uint16_t *restrict out, const float *restrict x, int64_t n) {
+  EACH out[i] = (uint16_t)((quiet_bits(x[i]) + 0x8000u) >> 16);
+}
+
+static void store_nearest_even(uint16_t *restrict out, const float *restrict x, int64_t n) {
+  EACH { uint32_t u = quiet_bits(x[i]); out[i] = (uint16_t)((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16); }
+}
+
+static void store_stochastic(uint16_t *restrict out, const float *restrict x, const uint32_t *restrict random,
+                             int shift, int64_t n) {
+  EACH out[i] = (uint16_t)((quiet_bits(x[i]) + ((random[i] >> shift) & 0xFFFFu)) >> 16);
+}
+
+static void store_remainder(int16_t *restrict out, const float *restrict x, int64_t n) {
+  EACH out[i] = (int16_t)(uint16_t)quiet_bits(x[i]);
+}
+
+/* The copy that the model reads; where the gradient is not finite it stays, whatever its main param is. */
+static void store_copy(void *restrict out, int type, const float *restrict x, const uint32_t *restrict finite, int64_t n) {
+  if (type == BF16) {
+    uint16_t *o = out;
+    EACH { uint16_t r = (uint16_t)((quiet_bits(x[i]) + 0x8000u) >> 16); o[i] = finite[i] ? r : o[i]; }
+  } else {
+    _Float16 *o = out;
+    EACH { _Float16 r = (_Float16)x[i]; o[i] = finite[i] ? r : o[i]; }
+  }
+}
+
+static const int64_t SIZE[] = {4, 2, 2, 2, 0};
+
+/* n elements of one tensor; index: canonical index of the first. main_type NONE: no main params. What is fp32 in memory
+ * is updated where it is, the rest in a block's worth of scratch. */
+void lion_update(char *param, char *main, char *exp_avg, const char *grad, int param_type, int main_type,
+                 int exp_avg_type, int grad_type, int momentum_rounding, const Scalars *s, uint64_t index, int64_t numel) {
+  float p_block[BLOCK], m_block[BLOCK], g_block[BLOCK];
+  uint32_t finite[BLOCK], random[BLOCK];
+  const int rounds_param = param_type == BF16 && main_type == NONE;
+  for (int64_t start = 0; start < numel; start += BLOCK) {
+    const int64_t n = numel - start < BLOCK ? numel - start : BLOCK;
+    float *p = main_type == FP32 ? (float *)main : param_type == FP32 ? (float *)param : p_block;
+    float *m = exp_avg_type == FP32 ? (float *)exp_avg : m_block;
+    const float *g = (const float *)grad;
+    if (grad_type != FP32 || s->grad_scale != 1.0f) {
+      read_fp32(g_block, grad, grad_type, n);
+      if (s->grad_scale != 1.0f) EACH g_block[i] *= s->grad_scale;
+      g = g_block;
+    }
+    if (main_type == INT16) read_split(p, (const uint16_t *)param, (const int16_t *)main, n);
+    else if (p == p_block) read_fp32(p, param, param_type, n);
+    if (m == m_block) read_fp32(m, exp_avg, exp_avg_type, n);
+
+    update(p, m, g, finite, s, n);
+    if (rounds_param || momentum_rounding == STOCHASTIC) draw_bits(random, index + (uint64_t)start, s, n);
+
+    if (m == m_block) {
+      if (momentum_rounding == STOCHASTIC) store_stochastic((uint16_t *)exp_avg, m, random, 16, n);
+      else store_nearest_even((uint16_t *)exp_avg, m, n);
+    }
+    if (main_type == INT16) {
+      store_remainder((int16_t *)main, p, n);
+      store_half_up((uint16_t *)param, p, n);
+    } else if (main_type == FP32) {
+      store_copy(param, param_type, p, finite, n);
+    } else if (rounds_param) {
+      store_stochastic((uint16_t *)param, p, random, 0, n);
+    }
+    param += n * SIZE[param_type];
+    main += n * SIZE[main_type];
+    exp_avg += n * SIZE[exp_avg_type];
+    grad += n * SIZE[grad_type];
+  }
+}
