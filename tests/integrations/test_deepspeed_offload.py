@@ -87,7 +87,7 @@ def build(extensions: Path) -> None:
     built(extensions)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def peer(gloo, extensions):
     gloo.run(2, build, extensions, timeout=400)
     return extensions
