@@ -106,7 +106,7 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
     columns = (tensors.params, tensors.mains, tensors.exp_avgs, grads)
     types = [TYPES[None if column is None else column[0].dtype] for column in columns]
     sizes = [0 if column is None else column[0].element_size() for column in columns]
-    calls = []
+    calls, struct = [], None  # without random bits all tensors share their scalars
     # Several pieces a thread, so that one that is held up does not hold up the step.
     piece = max(THREAD_NUMEL, -(-sum(tensors.numels) // (PIECES_PER_THREAD * torch.get_num_threads())))
     for i, numel in enumerate(tensors.numels):
@@ -114,7 +114,8 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
             continue
         addresses = [0 if column is None else column[i].data_ptr() for column in columns]
         first = tensors.index_starts[i] if tensors.is_stochastic else 0
-        struct = _scalars(scalars, grad_scale, seed, tensors.steps[i] if tensors.is_stochastic else None)
+        if tensors.is_stochastic or struct is None:
+            struct = _scalars(scalars, grad_scale, seed, tensors.steps[i] if tensors.is_stochastic else None)
         for start in range(0, numel, piece):
             here = [address + start * size for address, size in zip(addresses, sizes, strict=True)]
             calls.append((*here, *types, rounding, ctypes.byref(struct), first + start, min(piece, numel - start)))
