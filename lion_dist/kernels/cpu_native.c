@@ -44,9 +44,10 @@ static void draw_bits(uint32_t *restrict out, uint64_t index, const Scalars *s, 
   EACH {
     uint64_t at = index + (uint64_t)i;
     uint32_t x = (uint32_t)at ^ s->key_1;
-    x = (x ^ (x >> 16)) * 0x21F0AAADu + s->key_2 + (uint32_t)(at >> 32) * 0x9E3779B9u;
-    x = (x ^ (x >> 15)) * 0x735A2D97u;
-    out[i] = x ^ (x >> 15);
+    x = (x ^ (x >> 17)) * 0xED5AD4BBu + s->key_2 + (uint32_t)(at >> 32) * 0x9E3779B9u;
+    x = (x ^ (x >> 11)) * 0xAC4C1B51u;
+    x = (x ^ (x >> 15)) * 0x31848BABu;
+    out[i] = x ^ (x >> 14);
   }
 }
 

@@ -52,7 +52,8 @@ ROW = tl.constexpr(8)  # padded to 64 bytes, so that a row lies in one cache lin
 SEARCH_STRIDE = 64  # blocks per entry of the coarse search table
 CAPTURES = 8  # captured calls over gradients that no eager call has seen, per warm-up
 
-MIX_1, MIX_2, GOLDEN = (tl.constexpr(c) for c in (reference.MIX_1, reference.MIX_2, reference.GOLDEN))
+MIX_1, MIX_2, MIX_3 = (tl.constexpr(c) for c in (reference.MIX_1, reference.MIX_2, reference.MIX_3))
+GOLDEN = tl.constexpr(reference.GOLDEN)
 QUIET_NAN = tl.constexpr(reference.BF16_NAN << 16)
 TL_DTYPES = {
     torch.float32: tl.float32,
@@ -68,9 +69,10 @@ TL_DTYPES = {
 
 @triton.jit
 def _mix32(x):  # uint32
-    x = (x ^ (x >> 16)) * MIX_1
-    x = (x ^ (x >> 15)) * MIX_2
-    return x ^ (x >> 15)
+    x = (x ^ (x >> 17)) * MIX_1
+    x = (x ^ (x >> 11)) * MIX_2
+    x = (x ^ (x >> 15)) * MIX_3
+    return x ^ (x >> 14)
 
 
 @triton.jit
@@ -84,15 +86,17 @@ def _random_keys(seed_key, step):  # int32: the seed's part, mixed on the host; 
 @triton.jit
 def _random_bits(indices, high, keys):  # [n] int64; their upper 32 bits, [n] or []; from _random_keys
     x = indices.to(tl.uint32) ^ keys[0]
-    x = (x ^ (x >> 16)) * MIX_1 + (keys[1] + high.to(tl.uint32) * GOLDEN)
-    x = (x ^ (x >> 15)) * MIX_2
-    return x ^ (x >> 15)
+    x = (x ^ (x >> 17)) * MIX_1 + (keys[1] + high.to(tl.uint32) * GOLDEN)
+    x = (x ^ (x >> 11)) * MIX_2
+    x = (x ^ (x >> 15)) * MIX_3
+    return x ^ (x >> 14)
 
 
 def _mix32_on_host(x: int) -> int:
-    x = ((x ^ (x >> 16)) * reference.MIX_1) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * reference.MIX_2) & 0xFFFFFFFF
-    return x ^ (x >> 15)
+    x = ((x ^ (x >> 17)) * reference.MIX_1) & 0xFFFFFFFF
+    x = ((x ^ (x >> 11)) * reference.MIX_2) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * reference.MIX_3) & 0xFFFFFFFF
+    return x ^ (x >> 14)
 
 
 def _seed_key(seed: int) -> int:
