@@ -21,7 +21,8 @@ class Timing:
     p10: float
     p90: float
     repeats: int
-    host: float | None = None  # median time until step() returns, the device idle before it
+    host: float | None = None  # median time until step() returns
+    host_moved: float | None = None  # the same when every gradient comes at another address
     extra_peak_bytes: int | None = None  # peak of the step above what was held before it
 
     @classmethod
@@ -37,7 +38,8 @@ def time_on_gpu(step: Callable[[], None], repeats: int, budget_s: float = 1.0) -
     """
     for _ in range(WARM_UP):
         step()
-    host, extra = _host_and_memory(step)
+    extra = _extra_peak_bytes(step)
+    host = _host_time(step)
     repeats = max(5, min(repeats, int(1e3 * budget_s / host) if host > 0 else repeats))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
@@ -49,17 +51,41 @@ def time_on_gpu(step: Callable[[], None], repeats: int, budget_s: float = 1.0) -
     return Timing.of(times, host=host, extra_peak_bytes=extra)
 
 
-def _host_and_memory(step: Callable[[], None]) -> tuple[float, int]:
+def _extra_peak_bytes(step: Callable[[], None]) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - start))
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - held
+
+
+def _host_time(step: Callable[[], None], before: Callable[[], None] = lambda: None) -> float:
+    """Median ms until ``step()`` returns, in bursts of three: the first call after waiting for the device is slower,
+    which training does not see, and a longer burst would fill the launch queue. ``before`` runs untimed."""
+    times, started = [], time.perf_counter()
+    while len(times) < 60 and (len(times) < 6 or time.perf_counter() - started < 1.0):
         torch.cuda.synchronize()
-    return statistics.median(times), torch.cuda.max_memory_allocated() - held
+        before()
+        step()
+        for _ in range(3):
+            before()
+            start = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def host_time_of_moving_gradients(step: Callable[[], None], params: list[torch.nn.Parameter]) -> float:
+    """:func:`time_on_gpu`'s ``host``, with the gradients at other addresses in each call."""
+    sets = [[param.grad for param in params], [torch.empty_like(param.grad) for param in params]]
+
+    def swap() -> None:
+        sets.reverse()
+        for param, grad in zip(params, sets[0], strict=True):
+            param.grad = grad
+
+    return _host_time(step, before=swap)
 
 
 def time_in_graph(step: Callable[[], None], repeats: int, steps: int = 20) -> Timing:

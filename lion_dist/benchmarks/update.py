@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from lion_dist import Lion, PrecisionPolicy
 from lion_dist.benchmarks.report import environment, version_of, write_csv
-from lion_dist.benchmarks.timing import Timing, free_gpu_memory, time_in_graph, time_on_cpu, time_on_gpu
+from lion_dist.benchmarks.timing import (
+    Timing,
+    free_gpu_memory,
+    host_time_of_moving_gradients,
+    time_in_graph,
+    time_on_cpu,
+    time_on_gpu,
+)
 from lion_dist.kernels.reference import StepScalars, lion_step
 from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
 from lion_dist.optimizer import main_for
@@ -216,6 +223,7 @@ def row(model: str, provider: str, precision: str, mode: str, tensors: int, byte
         "gb_per_s": round(bytes_moved / timing.median / 1e6, 1),
         "percent_of_copy": None,
         "host_ms": None if timing.host is None else round(timing.host, 4),
+        "host_ms_moved": None if timing.host_moved is None else round(timing.host_moved, 4),
         "extra_peak_mib": None if extra is None else round(extra / 2**20, 3),
         "version": None,
     }
@@ -239,6 +247,8 @@ def measure_model(model: str, providers: list[Provider], device: torch.device, r
         try:
             step = provider.build(params)
             timing = time_on_gpu(step, repeats)
+            if provider.name == "lion_dist list":
+                timing = replace(timing, host_moved=host_time_of_moving_gradients(step, params))
         except Exception as error:  # a peer's trouble must not end the run; our own must
             if provider.distribution == "lion-dist":
                 raise
@@ -287,7 +297,7 @@ def measure_shard(providers: list[Provider], device: torch.device, repeats: int)
 # The runs.
 
 HEADER = f"{'model':<12}{'provider':<28}{'precision':<33}{'mode':<6}{'ms':>9}{'p10':>9}{'p90':>9}{'GB/s':>8}"
-HEADER += f"{'% copy':>8}{'host ms':>9}{'extra MiB':>11}"
+HEADER += f"{'% copy':>8}{'host ms':>9}{'moved':>7}{'extra MiB':>11}"
 
 
 def show(result: dict) -> dict:
@@ -298,7 +308,8 @@ def show(result: dict) -> dict:
     print(
         f"{result['model']:<12}{result['provider']:<28}{result['precision']:<33}{result['mode']:<6}"
         f"{number('ms_median', 4, 9)}{number('ms_p10', 4, 9)}{number('ms_p90', 4, 9)}{number('gb_per_s', 0, 8)}"
-        f"{number('percent_of_copy', 1, 8)}{number('host_ms', 3, 9)}{number('extra_peak_mib', 3, 11)}",
+        f"{number('percent_of_copy', 1, 8)}{number('host_ms', 3, 9)}{number('host_ms_moved', 3, 7)}"
+        f"{number('extra_peak_mib', 3, 11)}",
         flush=True,
     )
     return result

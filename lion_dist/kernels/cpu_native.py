@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from lion_dist.kernels.reference import StepScalars, random_keys
+from lion_dist.kernels.reference import StepScalars, random_keys_int
 
 SOURCE = Path(__file__).with_suffix(".c")
 # No contraction: the definition rounds every operation. Nothing here reads the floating-point environment.
@@ -106,7 +106,8 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
     columns = (tensors.params, tensors.mains, tensors.exp_avgs, grads)
     types = [TYPES[None if column is None else column[0].dtype] for column in columns]
     sizes = [0 if column is None else column[0].element_size() for column in columns]
-    calls, struct = [], None  # without random bits all tensors share their scalars
+    calls = []
+    structs = {None: _scalars(scalars, grad_scale)}  # by completed steps, None without random bits
     # Several pieces a thread, so that one that is held up does not hold up the step.
     piece = max(THREAD_NUMEL, -(-sum(tensors.numels) // (PIECES_PER_THREAD * torch.get_num_threads())))
     for i, numel in enumerate(tensors.numels):
@@ -114,11 +115,13 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
             continue
         addresses = [0 if column is None else column[i].data_ptr() for column in columns]
         first = tensors.index_starts[i] if tensors.is_stochastic else 0
-        if tensors.is_stochastic or struct is None:
-            struct = _scalars(scalars, grad_scale, seed, tensors.steps[i] if tensors.is_stochastic else None)
+        step = int(tensors.steps[i]) if tensors.is_stochastic else None
+        if step not in structs:
+            structs[step] = _with_keys(structs[None], random_keys_int(seed, step))
+        struct = ctypes.byref(structs[step])
         for start in range(0, numel, piece):
             here = [address + start * size for address, size in zip(addresses, sizes, strict=True)]
-            calls.append((*here, *types, rounding, ctypes.byref(struct), first + start, min(piece, numel - start)))
+            calls.append((*here, *types, rounding, struct, first + start, min(piece, numel - start)))
     lion = library().lion_update
     if len(calls) == 1 or sum(tensors.numels) <= THREAD_NUMEL or torch.get_num_threads() == 1:
         for call in calls:
@@ -127,8 +130,7 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
         list(_threads(torch.get_num_threads()).map(lambda call: lion(*call), calls))
 
 
-def _scalars(scalars: StepScalars, grad_scale, seed: int, step) -> _Scalars:
-    keys = (0, 0) if step is None else [int(key) & 0xFFFFFFFF for key in random_keys(seed, step)]
+def _scalars(scalars: StepScalars, grad_scale) -> _Scalars:
     return _Scalars(
         float(scalars.lr),
         float(scalars.decay),
@@ -137,5 +139,10 @@ def _scalars(scalars: StepScalars, grad_scale, seed: int, step) -> _Scalars:
         scalars.beta2,
         1.0 - scalars.beta2,
         1.0 if grad_scale is None else grad_scale.item(),
-        *keys,
     )
+
+
+def _with_keys(scalars: _Scalars, keys: tuple[int, int]) -> _Scalars:
+    result = _Scalars.from_buffer_copy(scalars)
+    result.key_1, result.key_2 = keys
+    return result

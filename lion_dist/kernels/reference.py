@@ -115,15 +115,17 @@ def join_main(param: Tensor, remainder: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # Random bits: a counter-based hash keyed by (seed, step); the counter is the element's canonical index.
 #
-# Three multiply-xorshift rounds (constants: "triple32" of Wellons' search, github.com/skeeto/hash-prospector) with a key
-# added before the first two. Two rounds were not enough: elements whose indices differ in one middle bit correlated by
-# up to 3% within a step. Philox was considered: 76 instructions an element, or one call shared by 4 to 8 neighbours,
-# which ties the bits to an alignment that shards, slices and views do not share. This costs about 15 and needs none.
+# Three multiply-xorshift rounds (constants: "triple32" of Wellons' search, github.com/skeeto/hash-prospector), with a
+# key before each of the first two. Two rounds were not enough: elements whose indices differ in one middle bit
+# correlated by up to 3% within a step. Philox was considered: 76 instructions an element, or one call shared by 4 to 8
+# neighbours, which ties the bits to an alignment that shards, slices and views do not share. This costs about 15 and
+# needs none.
 
 MIX_1, MIX_2, MIX_3, GOLDEN = 0xED5AD4BB, 0xAC4C1B51, 0x31848BAB, 0x9E3779B9
 
 
-def _int32(constant: int) -> int:
+def as_int32(constant: int) -> int:
+    """The signed integer of the same 32 bits."""
     return constant - 2**32 if constant >= 2**31 else constant
 
 
@@ -133,9 +135,9 @@ def _shift_right(x: Tensor, by: int) -> Tensor:
 
 def mix32(x: Tensor) -> Tensor:
     """A bijection on 32 bits (int32 tensors, wrapping) that spreads every input bit over all output bits."""
-    x = (x ^ _shift_right(x, 17)) * _int32(MIX_1)
-    x = (x ^ _shift_right(x, 11)) * _int32(MIX_2)
-    x = (x ^ _shift_right(x, 15)) * _int32(MIX_3)
+    x = (x ^ _shift_right(x, 17)) * as_int32(MIX_1)
+    x = (x ^ _shift_right(x, 11)) * as_int32(MIX_2)
+    x = (x ^ _shift_right(x, 15)) * as_int32(MIX_3)
     return x ^ _shift_right(x, 14)
 
 
@@ -149,10 +151,31 @@ def random_keys(seed: int, step: Tensor) -> tuple[Tensor, Tensor]:
     """Two 32-bit keys for one step. ``step``: [] int64, the steps that the tensor has completed before this one."""
     seed_low, seed_high = _halves(torch.full_like(step, seed))
     step_low, step_high = _halves(step)
-    key = mix32(seed_low ^ _int32(GOLDEN))
+    key = mix32(seed_low ^ as_int32(GOLDEN))
     for word in (seed_high, step_low, step_high):
         key = mix32(key ^ word)
-    return key, mix32(key ^ _int32(GOLDEN))
+    return key, mix32(key ^ as_int32(GOLDEN))
+
+
+def mix32_int(x: int) -> int:
+    """:func:`mix32` of one unsigned integer, on the host."""
+    x = ((x ^ (x >> 17)) * MIX_1) & 0xFFFFFFFF
+    x = ((x ^ (x >> 11)) * MIX_2) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * MIX_3) & 0xFFFFFFFF
+    return x ^ (x >> 14)
+
+
+def seed_key_int(seed: int) -> int:
+    """What :func:`random_keys` makes of the seed before it comes to the step, unsigned, on the host."""
+    return mix32_int(mix32_int((seed & 0xFFFFFFFF) ^ GOLDEN) ^ (seed >> 32 & 0xFFFFFFFF))
+
+
+def random_keys_int(seed: int, step: int) -> tuple[int, int]:
+    """:func:`random_keys`, unsigned, on the host."""
+    key = seed_key_int(seed)
+    for word in (step & 0xFFFFFFFF, step >> 32 & 0xFFFFFFFF):
+        key = mix32_int(key ^ word)
+    return key, mix32_int(key ^ GOLDEN)
 
 
 def random_bits(index: Tensor, seed: int, step: Tensor) -> Tensor:
@@ -163,10 +186,10 @@ def random_bits(index: Tensor, seed: int, step: Tensor) -> Tensor:
     key_1, key_2 = random_keys(seed, step)
     low, high = _halves(index)
     x = low ^ key_1
-    x = (x ^ _shift_right(x, 17)) * _int32(MIX_1)
-    x = x + key_2 + high * _int32(GOLDEN)
-    x = (x ^ _shift_right(x, 11)) * _int32(MIX_2)
-    x = (x ^ _shift_right(x, 15)) * _int32(MIX_3)
+    x = (x ^ _shift_right(x, 17)) * as_int32(MIX_1)
+    x = x + key_2 + high * as_int32(GOLDEN)
+    x = (x ^ _shift_right(x, 11)) * as_int32(MIX_2)
+    x = (x ^ _shift_right(x, 15)) * as_int32(MIX_3)
     return x ^ _shift_right(x, 14)
 
 

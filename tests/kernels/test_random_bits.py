@@ -5,8 +5,10 @@ Thresholds are five standard deviations; the bits are a pure function of their k
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lion_dist.kernels.reference import mix32, random_bits
+from lion_dist.kernels.reference import as_int32, mix32, random_bits, random_keys, random_keys_int
 
 N = 1 << 18
 OFFSETS = [0, 12345, 2**32 - N // 2, 2**45]
@@ -96,6 +98,12 @@ def test_rounding_over_steps_follows_the_expected_spread():
     ups = sum(((bits(step=step, numel=numel) & 0xFFFF) >= 0x8000).double() for step in range(steps))
     variance = ups.var().item() / (steps / 4)
     assert abs(variance - 1) < 5 * (2 / numel) ** 0.5
+
+
+@given(seed=st.integers(-(2**63), 2**63 - 1), step=st.integers(0, 2**63 - 1))
+def test_keys_made_on_the_host_are_the_definitions(seed, step):
+    expected = [key.item() for key in random_keys(seed, torch.tensor(step))]
+    assert [as_int32(key) for key in random_keys_int(seed, step)] == expected
 
 
 def test_mix32_is_a_bijection():
