@@ -3,6 +3,8 @@
     python launch/precision_study.py --seeds 0 1 2 --out runs/precision     # one process per GPU, other seeds each
     python launch/precision_study.py --report --out runs/precision          # the table and the picture
 
+A study that was cut off goes on where it stopped: runs whose result is in --out are not repeated.
+
 Every arm of a seed starts from the same weights and sees the same batches, so that differences are paired. Main params
 "split" are not an arm: they are "fp32" bit for bit. The model may be compiled; the update is not, because Inductor
 elides bf16 round trips and would fake what is studied.
@@ -99,9 +101,13 @@ def train(args) -> None:
     print(f"{numel / 1e6:.1f} M parameters, {corpus.train.numel() / 1e6:.1f} MB of text, seeds {args.seeds}")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "report", "seeds")}
-    with (args.out / f"seeds-{'-'.join(map(str, args.seeds))}.jsonl").open("w") as file:
+    path = args.out / f"seeds-{'-'.join(map(str, args.seeds))}.jsonl"
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    with path.open("a") as file:
         for seed in args.seeds:
             for arm, precision in ARMS.items():
+                if any((row["seed"], row["arm"]) == (seed, arm) for row in done):
+                    continue
                 result = run(args, model, forward, corpus, seed, precision, device)
                 row = {"arm": arm, "seed": seed, "numel": numel, "torch": torch.__version__, "machine": machine}
                 file.write(json.dumps(row | settings | result) + "\n")
