@@ -156,6 +156,8 @@ def draw(table: list[dict], rows: list[dict], path: Path) -> None:
     early = min(5, len(rows[0]["losses"]) - 1)  # the first drop would hide the rest
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(1, 1.2))
     for arm in ARMS:
+        if not all(r["losses"] for r in rows if r["arm"] == arm):
+            continue  # a run of which only the held-out loss was kept
         curves = torch.tensor([r["losses"] for r in rows if r["arm"] == arm])
         left.plot(torch.arange(curves.shape[1]) * 20, curves.mean(dim=0), linewidth=0.8, label=arm)
     left.set(xlabel="step", ylabel="training loss, nats per byte", ylim=(None, curves.mean(dim=0)[early].item()))
