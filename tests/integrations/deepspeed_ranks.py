@@ -26,7 +26,7 @@ class Slot(nn.Module):
         self.weight = nn.Parameter(torch.randn(shape, generator=generator))
 
     def forward(self, gradient: Tensor) -> Tensor:
-        return (self.weight * gradient.to(self.weight.dtype)).sum().float()
+        return (self.weight * gradient.to(self.weight)).sum().float()
 
 
 class Slots(nn.Module):
@@ -61,6 +61,7 @@ class Words(nn.Module):
         self.head = nn.Linear(2 * width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.to(self.embedding.weight.device)
         logits = self.head(torch.relu(self.hidden(self.embedding(tokens))))
         return nn.functional.cross_entropy(logits.float(), (tokens + 1) % 6)
 
@@ -79,14 +80,16 @@ def exact_gradients(step: int, micro_batch: int, rank: int) -> list[Tensor | Non
 
 
 def ds_config(stage: int, precision: str = "bf16", params: dict | None = None, **more) -> dict:
-    """``precision``: fp32, bf16, or bf16_acc (bf16 with fp32 accumulation; at stage 1 that is BF16_Optimizer)."""
+    """``precision``: fp32, fp16, bf16, or bf16_acc (bf16 with fp32 accumulation; at stage 1 that is BF16_Optimizer)."""
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "Lion", "params": {"lr": 2**-8, "momentum_dtype": "bf16"} | (params or {})},
         "gradient_clipping": 0.0,  # the default of 0.19.8 is 1.0
         "zero_optimization": {"stage": stage},
     }
-    if precision != "fp32":
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}
+    elif precision != "fp32":
         config["bf16"] = {"enabled": True}
     if precision == "bf16_acc":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -139,7 +142,7 @@ def full_params(engine) -> list[Tensor]:
 
     weights = list(engine.module.parameters())
     with deepspeed.zero.GatheredParameters(weights):
-        return [p.detach().clone() for p in weights]
+        return [p.detach().cpu().clone() for p in weights]
 
 
 def full_fp32(engine) -> list[Tensor]:
@@ -156,7 +159,7 @@ def full_tensors(engine) -> dict[str, list[Tensor]]:
     found = {"params": full_params(engine)}
     if engine.zero_optimization_stage() == 0:
         states = list(engine.basic_optimizer.state.values())
-        return found | {"exp_avg": [state["exp_avg"].float() for state in states]}
+        return found | {"exp_avg": [state["exp_avg"].float().cpu() for state in states]}
     trained = [p for p in engine.module.parameters() if p.requires_grad]
     return found | {
         "fp32": full_fp32(engine),
