@@ -3,28 +3,39 @@
 import json
 import math
 import os
+import shutil
 from argparse import Namespace
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import lion_dist.checkpoint
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
 from lion_dist.integrations.deepspeed import lion_optimizer
+from lion_dist.optimizer import local_tensor
+from ranks import replicas_mesh
 from report import MEMORY_KINDS
 
 
 class PlainEngine:
     """One process and Lion."""
 
+    pending_save: lion_dist.checkpoint.PendingSave | None = None
+
     def __init__(self, model: nn.Module, args: Namespace, policy: PrecisionPolicy, device: torch.device):
         self.model = model  # names its parameters for checkpoints and checks
         self.forward = model  # what the training loop calls
-        self.optimizer = Lion(param_groups(model, args), lr=args.lr, precision=policy)
+        self.optimizer = Lion(
+            param_groups(model, args), lr=args.lr, precision=policy, metrics_every=args.metrics_every
+        )
 
     def accumulate(self) -> AbstractContextManager:
         """Around every micro-batch but the last: gradients stay on this rank."""
@@ -48,7 +59,25 @@ class PlainEngine:
         return grad_norm
 
     def save(self, path: Path, extra: dict) -> None:
-        lion_dist.checkpoint.save(path, model=self.model, optimizer=self.optimizer, extra=extra)
+        """Starts a checkpoint, which is written while training goes on; the one before it has been finished."""
+        self.pending_save = lion_dist.checkpoint.save_async(
+            path, model=self.model, optimizer=self.optimizer, extra=extra
+        )
+
+    def finish_save(self) -> None:
+        """Waits for the checkpoint that was started, if any; an error in writing it comes out here."""
+        if self.pending_save is not None:
+            self.pending_save.wait()
+
+    @staticmethod
+    def newest(folder: Path) -> Path | None:
+        """The newest whole checkpoint directly under the folder."""
+        return lion_dist.checkpoint.newest(folder)
+
+    @staticmethod
+    def keep_last(folder: Path, count: int) -> None:
+        """Removes older whole checkpoints; every rank calls."""
+        lion_dist.checkpoint.keep_last(folder, count)
 
     def load(self, path: Path) -> dict:
         """Returns what was saved as `extra`."""
@@ -61,16 +90,20 @@ class PlainEngine:
     def memory_bytes(self) -> dict[str, int]:
         """Bytes on this rank by kind, from the tensors themselves, after a backward."""
         size = dict.fromkeys(MEMORY_KINDS, 0)
-        for parameter in self.model.parameters():
-            size["params"] += parameter.nbytes
-            size["grads"] += parameter.grad.nbytes
-            for name, state in self.optimizer.state[parameter].items():
-                if torch.is_tensor(state) and state.numel() == parameter.numel():
-                    size["exp_avg" if name == "exp_avg" else "main_params"] += state.nbytes
+        for parameter in [p for group in self.optimizer.param_groups for p in group["params"]]:
+            size["params"] += local_tensor(parameter).nbytes
+            size["grads"] += 0 if parameter.grad is None else local_tensor(parameter.grad).nbytes
+            for name, state in self.optimizer.state.get(parameter, {}).items():
+                if name != "step":
+                    size["exp_avg" if name == "exp_avg" else "main_params"] += local_tensor(state).nbytes
         return size
 
     def finish_param_sync(self) -> None:
         """Before parameters are read outside the training loop."""
+
+    def metrics(self) -> dict:
+        """What the optimizer measured last (docs/metrics.md); every rank calls."""
+        return self.optimizer.metrics()
 
     def skipped_steps(self) -> int:
         """Steps that left everything as it was because a gradient was not finite; only ShardedLion counts them."""
@@ -99,8 +132,10 @@ class ShardedEngine(PlainEngine):
             param_groups(model, args),
             lr=args.lr,
             module=model,  # the all-gather of parameters overlaps the next forward
+            process_group=replicas_mesh(args.replicate, device, timedelta(seconds=args.timeout)),
             sharding=ShardingConfig(zero_stage=args.zero_stage),
             precision=policy,
+            metrics_every=args.metrics_every,
         )
 
     def accumulate(self) -> AbstractContextManager:
@@ -119,6 +154,49 @@ class ShardedEngine(PlainEngine):
 
     def skipped_steps(self) -> int:
         return self.optimizer.skipped_steps()
+
+
+class FSDP2Engine(PlainEngine):
+    """fully_shard: each rank keeps its rows of every parameter, gradient and state (what would be ZeRO stage 3)."""
+
+    def __init__(self, model: nn.Module, args: Namespace, policy: PrecisionPolicy, device: torch.device):
+        mesh = replicas_mesh(args.replicate, device, timedelta(seconds=args.timeout))
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh)
+        super().__init__(model, args, policy, device)
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        return super().clip_grad_norm_(max_norm).full_tensor()
+
+    @contextmanager
+    def full_parameters(self) -> Iterator[None]:
+        modules = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for module in modules:
+            module.unshard()
+        yield
+        for module in modules:
+            module.reshard()
+
+
+class FSDP1Engine(PlainEngine):
+    """FullyShardedDataParallel: as FSDP2, in flat parameters that cross the boundaries of tensors."""
+
+    def __init__(self, model: nn.Module, args: Namespace, policy: PrecisionPolicy, device: torch.device):
+        groups = param_groups(model, args)  # FSDP1 keeps these parameters, but makes them 1-D
+        policy_of_units = ModuleWrapPolicy({type(model.blocks[0])})
+        self.model = self.forward = FullyShardedDataParallel(
+            model, auto_wrap_policy=policy_of_units, use_orig_params=True, device_id=device
+        )
+        self.optimizer = Lion(groups, lr=args.lr, precision=policy, metrics_every=args.metrics_every)
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        return self.model.clip_grad_norm_(max_norm or math.inf)
+
+    def full_parameters(self) -> AbstractContextManager:
+        return FullyShardedDataParallel.summon_full_params(self.model, writeback=False)
+
+    def metrics(self) -> dict:
+        return self.optimizer.metrics(dist.group.WORLD)  # which cannot be seen of its flat parameters
 
 
 class DeepSpeedEngine(PlainEngine):
@@ -151,7 +229,24 @@ class DeepSpeedEngine(PlainEngine):
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.engine.device)
 
     def save(self, path: Path, extra: dict) -> None:
-        self.engine.save_checkpoint(str(path), tag="deepspeed", client_state=extra)
+        """Under another name, for DeepSpeed writes in place: what is named step-N is whole."""
+        partial = path.with_name(path.name + ".partial")
+        self.engine.save_checkpoint(str(partial), tag="deepspeed", client_state=extra)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+        dist.barrier()
+
+    @staticmethod
+    def newest(folder: Path) -> Path | None:
+        return max(folder.glob("step-*[0-9]"), default=None)
+
+    @staticmethod
+    def keep_last(folder: Path, count: int) -> None:
+        if dist.get_rank() == 0:
+            for old in sorted(folder.glob("step-*[0-9]"))[:-count]:
+                shutil.rmtree(old)
 
     def load(self, path: Path) -> dict:
         return self.engine.load_checkpoint(str(path), tag="deepspeed")[1]
@@ -172,7 +267,14 @@ class DeepSpeedEngine(PlainEngine):
         return size
 
 
-ENGINES = {"plain": PlainEngine, "ddp": DDPEngine, "sharded": ShardedEngine, "deepspeed": DeepSpeedEngine}
+ENGINES = {
+    "plain": PlainEngine,
+    "ddp": DDPEngine,
+    "sharded": ShardedEngine,
+    "fsdp2": FSDP2Engine,
+    "fsdp1": FSDP1Engine,
+    "deepspeed": DeepSpeedEngine,
+}
 
 
 def deepspeed_config(args: Namespace) -> dict:

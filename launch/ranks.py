@@ -3,14 +3,27 @@
 import gc
 import hashlib
 import os
+from argparse import Namespace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lion_dist.sharding.agreement import check_ranks_agree
 
 
-def start_process_group() -> torch.device:
-    """NCCL on this rank's GPU, or gloo on CPUs. Without torchrun it is a group of one: the same code runs."""
+def start_process_group(timeout: timedelta) -> tuple[torch.device, dist.Store]:
+    """NCCL on this rank's GPU, or gloo on CPUs. Without torchrun it is a group of one: the same code runs.
+
+    Returns the device and the store in which the ranks have met. `timeout` is how long a rank waits for another.
+
+    Raises:
+        ValueError: this rank was started in a way that cannot work.
+        ConnectionError: the other ranks did not come within the time-out.
+    """
+    _refuse_stale_store()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -22,11 +35,51 @@ def start_process_group() -> torch.device:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, device_id=device_id)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
-    return device
+    store, rank, world_size = dist.HashStore(), 0, 1
+    try:
+        if "MASTER_ADDR" in os.environ:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+        )
+    except RuntimeError as error:
+        place = os.environ.get("MASTER_ADDR", "this process")
+        raise ConnectionError(
+            f"rank {os.environ.get('RANK', 0)} found no connection to the other ranks at {place} (--timeout "
+            f"{timeout.total_seconds():g}): {error}"
+        ) from error
+    return device, dist.PrefixStore("train.py", store)
+
+
+def _refuse_stale_store() -> None:
+    """torchrun keeps one store for all attempts (torch 2.13), in which a restarted rank finds the addresses of ranks
+    that are dead, and waits for them or fails."""
+    restarts, shared = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if int(restarts) > 0 and shared == "True":
+        raise ValueError(
+            f"torchrun --max-restarts {restarts} would let restarted ranks find the addresses of dead ones in its "
+            "store. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts."
+        )
+
+
+def replicas_mesh(replicas: int, device: torch.device, timeout: timedelta) -> DeviceMesh | None:
+    """A (replicate, shard) mesh of `replicas` x the ranks of one, neighbours in one replica; None for one replica."""
+    if replicas == 1:
+        return None
+    ranks = torch.arange(dist.get_world_size()).view(replicas, -1)
+    # init_device_mesh would make groups with torch's own time-out, 30 minutes on gloo.
+    shard, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+    replicate, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
+    return DeviceMesh.from_group(
+        [replicate, shard], device.type, mesh=ranks, mesh_dim_names=("replicate", "shard")
+    )
+
+
+def check_same_start(args: Namespace, text: str) -> None:
+    """Raises ValueError on every rank, naming a rank that was started otherwise than the first one."""
+    entries = [(f"--{name.replace('_', '-')}", (value,)) for name, value in vars(args).items() if name != "data"]
+    entries += [("fingerprint of the text", (text,)), ("torch", (torch.__version__,))]
+    check_ranks_agree(entries, dist.group.WORLD)
 
 
 def stop_process_group() -> None:
@@ -38,6 +91,12 @@ def stop_process_group() -> None:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def say(text: str) -> None:
+    """Prints on the first rank."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -57,7 +116,8 @@ def gather_objects(value: object) -> list:
 def differing_parameters(model: nn.Module) -> dict[str, list[int]]:
     """Parameters whose bytes are not the same everywhere: {name: ranks that differ from rank 0}."""
     digests = {
-        name: hashlib.sha256(parameter.detach().cpu().flatten().view(torch.uint8).numpy()).hexdigest()
+        # A copy: FSDP could not free memory that numpy has looked at.
+        name: hashlib.sha256(parameter.detach().to("cpu", copy=True).flatten().view(torch.uint8).numpy()).hexdigest()
         for name, parameter in model.named_parameters()
     }
     by_rank = gather_objects(digests)

@@ -1,5 +1,7 @@
-"""What a training run shows: progress, metrics.jsonl, the loss curve and the final table."""
+"""What a training run leaves and shows: metrics in three forms, progress, the loss curve and the final table."""
 
+import csv
+import importlib.util
 import json
 import sys
 import time
@@ -14,16 +16,68 @@ MEMORY_KINDS = ("params", "main_params", "exp_avg", "grads")
 
 
 class Metrics:
-    """metrics.jsonl: one line per step. A resumed run drops the lines after its checkpoint and goes on."""
+    """metrics.jsonl and metrics.csv, and TensorBoard's events where it is installed: one row per step.
+
+    Rows may have different keys: a new one becomes a new column of the csv. A resumed run drops the rows after its
+    checkpoint from all three and goes on. metrics.jsonl is written first, and the csv made from it.
+    """
 
     def __init__(self, path: Path, completed_steps: int):
         rows = read_metrics(path) if completed_steps else []
-        self._file = path.open("w")
-        self.write([row for row in rows if row["step"] <= completed_steps])
+        rows = [row for row in rows if row["step"] <= completed_steps]
+        self._path, self._csv_path = path, path.with_suffix(".csv")
+        _replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = path.open("a")
+        self._columns = columns_of(rows)
+        self._make_csv(rows)
+        self._tensorboard = _tensorboard_writer(path.parent / "tensorboard", completed_steps)
+        also = "TensorBoard's events" if self._tensorboard else "no TensorBoard (pip install tensorboard)"
+        print(f"metrics in {path.parent}: {path.name}, {self._csv_path.name}, {also}", flush=True)
 
     def write(self, rows: list[dict]) -> None:
         self._file.writelines(json.dumps(row) + "\n" for row in rows)
         self._file.flush()
+        columns = columns_of(rows)
+        if columns.keys() <= self._columns.keys():
+            self._append_to_csv(rows)
+        else:
+            self._columns |= columns
+            self._csv_file.close()
+            self._make_csv(read_metrics(self._path))
+        if self._tensorboard is not None:
+            for row in rows:
+                for name, value in flat_row(row).items():
+                    if name != "step" and isinstance(value, int | float):
+                        self._tensorboard.add_scalar(name, value, row["step"])
+            self._tensorboard.flush()  # a killed run keeps what it has logged
+
+    def _make_csv(self, rows: list[dict]) -> None:
+        _replace_text(self._csv_path, "")
+        self._csv_file = self._csv_path.open("a", newline="")
+        if self._columns:
+            csv.DictWriter(self._csv_file, self._columns).writeheader()
+        self._append_to_csv(rows)
+
+    def _append_to_csv(self, rows: list[dict]) -> None:
+        writer = csv.DictWriter(self._csv_file, self._columns, restval="")
+        writer.writerows(flat_row(row) for row in rows)
+        self._csv_file.flush()
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """At once: a run that is killed here leaves the old file or the new one."""
+    new = path.with_name(path.name + ".tmp")
+    new.write_text(text)
+    new.replace(path)
+
+
+def _tensorboard_writer(folder: Path, completed_steps: int):
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    # The steps of an earlier run from here on are hidden by the viewer.
+    return SummaryWriter(str(folder), purge_step=completed_steps + 1)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -32,8 +86,24 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def flat_row(row: dict) -> dict:
+    """A row for a table: {"ms": {"update": 1}} becomes {"ms.update": 1}, a list its JSON text."""
+    flat = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": inner for name, inner in flat_row(value).items()}
+        else:
+            flat[key] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+def columns_of(rows: list[dict]) -> dict[str, None]:
+    """The columns of some rows, in the order in which they come: an ordered set."""
+    return dict.fromkeys(name for row in rows for name in flat_row(row))
+
+
 class Progress:
-    """A bar on a terminal, else a handful of plain lines; both with loss, tokens/s and the time left."""
+    """A bar on a terminal, else a handful of plain lines; both with loss, tokens/s, MFU and the time left."""
 
     def __init__(self, total: int, completed_steps: int):
         self.total, self.first, self.step = total, completed_steps, completed_steps
@@ -45,21 +115,31 @@ class Progress:
             self.bar = tqdm(total=total, initial=completed_steps, unit="step", dynamic_ncols=True)
 
     def update(self, row: dict) -> None:
+        """`row` is the last of those written to metrics.jsonl."""
         before, self.step = self.step, row["step"]
+        mfu = f"  MFU {row['mfu']:.1%}" if row.get("mfu") is not None else ""
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s")
+            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s{mfu}")
             self.bar.update(self.step - before)
         elif self.step * PLAIN_LINES // self.total > before * PLAIN_LINES // self.total:
             left = (time.perf_counter() - self.started) / (self.step - self.first) * (self.total - self.step)
             print(
                 f"step {self.step}/{self.total}  loss {row['loss']:.4f}  "
-                f"{row['tokens_per_s']:,} tokens/s  {left:.0f} s left",
+                f"{row['tokens_per_s']:,} tokens/s{mfu}  {duration(left)} left",
                 flush=True,
             )
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """ "8 s", "12 min", "3 h 05 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def unsharded_memory(numel: int, dtype: torch.dtype, policy: PrecisionPolicy, moments: int) -> dict[str, int]:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from lion_dist.config import PrecisionPolicy
+from lion_dist.kernels.codes_shard import CodedSlice, ShardCodec
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.update import LionTensors, count_aligned_elements
 from lion_dist.optimizer import main_for, refresh_main_
-from lion_dist.sharding.boxes import BoxedTensor
+from lion_dist.sharding import collectives
+from lion_dist.sharding.boxes import BoxedTensor, boxes_over
 from lion_dist.sharding.bucket import Bucket
 
 
@@ -47,11 +49,51 @@ class BucketShard:
                 exp_avgs=self.slices_of(self.exp_avg),
                 mains=None if self.main_param is None else self.slices_of(self.main_param),
                 index_starts=[canonical_starts[s.param] + s.param_start for s in bucket.slices],
-                steps=None if self.steps is None else list(self.steps.unbind()),
+                steps=self.steps,
                 stochastic_momentum=(
                     precision.momentum_rounding == "stochastic" and self.exp_avg.dtype == torch.bfloat16
                 ),
             )
+
+    def make_codec(self, precision: PrecisionPolicy, canonical_starts: list[int], backend: str) -> ShardCodec:
+        """For param_sync="coded"."""
+        layout = self.bucket.layout
+        slices = []
+        for rank in range(layout.shard_world_size):
+            first, _ = layout.shard_range(rank)
+            slices.append(
+                [
+                    CodedSlice(row, s.bucket_start - first, s.bucket_stop - first, canonical_starts[s.param] + s.param_start)
+                    for row, s in enumerate(layout.slices(rank))
+                ]
+            )
+        return ShardCodec(
+            self.bucket.param_shard.dtype,
+            self.main_param is not None,
+            layout.shard_numel,
+            slices,
+            self.bucket.groups.shard_rank,
+            self.bucket.device,
+            precision.seed,
+            backend,
+        )
+
+    def begin_codes(
+        self,
+        codec: ShardCodec,
+        scalars: StepScalars,
+        moves: Tensor,  # [params] bool on the device: parameters that this step's update does not leave as they are
+        cautious_lrs: Tensor | None,  # [slices] fp32
+    ) -> None:
+        """Before the update: what the codes of this step are relative to."""
+        moves = moves.index_select(0, self.slice_params)
+        lr, decay = (
+            value.expand(len(moves)) if isinstance(value, Tensor) else torch.full_like(moves, value, dtype=torch.float32)
+            for value in (scalars.lr, scalars.decay)
+        )
+        if cautious_lrs is not None:
+            lr = cautious_lrs
+        codec.begin(self.bucket.param_shard, torch.where(moves, lr, 0.0), torch.where(moves, decay, 1.0), self.steps)
 
     def slices_of(self, shard: Tensor) -> list[Tensor]:
         """The pieces of a [shard_numel] tensor that belong to parameters."""
@@ -68,6 +110,14 @@ class BucketShard:
             0, self.slice_params, count_aligned_elements(self.tensors, grads, scalars, grad_scale=grad_scale)
         )
 
+    def resync(self) -> None:
+        """The owner's parameters and state become everybody's: the first replica's, then along the shard group."""
+        for tensor in (self.bucket.param_shard, self.main_param, self.exp_avg, self.steps):
+            if tensor is not None:
+                words = tensor.view(torch.uint8)  # gloo knows no int16
+                collectives.broadcast(words, self.bucket.groups.replicate_group)
+        collectives.all_gather(self.bucket.flat_params, self.bucket.param_shard, self.bucket.groups.shard_group)()
+
     def refresh_main(self) -> None:
         """Let fp32 main params follow parameters that were changed from outside."""
         if self.main_param is not None and self.main_param.dtype == torch.float32:
@@ -78,12 +128,9 @@ class BucketShard:
         state: dict[str, dict[str, Tensor]] = {}
         for kind, shard in (("exp_avg", self.exp_avg), ("main_param", self.main_param)):
             for piece, local in zip(self.bucket.slices, [] if shard is None else self.slices_of(shard), strict=False):
-                boxed = BoxedTensor(
-                    self.bucket.params[piece.param].shape,
-                    [(piece.param_start, local)],
-                    dtype=shard.dtype,
-                    device=shard.device,
-                )
+                shape = self.bucket.params[piece.param].shape
+                boxes = boxes_over(shape, piece.param_start, local)
+                boxed = BoxedTensor(shape, boxes, dtype=shard.dtype, device=shard.device)
                 state.setdefault(self.bucket.names[piece.param], {})[kind] = boxed
         if self.steps is not None:
             for piece, step in zip(self.bucket.slices, self.steps.unbind(), strict=True):

@@ -13,6 +13,7 @@ import torch
 
 MAIN_PARAMS = ("auto", "fp32", "split", "none")
 ROUNDINGS = ("nearest", "stochastic")
+PARAM_SYNCS = ("gather", "coded")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 PARAM_DTYPES = (torch.float32, *LOW_PRECISION)
 
@@ -94,6 +95,11 @@ class ShardingConfig:
             sum reproducible by bits; False leaves the sum to the backend's reduce-scatter. None: True on gloo,
             whose own reduce-scatter sends an all-reduce's bytes and rounds bf16 at every hop; False on NCCL.
         average: True divides the summed gradient by the number of ranks; False leaves the sum.
+        param_sync: how updated parameters reach the other ranks. ``"gather"`` sends them, 2 or 4 bytes each.
+            ``"coded"`` sends how they moved, 0.2 to 0.4 bytes each, and every rank replays that: the same bits on
+            every rank for a fifth of the traffic or less, and some arithmetic (docs/coded-param-sync.md).
+        check_replicas_every: in every so-manieth step, compare checksums of all ranks' parameters, without waiting; a
+            difference is raised by the next step (``ShardedLion.check_replicas``). 0: never.
     """
 
     zero_stage: int = 2
@@ -101,6 +107,8 @@ class ShardingConfig:
     reduce_dtype: torch.dtype | None = None
     ordered_sum: bool | None = None
     average: bool = True
+    param_sync: str = "gather"
+    check_replicas_every: int = 0
 
     def __post_init__(self):
         if self.zero_stage == 3:
@@ -110,10 +118,19 @@ class ShardingConfig:
             )
         if self.zero_stage not in (1, 2):
             raise ValueError(f"zero_stage must be 1 or 2, got {self.zero_stage!r}")
+        if self.param_sync not in PARAM_SYNCS:
+            raise ValueError(f"param_sync must be one of {PARAM_SYNCS}, got {self.param_sync!r}")
         if self.bucket_numel is not None and self.bucket_numel < 1:
             raise ValueError(f"bucket_numel must be at least 1 element, got {self.bucket_numel!r}")
         if self.reduce_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"reduce_dtype must be torch.float32, torch.bfloat16 or None, got {self.reduce_dtype!r}")
+        check_interval("check_replicas_every", self.check_replicas_every)
+
+
+def check_interval(name: str, every: int) -> None:
+    """Raise ValueError unless ``every`` is a number of steps, or 0 for never."""
+    if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+        raise ValueError(f"{name} must be a whole number of steps, or 0 for never, got {every!r}")
 
 
 def check_hyperparameters(group: dict) -> None:

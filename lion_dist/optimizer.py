@@ -8,18 +8,23 @@ to dispatch an operation in ``step()``.
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lion_dist.config import PARAM_DTYPES, PrecisionPolicy, check_hyperparameters
+from lion_dist.config import PARAM_DTYPES, PrecisionPolicy, check_hyperparameters, check_interval
+from lion_dist.engine_state import is_flat_param, main_as, movable_state, share_mesh_axes
 from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, split_main
 from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
+from lion_dist.metrics import OFF, Meter, measure_batch, metrics_of_rank
 from lion_dist.param_batch import GroupBatches, ParamBatch, flat, local_tensor, local_tensors
 
+_grad, _version = map(operator.attrgetter, ("grad", "_version"))
 GROUP_KEYS = ("lr", "betas", "weight_decay")  # lion-pytorch's, so that param groups travel both ways
 STATE_KEYS = ("exp_avg", "main_param", "step")
 
@@ -118,6 +123,7 @@ class Lion(Optimizer):
         precision: dtypes and rounding of the state.
         cautious: step only where update and gradient agree in sign, and further there (arXiv 2411.16085). It reads
             gradients and momentum twice, and needs whole tensors: FSDP1's flat parameters are refused.
+        metrics_every: measure every so-manieth step, for :meth:`metrics`; 0 measures nothing and costs nothing.
 
     State of a parameter: ``exp_avg`` (its shape, fp32 or bf16); with main params ``main_param`` (fp32, or the int16
     remainder); with stochastic rounding ``step`` ([] int64). It is created when a gradient first comes.
@@ -126,8 +132,6 @@ class Lion(Optimizer):
     ``param_groups``. Bits of stochastic rounding are independent of sharding for plain tensors and for DTensors
     sharded on dim 0.
     """
-
-    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf as device tensors
 
     def __init__(
         self,
@@ -140,24 +144,39 @@ class Lion(Optimizer):
         *,
         precision: PrecisionPolicy = PrecisionPolicy(),
         cautious: bool = False,
+        metrics_every: int = 0,
     ):
+        check_interval("metrics_every", metrics_every)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
         self.precision, self.cautious = precision, cautious
         self.use_triton = use_triton
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
+        self.metrics_every = metrics_every
+        self._meter: Meter = OFF  # until the first step, when parameters are where they will stay
         self._known_batches: dict[int, GroupBatches] = {}  # by id of the param group, from the last step
-        self._versions: dict[Tensor, int] = {}  # of low-precision params with fp32 main params, after our last write
+        self._versions: dict[int, int] = {}  # by id, of params with fp32 main params beside them, after our last write
         super().__init__(params, defaults)
+
+    shares_verdict = False  # lion_dist.GradScaler: every rank that holds a shard knows of every other's overflow
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """GradScaler hands over grad_scale and found_inf as device tensors, and nothing waits for the device.
+
+        Not under FSDP1: its ShardedGradScaler lets the ranks agree only where the scaler itself unscales.
+        """
+        return not any(is_flat_param(param) for group in self.param_groups for param in group["params"])
 
     def __getstate__(self) -> dict:
         """To copy or pickle: torch's own keeps defaults, state and param groups only."""
-        kept = ("precision", "cautious", "use_triton", "_decoupled_from")
+        kept = ("precision", "cautious", "use_triton", "_decoupled_from", "metrics_every")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict) -> None:
         for cache in ("_known_batches", "_versions"):  # present when load_state_dict() calls this
             self.__dict__.setdefault(cache, {})
+        self.__dict__.setdefault("_meter", OFF)
         super().__setstate__(state)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -184,28 +203,57 @@ class Lion(Optimizer):
                 loss = closure()
         grad_scale, skip = self._scaling()
         work = [(group, *found) for group in self.param_groups for found in self._batches(group)]
-        for group, batch, grads in work:
-            params, tensors = batch.params, batch.tensors
-            self._refresh_stale_main(params, tensors)
-            weight_decay = effective_weight_decay(group, self._decoupled_from)
-            warn_if_decay_vanishes(group["lr"], weight_decay)
-            scalars = StepScalars.from_group(group["lr"], group["betas"], weight_decay)
-            lion_update_(
-                tensors,
-                grads,
-                scalars,
-                grad_scale=grad_scale,
-                skip=skip,
-                seed=self.precision.seed,
-                cautious_lrs=self._cautious_lrs(params, tensors, grads, scalars, grad_scale),
-                backend=choose_backend(tensors.device, self.use_triton),
-                check=False,  # each batch has accepted or made its gradients
-            )
-            batch.write_back()
-            torch.autograd.graph.increment_version(params)  # the Triton kernel writes behind autograd's back
-            if has_fp32_main(tensors):
-                self._versions.update((param, param._version) for param in params)
+        self._make_meter()
+        self._meter.begin_step()
+        with self._meter.clock.phase("update"):
+            for group, batch, grads in work:
+                self._update(group, batch, grads, grad_scale, skip)
+        self._meter.end_step(skip)
         return loss
+
+    def _update(self, group: dict, batch: ParamBatch, grads: Sequence[Tensor], grad_scale, skip) -> None:
+        params, tensors = batch.params, batch.tensors
+        self._refresh_stale_main(params, tensors)
+        weight_decay = effective_weight_decay(group, self._decoupled_from)
+        warn_if_decay_vanishes(group["lr"], weight_decay)
+        scalars = StepScalars.from_group(group["lr"], group["betas"], weight_decay)
+        arguments = {
+            "grad_scale": grad_scale,
+            "seed": self.precision.seed,
+            "cautious_lrs": self._cautious_lrs(params, tensors, grads, scalars, grad_scale),
+            "backend": choose_backend(tensors.device, self.use_triton),
+        }
+        if self._meter.is_measuring:
+            with self._meter.clock.phase("measure"):
+                measure_batch(self._meter, params, tensors, grads, scalars, **arguments)
+        # Unchecked: each batch has accepted or made its gradients.
+        lion_update_(tensors, grads, scalars, skip=skip, check=False, **arguments)
+        batch.write_back()
+        torch.autograd.graph.increment_version(params)  # the Triton kernel writes behind autograd's back
+        if has_fp32_main(tensors):
+            self._versions.update(zip(map(id, params), map(_version, params), strict=True))
+
+    def _make_meter(self) -> None:
+        if self._meter is OFF and self.metrics_every:
+            self._meter = Meter(self.metrics_every, local_tensor(self.param_groups[0]["params"][0]).device)
+
+    @torch.no_grad()
+    def metrics(self, process_group: ProcessGroup | None = None) -> dict:
+        """What the last measured step did; ``docs/metrics.md`` defines every key.
+
+        It waits for the device. Over DTensors (FSDP2, tensor parallel) all ranks call it together: sums over shards are
+        exchanged, one short message a mesh axis. Before the first measured step ``step`` is 0 and the rest NaN.
+
+        Args:
+            process_group: the ranks among which an engine cuts what this optimizer sees as plain tensors (FSDP1's and
+                DeepSpeed's flat partitions); None: plain tensors are whole here.
+
+        Raises:
+            RuntimeError: ``metrics_every`` is 0.
+        """
+        self._make_meter()
+        params = [p for group in self.param_groups for p in group["params"]]
+        return metrics_of_rank(self._meter, params, process_group)
 
     def _cautious_lrs(self, params, tensors, grads, scalars: StepScalars, grad_scale) -> Tensor | None:
         """[T] fp32, from counts over whole tensors: one small all-reduce per mesh axis that shards them."""
@@ -219,18 +267,35 @@ class Lion(Optimizer):
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """What GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if skip is not None and not self.shares_verdict:
+            if not share_mesh_axes(p for group in self.param_groups for p in group["params"]):
+                raise RuntimeError(
+                    "torch's GradScaler asks only the ranks that share the first gradient whether one overflowed, and "
+                    "these parameters are sharded over different axes: ranks would skip different steps. "
+                    "Use lion_dist.GradScaler."
+                )
         return None if scale is None else scale.double().reciprocal().float(), skip
 
     def _batches(self, group: dict) -> list[tuple[ParamBatch, Sequence[Tensor]]]:
         """The group's parameters that have a gradient, in batches of like tensors (one launch each), and gradients."""
-        pairs = [(p, grad) for p in group["params"] if (grad := p.grad) is not None]
-        params, grads = [p for p, _ in pairs], local_tensors([grad for _, grad in pairs])
+        params = group["params"]
+        grads = list(map(_grad, params))
+        if type(None) in set(map(type, grads)):
+            params, grads = [p for p in params if p.grad is not None], [g for g in grads if g is not None]
+        grads = local_tensors(grads)
         known = self._known_batches.get(id(group))
         matched = None if known is None else known.match(params, grads, self.state)
         if matched is None:
+            self._create_states()  # all at once: a group's state that comes later would outdate this group's batches
             matched = self._sort_into_batches(params, grads)
             self._known_batches[id(group)] = GroupBatches(params, [batch for batch, _ in matched], self.state)
         return matched
+
+    def _create_states(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state_of(param)
 
     def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]):
         alike: dict[tuple, list[int]] = {}
@@ -248,13 +313,17 @@ class Lion(Optimizer):
     def _flatten(self, params: list[Tensor]) -> LionTensors:
         states = [self.state_of(p) for p in params]
         columns = {key: [flat(s[key]) for s in states] for key in STATE_KEYS[:2] if key in states[0]}
-        starts = self._canonical_starts() if "step" in states[0] else None
+        starts = steps = None
+        if "step" in states[0]:
+            starts, steps = self._canonical_starts(), torch.stack([s["step"] for s in states])
+            for state, step in zip(states, steps.unbind(), strict=True):  # views: one addition counts all
+                state["step"] = step
         return LionTensors(
             params=[flat(p) for p in params],
             exp_avgs=columns["exp_avg"],
             mains=columns.get("main_param"),
             index_starts=None if starts is None else [starts[p] + _first_index(p) for p in params],
-            steps=None if starts is None else [s["step"] for s in states],
+            steps=steps,
             stochastic_momentum=self.precision.momentum_rounding == "stochastic"
             and states[0]["exp_avg"].dtype == torch.bfloat16,
         )
@@ -268,7 +337,7 @@ class Lion(Optimizer):
         main = main_for(param, precision.main_params_for(dtype))
         if main is not None:
             state["main_param"] = main.contiguous()
-            self._versions[param] = param._version
+            self._versions[id(param)] = param._version
         if precision.is_stochastic(dtype):
             state["step"] = torch.zeros((), dtype=torch.int64, device=local_tensor(param).device)
         return state
@@ -291,11 +360,21 @@ class Lion(Optimizer):
         """fp32 main params follow parameters that somebody else wrote since our last step (load_state_dict, EMA)."""
         if not has_fp32_main(tensors):
             return
-        for param, low_precision, main in zip(params, tensors.params, tensors.mains, strict=True):
-            if self._versions.get(param) != param._version:
+        known = list(map(self._versions.get, map(id, params)))
+        if known == list(map(_version, params)):
+            return
+        for param, version, low_precision, main in zip(params, known, tensors.params, tensors.mains, strict=True):
+            if version != param._version:
                 refresh_main_(main, low_precision)
 
     # ---- state_dict, in the shape of torch's and lion-pytorch's
+
+    def state_dict(self) -> dict:
+        """As torch's; main params of parameters that FSDP shards as ``engine_state.py`` describes."""
+        result = super().state_dict()
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = {k: movable_state(params[k], v) if isinstance(k, int) else v for k, v in result["state"].items()}
+        return {**result, "state": state}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a ``state_dict`` of this class, of lion-pytorch's Lion, or of any other that keeps ``exp_avg``.
@@ -325,21 +404,14 @@ class Lion(Optimizer):
             if value is None:
                 continue
             value = torch.as_tensor(value)  # other Lions count steps in an int
-            if key == "main_param" and value.dtype != fresh.dtype:
-                value = _convert_main(local_tensor(value), local_tensor(param))
+            if local_tensor(value).shape != local_tensor(fresh).shape:
+                raise ValueError(f"saved {key} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
+            if key == "main_param":
+                value = main_as(fresh.dtype, value, param)
             if key == "exp_avg" and value.dtype != fresh.dtype:
                 _warn_dtype(value.dtype, fresh.dtype)
-            if value.shape != fresh.shape:
-                raise ValueError(f"saved {key} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
             state[key] = local_copy_(fresh, value)
         return state
-
-
-def _convert_main(value: Tensor, param: Tensor) -> Tensor:
-    """Saved main params of the other kind: fp32 -> remainder, or remainder -> fp32."""
-    if value.dtype == torch.int16:
-        return join_main(param.detach(), value.to(param.device))
-    return split_main(value.float())[1]
 
 
 def _warn_dtype(found: torch.dtype, configured: torch.dtype) -> None:
@@ -356,7 +428,7 @@ def local_copy_(target: Tensor, source: Tensor) -> Tensor:
 
 
 def _refuse_hidden_boundaries(param: Tensor, name: str) -> None:
-    if getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
+    if is_flat_param(param):
         raise ValueError(
             f"cautious=True needs a statistic over each whole tensor, but {name} is part of FSDP1's flat parameter, "
             "which hides where tensors begin. Use fully_shard (FSDP2), or cautious=False."
@@ -368,7 +440,7 @@ def sum_over_shards_(counts: Tensor, params: list[Tensor]) -> None:
     axes: dict[tuple, list[int]] = {}  # (mesh, axis) -> positions of the tensors that it shards
     for i, param in enumerate(params):
         for axis, placement in enumerate(getattr(param, "placements", ())):
-            if placement.is_shard():
+            if not placement.is_replicate():  # FSDP over tensor parallel is a strided shard, which denies is_shard()
                 axes.setdefault((param.device_mesh, axis), []).append(i)
     for (mesh, axis), positions in axes.items():
         if len(positions) == len(params):

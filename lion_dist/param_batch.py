@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from lion_dist.kernels.update import LionTensors
 
-_layout, _shape = map(operator.attrgetter, ("layout", "shape"))
+_layout, _shape, _dtype, _device = map(operator.attrgetter, ("layout", "shape", "dtype", "device"))
 _PLAIN = (Tensor, Parameter)
 
 
@@ -75,8 +75,9 @@ class ParamBatch:
         return (
             set(map(_layout, grads)) == {torch.strided}
             and list(map(_shape, grads)) == self._shapes
-            and self.tensors.accept(grads)
-            and grads[0].dtype == self.grad_dtype
+            and set(map(_dtype, grads)) == {self.grad_dtype}
+            and set(map(_device, grads)) == {self.tensors.device}
+            and all(map(Tensor.is_contiguous, grads))
         )
 
     def write_back(self) -> None:

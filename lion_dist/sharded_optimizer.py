@@ -24,9 +24,11 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lion_dist.bucket_shard import BucketShard, matching_tensors
-from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparameters
+from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparameters, check_interval
 from lion_dist.kernels.reference import StepScalars, cautious_lr
+from lion_dist.kernels.statistics import measure
 from lion_dist.kernels.update import choose_backend, lion_update_
+from lion_dist.metrics import Meter, metrics_over_ranks
 from lion_dist.optimizer import check_param, decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
 from lion_dist.sharding import collectives
 from lion_dist.sharding.agreement import check_ranks_agree
@@ -34,7 +36,9 @@ from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
 from lion_dist.sharding.grad_norm import GradNorm
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
+from lion_dist.sharding.param_sync import GatherParams, SendCodes
 from lion_dist.sharding.process_groups import ShardGroups, backend_for, resolve_groups
+from lion_dist.sharding.replicas import Frozen, ReplicaCheck
 from lion_dist.sharding.scheduler import GradScheduler, ParamScheduler
 
 
@@ -68,6 +72,7 @@ class ShardedLion(Optimizer):
         process_group: the ranks that train this model: None for all, a ProcessGroup, a 1-D DeviceMesh, or a 2-D
             one (replicate, shard).
         sharding: ZeRO stage, bucket size, what is on the wire.
+        metrics_every: measure every so-manieth step, for :meth:`metrics`; 0 measures nothing and costs nothing.
 
     An unused parameter (no gradient on any rank) is left as it was. A rank without a batch calls ``step()`` all the
     same and takes part with zeros. Between ``step()`` and the next forward, reading parameters through the module waits
@@ -91,9 +96,12 @@ class ShardedLion(Optimizer):
         sharding: ShardingConfig = ShardingConfig(),
         precision: PrecisionPolicy = PrecisionPolicy(),
         cautious: bool = False,
+        metrics_every: int = 0,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "process_group": None}
         check_hyperparameters(defaults)
+        check_interval("metrics_every", metrics_every)
+        self.metrics_every = metrics_every
         self.precision, self.sharding, self.use_triton, self.cautious = precision, sharding, use_triton, cautious
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self.groups = resolve_groups(process_group)
@@ -112,6 +120,7 @@ class ShardedLion(Optimizer):
         self._inverse_loss_scale: Tensor | None = None
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
         self.param_scheduler: ParamScheduler | None = None
+        self._param_sync = SendCodes() if sharding.param_sync == "coded" else GatherParams()
         self._is_built = False
         super().__init__(params, defaults)
         self._build(self.param_groups)
@@ -126,6 +135,8 @@ class ShardedLion(Optimizer):
         self._device = params[0][0].device
         self._stream = CommStream(self._device)
         self._grad_norm = GradNorm(self.groups, self._device)
+        self._meter = Meter(self.metrics_every, self._device)
+        self._replicas = ReplicaCheck(self.groups, self._stream, self._device, self.sharding.check_replicas_every)
         self._counters = torch.zeros(2, dtype=torch.int64, device=self._device)  # steps taken, steps skipped
         self._check_agreement([(g, [self._names[p] for p in g["params"]]) for g in groups])
         if self._module is not None:
@@ -188,7 +199,7 @@ class ShardedLion(Optimizer):
                 )
 
     def _check_agreement(self, groups: list[tuple[dict, list[str]]]) -> None:
-        choices = (self.sharding, self.precision, self._decoupled_from, self.cautious)
+        choices = (self.sharding, self.precision, self._decoupled_from, self.cautious, self.metrics_every)
         entries = [("ShardedLion", tuple(map(str, choices)))]
         for i, (group, names) in enumerate(groups):
             settings = [str(_number(group[key])) for key in ("lr", "betas", "weight_decay")]
@@ -235,10 +246,15 @@ class ShardedLion(Optimizer):
         wire = self.sharding.reduce_dtype or params[0].dtype
         pool = self._pools.setdefault((wire, groups), GradBufferPool(wire, self._device))
         names = [self._names[p] for p in params]
-        bucket = Bucket(params, names, groups, pool, ordered_sum=ordered, stream=self._stream)
+        clock = self._meter.clock
+        bucket = Bucket(params, names, groups, pool, ordered_sum=ordered, stream=self._stream, clock=clock)
         groups.broadcast(bucket.flat_params)
         starts = [self._canonical_start[p] for p in params]
-        return BucketShard(bucket, group, self.precision, starts)
+        shard = BucketShard(bucket, group, self.precision, starts)
+        if isinstance(self._param_sync, SendCodes):
+            backend = choose_backend(self._device, self.use_triton)
+            self._param_sync.codecs[bucket] = shard.make_codec(self.precision, starts, backend)
+        return shard
 
     def _adopt_unfrozen(self) -> None:
         unfrozen = [(p, g) for p, g in self._frozen.items() if p.requires_grad]
@@ -271,20 +287,30 @@ class ShardedLion(Optimizer):
                 loss = closure()
         verdict = self._judge_gradients()
         grad_scale = self._grad_scale(verdict)
-        self._refresh_stale_main()
+        if self.sharding.check_replicas_every:
+            with self._meter.clock.phase("measure"):
+                self._replicas.begin_step(self._copies)
+        self._meter.begin_step()
+        written = self._refresh_stale_main()
         scalars = {id(group): self._scalars_of(group) for group in self.param_groups}
-        cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
-        for shard in self.shards:
-            if shard.tensors is not None:
-                self._update(shard, verdict, scalars[id(shard.group)], grad_scale, cautious_lrs.get(shard))
-            shard.bucket.reset_grad()
-            shard.bucket.start_param_sync()  # the next forward waits, not this line
+        with self._meter.clock.phase("norm"):
+            cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
+        with self._meter.clock.phase("update"):
+            for shard in self.shards:
+                self._begin_codes(shard, verdict, scalars[id(shard.group)], cautious_lrs.get(shard))
+                if shard.tensors is not None:
+                    self._update(shard, verdict, scalars[id(shard.group)], grad_scale, cautious_lrs.get(shard))
+                shard.bucket.reset_grad()
+                self._param_sync.after_update(shard.bucket)  # the next forward waits, not this line
+        with self._meter.clock.phase("param_sync"):
+            self._param_sync.after_updates(written)
         self._counters += torch.stack([verdict.skip == 0, verdict.skip != 0])
         self._forget_step()
         if self.param_scheduler is None:
             self.finish_param_sync()
         else:
             self.param_scheduler.finish_strangers()
+        self._meter.end_step(verdict.skip, self._counters)
         return loss
 
     def _forget_step(self) -> None:
@@ -295,6 +321,13 @@ class ShardedLion(Optimizer):
         warn_if_decay_vanishes(group["lr"], weight_decay)
         return StepScalars.from_group(group["lr"], group["betas"], weight_decay)
 
+    def _begin_codes(
+        self, shard: BucketShard, verdict: Verdict, scalars: StepScalars, cautious_lrs: Tensor | None
+    ) -> None:
+        if isinstance(self._param_sync, SendCodes) and shard.bucket.groups.shard_group is not None:
+            moves = (verdict.used[shard.bucket] != 0) & (verdict.skip == 0)
+            shard.begin_codes(self._param_sync.codecs[shard.bucket], scalars, moves, cautious_lrs)
+
     def _update(
         self,
         shard: BucketShard,
@@ -303,17 +336,18 @@ class ShardedLion(Optimizer):
         grad_scale: Tensor,  # [] fp32
         cautious_lrs: Tensor | None,  # [slices] fp32
     ) -> None:
-        lion_update_(
-            shard.tensors,
-            shard.slices_of(shard.bucket.finish_grad_sync()),
-            scalars,
-            grad_scale=grad_scale,
-            skip=verdict.skip,
-            active=verdict.used[shard.bucket].index_select(0, shard.slice_params),
-            seed=self.precision.seed,
-            cautious_lrs=cautious_lrs,
-            backend=choose_backend(self._device, self.use_triton),
-        )
+        grads = shard.slices_of(shard.bucket.finish_grad_sync())
+        arguments = {
+            "grad_scale": grad_scale,
+            "active": verdict.used[shard.bucket].index_select(0, shard.slice_params),
+            "seed": self.precision.seed,
+            "cautious_lrs": cautious_lrs,
+            "backend": choose_backend(self._device, self.use_triton),
+        }
+        if self._meter.is_measuring and shard.bucket.groups.replicate_rank == 0:  # each element once
+            with self._meter.clock.phase("measure"):
+                self._meter.add(measure(shard.tensors, grads, scalars, **arguments))
+        lion_update_(shard.tensors, grads, scalars, skip=verdict.skip, **arguments)
 
     def _cautious_lrs(self, scalars: dict[int, StepScalars], grad_scale: Tensor) -> dict[BucketShard, Tensor]:
         """[slices] fp32 for each shard, from counts over whole parameters: one small all-reduce a group of ranks."""
@@ -343,7 +377,8 @@ class ShardedLion(Optimizer):
             self._adopt_unfrozen()
             self.finish_param_sync()  # a step without a forward since the last
             self.grad_scheduler.finish_backward()
-            total, used = self._grad_norm(self.buckets)
+            with self._meter.clock.phase("norm"):
+                total, used = self._grad_norm(self.buckets)
             self._verdict = Verdict(total, (~total.isfinite()).float(), used, self.grad_scheduler.version)
         return self._verdict
 
@@ -469,13 +504,20 @@ class ShardedLion(Optimizer):
         for shard in self.shards:
             shard.refresh_main()
 
-    def _refresh_stale_main(self) -> None:
-        """A parameter's version counter moves only when somebody else writes: our writes go through the flat buffer."""
+    def _refresh_stale_main(self) -> set[Bucket]:
+        """A parameter's version counter moves only when somebody else writes: our writes go through the flat buffer.
+
+        Returns:
+            The buckets that somebody else has written on this rank.
+        """
+        written = set()
         for shard in self.shards:
             stale = [p for p in shard.bucket.params if self._versions[p] != p._version]
             if stale:
                 shard.refresh_main()
                 self._versions.update((p, p._version) for p in stale)
+                written.add(shard.bucket)
+        return written
 
     # ---- what there is
 
@@ -486,6 +528,45 @@ class ShardedLion(Optimizer):
     def taken_steps(self) -> int:
         """Steps that changed weights. Waits for the device."""
         return int(self._counters[0])
+
+    def metrics(self) -> dict:
+        """What the last measured step did, over all ranks; ``docs/metrics.md`` defines every key.
+
+        All ranks call it together. It waits for the device, and ranks exchange one short message. Before the first
+        measured step ``step`` is 0 and norms, shares and times are NaN.
+
+        Raises:
+            RuntimeError: ``metrics_every`` is 0.
+        """
+        return metrics_over_ranks(self._meter, self.groups) | {"skipped_steps": self.skipped_steps()}
+
+    def check_replicas(self) -> None:
+        """Compare checksums of all ranks' parameters, and wait for the result. All ranks call it together.
+
+        Raises:
+            ReplicaError: on every rank, naming who differs from the owner in which bucket and parameters.
+        """
+        self.finish_param_sync()
+        self._replicas.check(*self._copies())
+
+    def _copies(self) -> tuple[list[Bucket], list[Frozen]]:
+        """What all ranks must hold alike: buckets, and parameters that are not trained, the module's others too."""
+        frozen = [(self._names[p], p, self._groups_for(group)) for p, group in self._frozen.items()]
+        for param, name in self._module_names.items():
+            if param not in self._names and not param.requires_grad and type(param) is Parameter:
+                frozen.append((name, param, self.groups))
+        return self.buckets, frozen
+
+    def resync_params(self) -> None:
+        """Replace every rank's parameters by their owners': the repair after a ``ReplicaError``. All ranks call it.
+
+        Where shards have replicas (hybrid sharding), momentum and main params become the first replica's too.
+        """
+        self.finish_param_sync()
+        for shard in self.shards:
+            shard.resync()
+        for _, param, groups in self._copies()[1]:
+            groups.broadcast(param.data)
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes on this rank by kind, counted from the tensors. ``grads``: grad shards and the pooled buffers."""

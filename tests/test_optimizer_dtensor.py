@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lion_dist import Lion, PrecisionPolicy
 from lion_dist.optimizer import local_tensor
@@ -118,28 +120,30 @@ def test_tensor_parallel_placements(gloo, dim):
     gloo.run(2, train_with_placements, dim)
 
 
-def dispatch_nothing() -> None:
+class RefuseDTensors(TorchDispatchMode):
+    """Overriding ``DTensor.__torch_dispatch__`` would see nothing: torch 2.13 dispatches from C++."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(issubclass(kind, DTensor) for kind in types), f"DTensor was asked to dispatch {func}"
+        return func(*args, **(kwargs or {}))
+
+
+def dispatch_nothing(policy: PrecisionPolicy) -> None:
     """The step asks DTensor for no operation: rules for foreach ops are missing in some versions of torch."""
-    model = mlp(*WIDTHS)
+    model = mlp(*WIDTHS).bfloat16()
     fully_shard(model)
-    opt = Lion(model.parameters(), **SETTINGS)
-    model(torch.ones(1, 8)).square().mean().backward()
-    opt.step()  # creates the state
-    model(torch.ones(1, 8)).square().mean().backward()
-    original = DTensor.__torch_dispatch__
-
-    def refuse(cls, func, types, args=(), kwargs=None):
-        raise AssertionError(f"DTensor was asked to dispatch {func}")
-
-    DTensor.__torch_dispatch__ = classmethod(refuse)
-    try:
-        opt.step()
-    finally:
-        DTensor.__torch_dispatch__ = original
+    opt = Lion(model.parameters(), precision=policy, **SETTINGS)
+    for step in range(3):
+        model(torch.ones(1, 8).bfloat16()).float().square().mean().backward()
+        with RefuseDTensors() if step else nullcontext():  # the first creates the state
+            opt.step()
+    with pytest.raises(AssertionError, match="aten.add"), RefuseDTensors():
+        next(model.parameters()) + 1
 
 
-def test_step_asks_dtensor_for_no_operation(gloo):
-    gloo.run(2, dispatch_nothing)
+@pytest.mark.parametrize("main_params", ["split", "fp32", "none"])
+def test_step_asks_dtensor_for_no_operation(gloo, main_params):
+    gloo.run(2, dispatch_nothing, PrecisionPolicy(main_params, momentum_rounding="stochastic"))
 
 
 def save_and_load_through_dcp(policy: PrecisionPolicy) -> None:

@@ -77,7 +77,7 @@ def test_the_host_goes_on_while_the_device_is_busy(policy):
 
 def test_no_call_of_a_step_waits_for_the_device():
     """By the CUDA calls that a profiler sees, GradScaler's skip included: sync debug mode looks at fewer."""
-    params = params_with_grads(torch.bfloat16)
+    params = params_with_grads(torch.float32)  # torch unscales no bf16 gradients
     optimizer = in_two_groups(params, torch.tensor(1e-3, device="cuda"))
     scaler = torch.amp.GradScaler("cuda")
     scaler.scale(torch.ones((), device="cuda"))
@@ -98,6 +98,13 @@ def test_no_call_of_a_step_waits_for_the_device():
     waits = [name for name in calls if "Synchronize" in name]
     # The profiler itself waits once, when it stops.
     assert waits in ([], ["cudaDeviceSynchronize"]), waits
+
+
+def test_a_capture_before_the_first_step_is_refused():
+    optimizer = in_two_groups(params_with_grads(torch.bfloat16), 1e-3)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="Run a step before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
 
 
 def test_one_launch_updates_all_tensors_that_are_alike():

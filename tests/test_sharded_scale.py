@@ -1,5 +1,5 @@
-"""What ShardedLion costs where no test can train: 70 B parameters on meta tensors, thousands of pretended ranks; and over
-hundreds of steps, where one can."""
+"""What ShardedLion costs where no test can train (70 B parameters on meta tensors, thousands of pretended ranks), and
+over hundreds of steps, where one can."""
 
 import gc
 import json

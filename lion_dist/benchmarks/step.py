@@ -2,9 +2,11 @@
 
     torchrun --nproc-per-node 2 -m lion_dist.benchmarks.step --micro-batch 1 4 --csv step.csv --png step.png
     torchrun --nproc-per-node 2 -m lion_dist.benchmarks.step --size tiny --seq-len 32 --steps 5      # on CPUs
+    python -m lion_dist.benchmarks.step --pretend-ranks 4      # one GPU: all that an engine costs but communication
 
 Times are of the slowest rank, medians over the steps; the ratio is to forward and backward alone on one rank's batch,
 without communication or step, measured in the same run. Engines whose packages are missing are named and left out.
+With pretended ranks (torch's fake process group) collectives take no time and move nothing: the floor of an engine.
 """
 
 from __future__ import annotations
@@ -196,7 +198,8 @@ def measure(args, name: str, build: Callable, micro_batch: int, device: torch.de
     del model, step
     if device.type == "cuda":
         free_gpu_memory()
-    return {"engine": name, "ranks": dist.get_world_size(), "micro_batch": micro_batch} | {
+    ranks = f"{args.pretend_ranks} pretended" if args.pretend_ranks else dist.get_world_size()
+    return {"engine": name, "ranks": ranks, "micro_batch": micro_batch} | {
         key: round(value, 3) for key, value in result.items()
     }
 
@@ -235,6 +238,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=20)
     add("--warm-up", type=int, default=5)
     add("--compile", action="store_true", help="torch.compile each block")
+    add("--pretend-ranks", type=int, help="be rank 0 of so many, of which the others do not exist")
     add("--engines", default="", help="only the baseline and engines whose name contains this text")
     add("--csv", type=Path)
     add("--png", type=Path)
@@ -243,10 +247,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if args.pretend_ranks:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.pretend_ranks)
+    elif device.type == "cuda":
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
@@ -254,6 +263,9 @@ def main() -> None:
     for micro_batch in args.micro_batch:
         for name, build in engines(args.micro_batches).items():
             if name != BASELINE and args.engines not in name:
+                continue
+            if args.pretend_ranks and name.startswith(("DDP", "DeepSpeed")):
+                say(f"{name}: does not run on pretended ranks")
                 continue
             row = measure(args, name, build, micro_batch, device)
             if row is None:

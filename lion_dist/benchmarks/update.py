@@ -97,7 +97,7 @@ def flat_tensors(param: Tensor, policy: PrecisionPolicy) -> LionTensors:
         exp_avgs=[torch.zeros_like(param, dtype=policy.momentum_dtype_for(param.dtype))],
         mains=None if main is None else [main],
         index_starts=[0],
-        steps=[torch.zeros((), dtype=torch.int64, device=param.device)],
+        steps=torch.zeros(1, dtype=torch.int64, device=param.device),
         stochastic_momentum=policy.momentum_rounding == "stochastic",
     )
 

@@ -52,29 +52,34 @@ def _machine() -> str:
     return "".join(sorted({line for line in text.splitlines() if line.startswith(("flags", "model name", "Features"))}))
 
 
-def _build(compiler: str) -> Path:
+def build(compiler: str, source: Path, *included: Path) -> Path:
     """The compiled library, from the cache or made now. Ranks that build at once each put a whole file in place."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, version, _machine()]).encode()).hexdigest()[:24]
+    texts = [path.read_text() for path in (source, *included)]
+    key = hashlib.sha256("\n".join([*texts, *FLAGS, version, _machine()]).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lion_dist"
-    library = cache / f"cpu_native-{key}.so"
+    library = cache / f"{source.stem}-{key}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder) / "cpu_native.so"
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=True)
+            made = Path(folder) / library.name
+            subprocess.run([compiler, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True, check=True)
             made.replace(library)
     return library
+
+
+def find_compiler() -> str | None:
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled step, or None, said once, where there is no working C compiler."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = find_compiler()
     problem = "no C compiler was found"
     if compiler:
         try:
-            loaded = ctypes.CDLL(str(_build(compiler)))
+            loaded = ctypes.CDLL(str(build(compiler, SOURCE)))
         except (OSError, subprocess.CalledProcessError) as error:
             problem = f"{compiler} did not compile it ({getattr(error, 'stderr', None) or error})"
         else:
@@ -91,11 +96,11 @@ def library() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
+def threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="lion_dist")
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked child has none of its parent's threads
+os.register_at_fork(after_in_child=threads.cache_clear)  # a forked child has none of its parent's threads
 
 
 def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, seed) -> None:
@@ -127,7 +132,7 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
         for call in calls:
             lion(*call)
     else:
-        list(_threads(torch.get_num_threads()).map(lambda call: lion(*call), calls))
+        list(threads(torch.get_num_threads()).map(lambda call: lion(*call), calls))
 
 
 def _scalars(scalars: StepScalars, grad_scale) -> _Scalars:

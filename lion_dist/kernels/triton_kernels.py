@@ -573,7 +573,7 @@ def _launch_flat(tensors, grad, shape: LaunchShape, arguments: dict) -> None:
         grad,
         param.numel(),
         0 if tensors.index_starts is None else tensors.index_starts[0],
-        tensors.steps[0] if tensors.is_stochastic else None,
+        tensors.steps if tensors.is_stochastic else None,
         **arguments,
     )
 
@@ -581,6 +581,11 @@ def _launch_flat(tensors, grad, shape: LaunchShape, arguments: dict) -> None:
 def _launch_list(tensors, grads, shape: LaunchShape, arguments: dict) -> None:
     table = tensors.launch_cache.get(shape.block)
     if table is None:
+        if tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is captured over parameters that no step has seen: their table of addresses cannot be "
+                "uploaded now. Run a step before the capture, as torch.cuda.graph's warm-up does anyway."
+            )
         table = tensors.launch_cache[shape.block] = _AddressTable.build(tensors, shape.block)
     _list_kernel[(table.num_blocks,)](
         table.rows,

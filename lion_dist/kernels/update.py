@@ -36,7 +36,7 @@ class LionTensors:
     exp_avgs: Sequence[Tensor]  # T x [numel_i]
     mains: Sequence[Tensor] | None = None  # T x [numel_i]
     index_starts: Sequence[int] | None = None  # T canonical indices of the first elements; random bits need them
-    steps: Sequence[Tensor] | None = None  # T x [] int64 on the device, completed steps; random bits need them
+    steps: Tensor | None = None  # [T] int64 on the device, completed steps; random bits need them
     stochastic_momentum: bool = False
     launch_cache: dict = field(default_factory=dict, repr=False)  # the backend's: tables that outlive a call
 
@@ -175,16 +175,13 @@ def lion_update_(
         _count_steps(tensors.steps, skip, active)
 
 
-def _count_steps(steps: Sequence[Tensor], skip: Tensor | None, active: Tensor | None) -> None:
-    if skip is None and active is None:
-        torch._foreach_add_(steps, 1)
-        return
-    taken = torch.ones(len(steps), dtype=torch.int64, device=steps[0].device)
+def _count_steps(steps: Tensor, skip: Tensor | None, active: Tensor | None) -> None:
+    taken = 1
     if active is not None:
-        taken *= active != 0
+        taken = active != 0
     if skip is not None:
-        taken *= skip == 0
-    torch._foreach_add_(steps, list(taken.unbind()))
+        taken = taken * (skip == 0)
+    steps += taken
 
 
 @torch.no_grad()

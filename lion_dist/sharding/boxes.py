@@ -13,13 +13,16 @@ column 2::
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 # torch.distributed.checkpoint takes 0.6 s to import, so it is imported by those who call it.
+
+PIECE_BYTES = 8 << 20  # what a save or load holds beside the state; torch.save is slower above (caches) and below
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,24 @@ class Box:
     @property
     def numel(self) -> int:
         return math.prod(self.sizes)
+
+    def pieces(self, limit: int) -> Iterator[Box]:
+        """Cut into boxes of at most ``limit`` elements, row-major."""
+        if self.numel <= limit:
+            yield self
+            return
+        dim = next(d for d, size in enumerate(self.sizes) if size > 1)
+        step = max(1, limit // (self.numel // self.sizes[dim]))
+        for start in range(0, self.sizes[dim], step):
+            offsets, sizes = list(self.offsets), list(self.sizes)
+            offsets[dim] += start
+            sizes[dim] = min(step, sizes[dim] - start)
+            yield from Box(tuple(offsets), tuple(sizes)).pieces(limit)
+
+    def view_of(self, inner: Box, local: Tensor) -> Tensor:
+        """The part ``inner`` of ``local``, which holds this box."""
+        starts = [i - o for i, o in zip(inner.offsets, self.offsets, strict=True)]
+        return local[tuple(slice(s, s + n) for s, n in zip(starts, inner.sizes, strict=True))]
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
@@ -64,66 +85,85 @@ def _within_row(shape: Sequence[int], index: int, start: int, stop: int) -> list
     return [Box((index, *b.offsets), (1, *b.sizes)) for b in boxes_of_range(shape[1:], start, stop)]
 
 
+def boxes_over(shape: Sequence[int], start: int, local: Tensor) -> dict[Box, Tensor]:
+    """Views of ``local`` [n], which holds the flat range ``[start, start + n)`` of a tensor of ``shape``."""
+    views, position = {}, 0
+    for box in boxes_of_range(shape, start, start + local.numel()):
+        views[box] = local[position : position + box.numel].view(box.sizes)
+        position += box.numel
+    return views
+
+
 class BoxedTensor(torch.Tensor):
     """Some boxes of a full tensor, as views of local memory; torch.distributed.checkpoint saves and loads it in place.
 
     Args:
         shape: of the full tensor.
-        ranges: (start, local) pairs: ``local`` [n] holds the flat range ``[start, start + n)``.
-        dtype, device: for a rank that holds no part.
+        boxes: disjoint, each with its view; none on a rank that holds no part.
+        dtype, device: of the views.
+
+    Attributes:
+        pieces: the boxes cut into pieces of at most PIECE_BYTES, with their views: what is written and read at a time.
     """
 
     @staticmethod
-    def __new__(cls, shape, ranges: Sequence[tuple[int, Tensor]], *, dtype: torch.dtype, device: torch.device):
+    def __new__(cls, shape, boxes: Mapping[Box, Tensor], *, dtype: torch.dtype, device: torch.device):
         self = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
-        self.ranges = list(ranges)
-        self.boxes: dict[Box, Tensor] = {}
-        for start, local in ranges:
-            position = 0
-            for box in boxes_of_range(shape, start, start + local.numel()):
-                self.boxes[box] = local[position : position + box.numel].view(box.sizes)
-                position += box.numel
+        self.boxes = {box: local for box, local in boxes.items() if box.numel}
         return self
+
+    @cached_property
+    def pieces(self) -> dict[Box, Tensor]:
+        limit = PIECE_BYTES // self.dtype.itemsize
+        return {
+            piece: box.view_of(piece, local) for box, local in self.boxes.items() for piece in box.pieces(limit)
+        }
 
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"BoxedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, boxes={list(self.boxes)})"
 
     def __reduce_ex__(self, _protocol):
-        return _rebuild, (tuple(self.shape), [(s, local.clone()) for s, local in self.ranges], self.dtype, self.device)
+        boxes = [(box.offsets, box.sizes, local.clone()) for box, local in self.boxes.items()]
+        return _rebuild, (tuple(self.shape), boxes, self.dtype, self.device)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         boxed = args[0]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
-            ranges = [(start, func(local, *args[1:], **(kwargs or {}))) for start, local in boxed.ranges]
-            like = ranges[0][1] if ranges else boxed
-            return BoxedTensor(boxed.shape, ranges, dtype=like.dtype, device=like.device)
+            boxes = {box: func(local, *args[1:], **(kwargs or {})) for box, local in boxed.boxes.items()}
+            like = next(iter(boxes.values()), boxed)
+            return BoxedTensor(boxed.shape, boxes, dtype=like.dtype, device=like.device)
         raise NotImplementedError(f"{func} on a BoxedTensor: it is a place for checkpoints, not an operand")
 
     # What torch.distributed.checkpoint asks of a tensor that is spread over ranks.
 
     def __create_write_items__(self, fqn: str, _object: object) -> list:
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
         items = []
-        for box, local in self.boxes.items():
-            chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
-            data = TensorWriteData(chunk, TensorProperties.create_from_tensor(local), self.shape)
+        properties = TensorProperties(dtype=self.dtype)
+        for chunk in self.__create_chunk_list__():
+            data = TensorWriteData(chunk, properties, self.shape)
             items.append(WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
         return items
 
     def __create_chunk_list__(self) -> list:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-        return [ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in self.boxes]
+        return [ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in self.pieces]
+
+    @cached_property
+    def _views_by_offsets(self) -> dict[tuple[int, ...], Tensor]:
+        return {piece.offsets: view for piece, view in self.pieces.items()}
 
     def __get_tensor_shard__(self, index) -> Tensor:
-        for box, local in self.boxes.items():
-            if box.offsets == tuple(index.offset):
-                return local
-        raise ValueError(f"no box of {index.fqn!r} starts at {tuple(index.offset)}: there are {list(self.boxes)}")
+        view = self._views_by_offsets.get(tuple(index.offset))
+        if view is None:
+            raise ValueError(f"no piece of {index.fqn!r} starts at {tuple(index.offset)}: there are {[*self.pieces]}")
+        return view
 
 
-def _rebuild(shape, ranges, dtype, device) -> BoxedTensor:
-    return BoxedTensor(shape, ranges, dtype=dtype, device=device)
+def _rebuild(shape, boxes, dtype, device) -> BoxedTensor:
+    boxes = {Box(offsets, sizes): local for offsets, sizes, local in boxes}
+    return BoxedTensor(shape, boxes, dtype=dtype, device=device)

@@ -10,7 +10,7 @@ The tensors of a bucket, with N = shard_world_size and the geometry of ``layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lion_dist.sharding import collectives
-from lion_dist.sharding.buffers import CommStream, GradBufferPool, gaps_of, views_of
+from lion_dist.sharding.buffers import CommStream, GradBuffer, GradBufferPool, gaps_of, views_of
 from lion_dist.sharding.collectives import Finish, nothing
 from lion_dist.sharding.layout import BucketLayout
+from lion_dist.sharding.phases import NO_CLOCK, PhaseClock, in_phase
 from lion_dist.sharding.process_groups import ShardGroups
 
 
@@ -32,7 +33,7 @@ class GradState(Enum):
 
 class ParamState(Enum):
     FULL = "flat_params is the same on every rank"
-    GATHERING = "an all-gather is under way: only param_shard may be read"
+    GATHERING = "the other shards are on their way: only param_shard may be read"
 
 
 _GRAD_TRANSITIONS = {
@@ -58,6 +59,7 @@ class Bucket:
         pool: of gradient buffers, in the dtype of the wire.
         ordered_sum: gradients are summed in fp32 in rank order (see ``collectives.reduce_scatter``).
         stream: where communication is queued.
+        clock: told when this bucket packs, waits or starts a gather.
     """
 
     def __init__(
@@ -69,12 +71,14 @@ class Bucket:
         *,
         ordered_sum: bool,
         stream: CommStream,
+        clock: PhaseClock = NO_CLOCK,
     ):
         self.params, self.names, self.groups = list(params), list(names), groups
         self.layout = BucketLayout(tuple(p.numel() for p in params), groups.shard_world_size)
         self.slices = self.layout.slices(groups.shard_rank)
-        self.pool, self.ordered_sum, self.stream = pool, ordered_sum, stream
+        self.pool, self.ordered_sum, self.stream, self.clock = pool, ordered_sum, stream, clock
         pool.fit(self.layout.numel)
+        self.shapes = [p.shape for p in self.params]
 
         self.flat_params = torch.zeros(self.layout.numel, dtype=params[0].dtype, device=params[0].device)
         with torch.no_grad():
@@ -99,10 +103,6 @@ class Bucket:
     @property
     def device(self) -> torch.device:
         return self.params[0].device
-
-    @property
-    def shapes(self) -> list[torch.Size]:
-        return [p.shape for p in self.params]
 
     def _set_grad_state(self, new: GradState) -> None:
         if (self.grad_state, new) not in _GRAD_TRANSITIONS:
@@ -133,12 +133,13 @@ class Bucket:
         """Whether every parameter that takes a gradient has one in this backward pass."""
         return all(ready or not p.requires_grad for ready, p in zip(self._ready, self.params, strict=True))
 
+    @in_phase("grad_sync")
     def start_grad_sync(self) -> None:
         """Pack the gradients there are (zeros for the others), forget them, and start their reduce-scatter."""
         if self.grad_state is GradState.SYNCING:
             self.complete_reduction()
         buffer, flat = self.pool.take(self.layout.numel)
-        self._pack(flat)
+        self._pack(buffer)
         adds_up = self.grad_state is GradState.REDUCED
         self._set_grad_state(GradState.SYNCING)
         with self.stream.fork():
@@ -153,27 +154,36 @@ class Bucket:
                 buffer.release = self.complete_reduction
         self._ready = [False] * len(self.params)
 
-    def _pack(self, flat: Tensor) -> None:
-        self._check_grad_shapes()
-        places = views_of(flat, self.layout, self.shapes)
-        present = [(place, p) for place, p in zip(places, self.params, strict=True) if p.grad is not None]
-        missing = [place for place, p in zip(places, self.params, strict=True) if p.grad is None and p.numel()]
-        zeros = missing + gaps_of(flat, self.layout)
+    def _pack(self, buffer: GradBuffer) -> None:
+        places, gaps = self._views_of(buffer)
+        grads = [p.grad for p in self.params]
+        self._check_grad_shapes(grads)
+        present = [i for i, grad in enumerate(grads) if grad is not None]
+        zeros = gaps
+        if len(present) < len(grads):
+            zeros = gaps + [places[i] for i, grad in enumerate(grads) if grad is None and places[i].numel()]
         if zeros:
             torch._foreach_zero_(zeros)
         if present:
             with torch.no_grad():
-                torch._foreach_copy_([place for place, _ in present], [p.grad for _, p in present])
-        for _, param in present:
-            param.grad = None
+                torch._foreach_copy_([places[i] for i in present], [grads[i] for i in present])
+        for i in present:
+            self.params[i].grad = None
 
-    def _check_grad_shapes(self) -> None:
+    def _views_of(self, buffer: GradBuffer) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters' places in ``buffer`` and the gaps between them; made once."""
+        if self not in buffer.views:
+            flat = buffer.flat[: self.layout.numel]
+            buffer.views[self] = views_of(flat, self.layout, self.shapes), gaps_of(flat, self.layout)
+        return buffer.views[self]
+
+    def _check_grad_shapes(self, grads: Sequence[Tensor | None]) -> None:
         """Autograd gives a gradient its parameter's shape; ``.grad.data`` takes any, and copying would broadcast it."""
-        for name, param in zip(self.names, self.params, strict=True):
-            if param.grad is not None and param.grad.shape != param.shape:
+        for name, grad, shape in zip(self.names, grads, self.shapes, strict=True):
+            if grad is not None and grad.shape != shape:
                 raise ValueError(
-                    f"the gradient of {name!r} has shape {tuple(param.grad.shape)}, the parameter "
-                    f"{tuple(param.shape)}. Call zero_grad() and run backward again; do not assign to .grad.data."
+                    f"the gradient of {name!r} has shape {tuple(grad.shape)}, the parameter {tuple(shape)}. "
+                    "Call zero_grad() and run backward again; do not assign to .grad.data."
                 )
 
     def complete_reduction(self) -> None:
@@ -201,6 +211,7 @@ class Bucket:
             self._accumulator = self._grad_shard.float()
         self._accumulator.add_(reduced)
 
+    @in_phase("grad_sync")
     def finish_grad_sync(self) -> Tensor:
         """The gradients of this rank's shard [shard_numel], summed over ranks and micro-batches of this step."""
         self.complete_reduction()
@@ -222,20 +233,28 @@ class Bucket:
 
     # ---- parameters: (the shard is updated) ... start_param_sync ... finish_param_sync
 
-    def start_param_sync(self) -> None:
-        """Start the all-gather that makes ``flat_params`` full again; ``param_shard`` may be read but not written."""
+    @in_phase("param_sync")
+    def start_param_sync(self, start: Callable[[], Finish] | None = None) -> None:
+        """Start what makes ``flat_params`` full again; ``param_shard`` may be read but not written.
+
+        ``start`` is called where communication is queued; None: an all-gather.
+        """
         self._set_param_state(ParamState.GATHERING)
         with self.stream.fork():
-            finish = collectives.all_gather(self.flat_params, self.param_shard, self.groups.shard_group)
+            self._finish_gather = self._gather() if start is None else start()
             self._param_mark = self.stream.mark()
-        self._finish_gather = finish
+
+    def _gather(self) -> Finish:
+        return collectives.all_gather(self.flat_params, self.param_shard, self.groups.shard_group)
 
     def finish_param_sync(self) -> None:
         """What follows may read every parameter. Costs nothing when no gather is under way."""
         if self.param_state is ParamState.FULL:
             return
-        self._finish_gather()
-        self.stream.join(self._param_mark)
+        with self.clock.phase("param_sync"):
+            finish, self._finish_gather = self._finish_gather, nothing
+            finish()
+            self.stream.join(self._param_mark)
         self._set_param_state(ParamState.FULL)
 
     def grad_shard_nbytes(self) -> int:

@@ -7,7 +7,7 @@ gloo it waits on the host and finishes the arithmetic. A group of None is this r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,14 @@ _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_ten
 # gloo overlaps one all-to-all's messages poorly: 4 MiB of fp32 over 100 Mbit/s took 315 ms in one piece, 180 in four.
 GLOO_CHUNKS = 4
 GLOO_CHUNK_NUMEL = 1 << 14  # pieces below this are not worth a message of their own
+
+
+sent_bytes = 0  # by this process since it began: what each algorithm must send to other ranks at the least
+
+
+def _count_sent(nbytes: int) -> None:
+    global sent_bytes
+    sent_bytes += nbytes
 
 
 def nothing() -> None:
@@ -45,6 +53,7 @@ def reduce_scatter(
     if group is None:
         output.copy_(flat)
         return nothing
+    _count_sent(flat.nbytes - flat.nbytes // group.size())
     if ordered:
         return _ordered_reduce_scatter(output, flat, group)
     return _finish_of(_reduce_scatter_single(output, flat, group=group, async_op=not flat.is_cuda))
@@ -77,13 +86,22 @@ def all_gather(flat: Tensor, shard: Tensor, group: ProcessGroup | None) -> Finis
     """Fill ``flat`` [world_size * shard_numel] with every rank's ``shard`` [shard_numel], which is a view of it."""
     if group is None:
         return nothing
+    _count_sent((group.size() - 1) * shard.nbytes)
     return _finish_of(_all_gather_single(flat, shard, group=group, async_op=not flat.is_cuda))
 
 
 def all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
     """Sum ``tensor`` over the group, in place, complete on return (on the current stream)."""
     if group is not None:
+        _count_sent(2 * (tensor.nbytes - tensor.nbytes // group.size()))
         dist.all_reduce(tensor, group=group)
+
+
+def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> None:
+    """The greatest of every rank's ``tensor``, element by element; otherwise as :func:`all_reduce`."""
+    if group is not None:
+        _count_sent(2 * (tensor.nbytes - tensor.nbytes // group.size()))
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
 
 
 def ordered_all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
@@ -91,6 +109,7 @@ def ordered_all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
     if group is None:
         return
     gathered = tensor.new_empty(group.size() * tensor.numel())  # gloo gathers into 1-D only
+    _count_sent((group.size() - 1) * tensor.nbytes)
     _all_gather_single(gathered, tensor, group=group)
     addends = gathered.view(group.size(), -1)
     tensor.copy_(addends[0])
@@ -102,6 +121,20 @@ def broadcast(tensor: Tensor, group: ProcessGroup | None) -> None:
     """``tensor`` of the group's first rank becomes everybody's."""
     if group is not None:
         dist.broadcast(tensor, group_src=0, group=group)
+
+
+def gather_rows(row: Tensor, axes: Sequence[ProcessGroup]) -> tuple[Tensor, Finish]:
+    """Every rank's ``row`` [n], as [ranks, n]: the ranks of the first axis are next to each other.
+
+    The result may be read when the ``Finish`` has been called. With two axes the host waits for the first on gloo.
+    """
+    rows, finish = row.reshape(-1), nothing
+    for axis in axes:
+        finish()
+        gathered = rows.new_empty(axis.size() * rows.numel())
+        finish = all_gather(gathered, rows, axis)
+        rows = gathered
+    return rows.view(-1, row.numel()), finish
 
 
 def gather_objects(value: object, group: ProcessGroup | None) -> list[object]:

@@ -17,9 +17,9 @@ from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.process_groups import ShardGroups
 
 
-def sum_of_squares(grad: Tensor) -> Tensor:
-    """[] fp64, of a 1-D gradient in any dtype, accumulated in fp64 in one pass."""
-    return torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
+    """[] fp64, of all gradients in any dtype, accumulated in fp64 in one pass; on a GPU in one launch."""
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64)).square().sum()
 
 
 class GradNorm:
@@ -51,7 +51,7 @@ class GradNorm:
         return total, used
 
     def _judge(self, groups: ShardGroups, buckets: list[Bucket], used: dict[Bucket, Tensor]) -> Tensor:
-        squares = torch.stack([sum_of_squares(bucket.finish_grad_sync()) for bucket in buckets]).sum()
+        squares = sum_of_squares([bucket.finish_grad_sync() for bucket in buckets])
         message = torch.cat([squares.reshape(1), self._uses_on_device(buckets)])
         for axis in groups.axes:
             collectives.all_reduce(message, axis)

@@ -36,6 +36,10 @@ class ShardGroups:
         return 1 if self.replicate_group is None else self.replicate_group.size()
 
     @property
+    def replicate_rank(self) -> int:
+        return 0 if self.replicate_group is None else self.replicate_group.rank()
+
+    @property
     def num_ranks(self) -> int:
         return self.shard_world_size * self.replicate_world_size
 

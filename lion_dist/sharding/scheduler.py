@@ -24,6 +24,16 @@ from torch.nn import Parameter
 from lion_dist.sharding.bucket import Bucket, GradState, ParamState
 
 
+def not_traced(function: Callable) -> Callable:
+    """``function``, into which torch.compile does not look.
+
+    Hooks run hundreds of times a step, and torch.compiler's full ``disable`` takes 10 us a call. This one takes none,
+    but what ``function`` calls may be traced: the rare call that does something goes through the full one. (They are
+    not decorators, which would import torch._dynamo together with this module: 0.6 s.)
+    """
+    return torch.compiler.disable(function, recursive=False)
+
+
 class GradScheduler:
     """Starts the reduction of each bucket from backward, in one order on every rank.
 
@@ -33,8 +43,8 @@ class GradScheduler:
 
     def __init__(self, keep_local_grads: bool):
         self.keep_local_grads = keep_local_grads
-        # As a decorator, torch.compiler.disable would import torch._dynamo together with this module: 0.6 s.
-        self._hook = torch.compiler.disable(self._on_grad)
+        self._hook = not_traced(self._on_grad)
+        self._start_ready = torch.compiler.disable(self._start_ready)
         self.in_no_sync = False
         self._order: list[Bucket] = []  # the order in which reductions start
         self._place: dict[Parameter, tuple[Bucket, int]] = {}
@@ -72,16 +82,21 @@ class GradScheduler:
             self._pending_local = True
             self.version += 1
             return
-        self.open_pass()
+        if not self._pass_is_open:
+            self.open_pass()
         bucket.register_grad_ready(position)
-        while self._next < len(self._order) and self._order[self._next].all_grads_ready():
-            self._start_next()
+        if bucket.all_grads_ready():
+            self._start_ready()
 
     def open_pass(self) -> None:
         """A backward pass begins; its end sends what is still missing."""
         if not self._pass_is_open:
             self._pass_is_open = True
             Variable._execution_engine.queue_callback(self.finish_pass)
+
+    def _start_ready(self) -> None:
+        while self._next < len(self._order) and self._order[self._next].all_grads_ready():
+            self._start_next()
 
     def _start_next(self) -> None:
         bucket = self._order[self._next]
@@ -126,7 +141,7 @@ class OwnModelHook:
     """A module hook that stays behind when the model is copied or pickled (EMA): the copy is not ours to wait for."""
 
     def __init__(self, function: Callable | None):
-        self.function = None if function is None else torch.compiler.disable(function)
+        self.function = None if function is None else not_traced(function)
 
     def __call__(self, *args, **kwargs) -> None:
         if self.function is not None:
@@ -145,13 +160,16 @@ class AwaitedParameters(dict):
     A copy of the module (deepcopy, pickle) gets a plain dict, for the copy is not ours to wait for.
     """
 
-    def __init__(self, params: dict[str, Parameter | None], finish: Callable[[Parameter | None], None]):
+    def __init__(self, params: dict[str, Parameter | None], bucket_of: dict[Parameter, Bucket]):
         super().__init__(params)
-        self._finish = finish
+        self._bucket_of = bucket_of
+        self._finish = torch.compiler.disable(Bucket.finish_param_sync)
 
     def __getitem__(self, name: str) -> Parameter | None:
         param = super().__getitem__(name)
-        self._finish(param)
+        bucket = self._bucket_of.get(param)
+        if bucket is not None and bucket.param_state is not ParamState.FULL:
+            self._finish(bucket)
         return param
 
     def items(self):
@@ -163,8 +181,8 @@ class AwaitedParameters(dict):
         return super().values()
 
     def _finish_all(self) -> None:
-        for param in super().values():
-            self._finish(param)
+        for name in self:
+            self[name]
 
     def __reduce__(self):
         return dict, (dict(self.items()),)
@@ -182,11 +200,11 @@ class ParamScheduler:
         self._strangers: list[Bucket] = []
         self._at_root: list[Bucket] = []  # buckets of owners whose forward did not run last time
         self._in_forward = False  # of the root
-        finish = torch.compiler.disable(self._finish_param)
+        self._finish = torch.compiler.disable(Bucket.finish_param_sync)
         owners, others = self._owner_modules()
         for owner in owners:
             if not _is_compiled(owner):
-                owner._parameters = AwaitedParameters(owner._parameters, finish)
+                owner._parameters = AwaitedParameters(owner._parameters, self._bucket_of)
             owner.register_forward_pre_hook(OwnModelHook(self._before_forward), prepend=True)
         for other in others:
             other.register_forward_pre_hook(OwnModelHook(self._before_forward_without_params), prepend=True)
@@ -220,11 +238,6 @@ class ParamScheduler:
                 others.append(module)
         return owners, others
 
-    def _finish_param(self, param: Parameter | None) -> None:
-        bucket = self._bucket_of.get(param)
-        if bucket is not None:
-            bucket.finish_param_sync()
-
     def _before_forward(self, module: nn.Module, _args) -> None:
         if not self._in_forward:  # a sub-module called by itself: nobody has waited for what it uses functionally
             self.finish_all()
@@ -232,7 +245,8 @@ class ParamScheduler:
         if torch.is_grad_enabled():
             self._ran.add(module)
         for bucket in self._owners.get(module, ()):
-            bucket.finish_param_sync()
+            if bucket.param_state is not ParamState.FULL:
+                self._finish(bucket)
 
     def _before_forward_without_params(self, _module: nn.Module, _args) -> None:
         if not self._in_forward:
@@ -248,7 +262,7 @@ class ParamScheduler:
             return
         self._update_owners_at_root()
         for bucket in self._at_root:
-            bucket.finish_param_sync()
+            self._finish(bucket)
         self._ran = set()
 
     def _update_owners_at_root(self) -> None:
@@ -266,7 +280,7 @@ class ParamScheduler:
     def finish_all(self) -> None:
         for bucket in self.buckets:
             if bucket.param_state is not ParamState.FULL:
-                bucket.finish_param_sync()
+                self._finish(bucket)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_of_range
+from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_of_range, boxes_over
 
 
 @st.composite
@@ -51,14 +51,15 @@ def test_what_is_not_a_range_of_the_tensor_is_refused(start, stop):
 
 def test_boxes_are_views_of_the_local_memory():
     local = torch.zeros(14)
-    boxed = BoxedTensor((4, 5), [(3, local)], dtype=local.dtype, device=local.device)
+    boxed = BoxedTensor((4, 5), boxes_over((4, 5), 3, local), dtype=local.dtype, device=local.device)
     for value, view in enumerate(boxed.boxes.values(), start=1):
         view.fill_(value)
     assert local.tolist() == [1.0] * 2 + [2.0] * 10 + [3.0] * 2
 
 
 def test_a_boxed_tensor_survives_torch_save(tmp_path):
-    boxed = BoxedTensor((4, 5), [(3, torch.arange(14.0))], dtype=torch.float32, device=torch.device("cpu"))
+    local = torch.arange(14.0)
+    boxed = BoxedTensor((4, 5), boxes_over((4, 5), 3, local), dtype=local.dtype, device=local.device)
     torch.save(boxed, tmp_path / "boxed.pt")
     again = torch.load(tmp_path / "boxed.pt", weights_only=False)
     assert list(again.boxes) == list(boxed.boxes)

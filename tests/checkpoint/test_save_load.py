@@ -240,7 +240,7 @@ def test_a_newer_format(tmp_path):
     checkpoint.save(tmp_path / "c", model=model, optimizer=optimizer)
     described = json.loads((tmp_path / "c/lion_dist.json").read_text())
     (tmp_path / "c/lion_dist.json").write_text(json.dumps({**described, "format": 99}))
-    assert_refused(tmp_path / "c", model, optimizer, match="format 99, this version reads up to 1")
+    assert_refused(tmp_path / "c", model, optimizer, match="format 99, this version reads 2")
 
 
 def test_a_momentum_of_another_dtype_is_cast_with_a_warning(tmp_path):

@@ -85,7 +85,6 @@ def test_training_learns_and_a_resumed_run_repeats_it(start, tmp_path, stage):
     stopped = tmp_path / "stopped"
     stopped.mkdir()
     (stopped / "step-000004").symlink_to(tmp_path / "whole" / "step-000004")
-    (stopped / "latest").write_text("step-000004")
     again, printed = start(stopped, *flags, "--resume")
     assert "resumed from" in printed and "other settings" not in printed
     keys = ("step", "loss", "lr", "grad_norm")

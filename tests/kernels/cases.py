@@ -67,7 +67,7 @@ class Case:
     exp_avgs: list[Tensor]
     grads: list[Tensor]
     index_starts: list[int]
-    steps: list[Tensor]
+    steps: Tensor
     scalars: StepScalars = StepScalars.from_group(1e-3, (0.9, 0.99), 0.1)
     grad_scale: Tensor | None = None
     skip: Tensor | None = None
@@ -88,7 +88,7 @@ class Case:
             pairs = [split_main(troubled(numel, FP32, generator)) for numel in numels]
             columns["params"], mains = map(list, zip(*pairs, strict=True))
         index_starts = [index_start + sum(numels[:i]) for i in range(len(numels))]
-        steps = [torch.tensor(step + i) for i in range(len(numels))]
+        steps = torch.arange(step, step + len(numels))
         return cls(storage, mains=mains, index_starts=index_starts, steps=steps, **columns, **arguments)
 
     def to(self, device) -> Case:
@@ -111,7 +111,7 @@ class Case:
             copy(self.exp_avgs),
             None if self.mains is None else copy(self.mains),
             self.index_starts,
-            [step.clone() for step in self.steps],
+            self.steps.clone(),
             self.storage.stochastic_momentum,
         )
 
@@ -161,7 +161,8 @@ def differing(a: Tensor, b: Tensor) -> Tensor:
 def assert_same(actual: LionTensors, expected: LionTensors) -> None:
     """Bit equality of everything that an update may write."""
     for name in ("params", "mains", "exp_avgs", "steps"):
-        for i, (a, e) in enumerate(zip(getattr(actual, name) or [], getattr(expected, name) or [], strict=True)):
+        columns = [[] if column is None else column for column in (getattr(actual, name), getattr(expected, name))]
+        for i, (a, e) in enumerate(zip(*columns, strict=True)):
             where = differing(a, e)
             if where.numel():
                 at = tuple(where[0].tolist())

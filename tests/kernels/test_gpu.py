@@ -26,7 +26,7 @@ STOCHASTIC = Storage(BF16, None, BF16, True)
 def to_cpu(tensors: LionTensors) -> LionTensors:
     move = lambda column: None if column is None else [x.cpu() for x in column]  # noqa: E731
     columns = [move(x) for x in (tensors.params, tensors.exp_avgs, tensors.mains)]
-    return LionTensors(*columns, tensors.index_starts, move(tensors.steps), tensors.stochastic_momentum)
+    return LionTensors(*columns, tensors.index_starts, tensors.steps.cpu(), tensors.stochastic_momentum)
 
 
 def check(case: Case, backend: str = "triton", misalignment: int = 0) -> None:
@@ -69,14 +69,14 @@ def test_more_elements_than_32_bits_can_count(storage, others):
     grads = spread(small.grads)
     columns = [spread(small.params), spread(small.exp_avgs), None if small.mains is None else spread(small.mains)]
     starts = [0, *(numel + 1000 * i for i in range(len(others)))]
-    steps = [torch.tensor(5, device="cuda") for _ in starts]
+    steps = torch.full((len(starts),), 5, device="cuda")
     big = LionTensors(*columns, starts, steps, storage.stochastic_momentum)
 
     def cut(column, window):
         return None if column is None else [column[0][window].clone()]
 
     pieces = [
-        LionTensors(*(cut(x, w) for x in columns), [w.start], [steps[0].clone()], storage.stochastic_momentum)
+        LionTensors(*(cut(x, w) for x in columns), [w.start], steps[:1].clone(), storage.stochastic_momentum)
         for w in windows
     ]
     lion_update_(big, grads, small.scalars, backend="triton")

@@ -92,7 +92,7 @@ def test_20000_steps_of_decay_alone_survive_without_main_params():
     """lr * wd = 1e-5 is far below bf16's 2**-8: rounded to nearest, the weights would stay at 1.0 for ever."""
     numel, lr, weight_decay = 2000, 1e-4, 0.1
     param, exp_avg, grad = (torch.full((numel,), x).bfloat16() for x in (1.0, 0.0, 0.0))
-    tensors = LionTensors([param], [exp_avg], index_starts=[0], steps=[torch.tensor(0)])
+    tensors = LionTensors([param], [exp_avg], index_starts=[0], steps=torch.zeros(1, dtype=torch.int64))
     scalars = StepScalars.from_group(lr, (0.9, 0.99), weight_decay)
     for _ in range(20_000):
         lion_update_(tensors, [grad], scalars, seed=1)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,67 +9,33 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+import arguments
 import train as train_program
-
-TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
-TINY = "--layers 1 --dim 16 --heads 2 --seq-len 16 --batch-size 8 --warmup 2 --lr 1e-2".split()
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(f"{i} green bottles hanging on the wall\n" for i in range(500)))
-    return path
+from tests.launch import jobs
 
 
 def run(ranks: int, *flags: object) -> subprocess.CompletedProcess:
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*start, str(TRAIN), *TINY, *map(str, flags)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        printed, errors = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its workers; killing torchrun would leave them running
-        process.communicate()
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, printed, errors)
+    program = [jobs.TRAIN, *jobs.TINY, *flags]
+    return jobs.run(jobs.torchrun(ranks, *program) if ranks > 1 else [sys.executable, *map(str, program)])
 
 
 def train(ranks: int, out: Path, *flags: object) -> list[dict]:
     """Runs it to the end and returns the lines of metrics.jsonl."""
     result = run(ranks, "--out", out, *flags)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(rows: list[dict]) -> list[tuple]:
-    return [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in rows]
-
-
-@pytest.fixture(scope="session")
-def sharded(text, tmp_path_factory):
-    """Twelve steps of ShardedLion on two ranks, never stopped; a checkpoint every five."""
-    out = tmp_path_factory.mktemp("sharded")
-    result = run(2, "--data", text, "--steps", 12, "--checkpoint-every", 5, "--out", out)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return out, result.stdout
+    assert result.returncode == 0, result.stdout
+    return jobs.rows(out)
 
 
 def test_sharded_run_learns_and_leaves_its_results(sharded):
     out, printed = sharded
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = jobs.rows(out)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all(math.isfinite(row["grad_norm"]) and row["tokens_per_s"] > 0 for row in rows)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["held_out"]["12"] < summary["held_out"]["0"] - 0.5
     assert summary["skipped_steps"] == 0
     assert (out / "loss-curve.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "latest").read_text() == "step-000012" and (out / "step-000012").exists()
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-000005", "step-000010", "step-000012"]
     assert "full parameters bit-identical on all ranks: yes" in printed
 
 
@@ -94,19 +59,39 @@ def test_resumed_run_repeats_the_losses_of_one_never_stopped(sharded, text, tmp_
     stopped = tmp_path / "stopped"
     stopped.mkdir()
     (stopped / "step-000005").symlink_to(out / "step-000005")
-    (stopped / "latest").write_text("step-000005")
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (stopped / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
-    rows = train(2, stopped, "--engine", "sharded", "--data", text, "--steps", 12, "--resume")
-    assert losses(rows) == losses([json.loads(line) for line in lines])
+    train(2, stopped, "--engine", "sharded", "--data", text, "--steps", 12, "--resume")
+    assert jobs.losses(stopped) == jobs.losses(out)
     uninterrupted = json.loads((out / "summary.json").read_text())["held_out"]
     assert json.loads((stopped / "summary.json").read_text())["held_out"]["12"] == uninterrupted["12"]
+
+
+def test_loss_curve_continues_on_another_number_of_ranks(sharded, text, tmp_path):
+    """Two ranks until step 5, then one. Gradients are summed in another order, so the last bits may differ."""
+    out, _ = sharded
+    (tmp_path / "step-000005").symlink_to(out / "step-000005")
+    result = run(1, "--data", text, "--steps", 12, "--resume", "auto", "--out", tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert "so its losses will not repeat: ranks 2 -> 1" in result.stdout
+    continued, never_stopped = jobs.rows(tmp_path), jobs.rows(out)[5:]
+    assert [(row["step"], row["lr"]) for row in continued] == [(row["step"], row["lr"]) for row in never_stopped]
+    assert [row["loss"] for row in continued] == pytest.approx([row["loss"] for row in never_stopped], rel=0.02)
+
+
+def test_run_that_begins_where_an_earlier_one_was_keeps_its_checkpoints_apart(text, tmp_path):
+    flags = ["--engine", "plain", "--data", text]
+    train(1, tmp_path, *flags, "--steps", 3)
+    train(1, tmp_path, *flags, "--steps", 2)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000002"]
+    assert (tmp_path / "earlier-1" / "step-000003" / "lion_dist.json").exists()
+    assert [row["step"] for row in jobs.rows(tmp_path)] == [1, 2]
 
 
 def test_two_ranks_see_the_data_of_one(sharded, text, tmp_path):
     """The first loss is of the same weights and windows; later ones differ by the rounding of gradients."""
     rows = train(1, tmp_path, "--engine", "plain", "--data", text, "--steps", 12)
-    two_ranks = [json.loads(line) for line in (sharded[0] / "metrics.jsonl").read_text().splitlines()]
+    two_ranks = jobs.rows(sharded[0])
     assert rows[0]["loss"] == pytest.approx(two_ranks[0]["loss"], rel=1e-6)
     assert [row["lr"] for row in rows] == [row["lr"] for row in two_ranks]
     assert rows[-1]["loss"] == pytest.approx(two_ranks[-1]["loss"], rel=0.05)
@@ -136,6 +121,11 @@ def test_accumulation_in_bf16_on_two_ranks(flags, text, tmp_path):
         ("--steps 0", "--steps must be at least 1, got 0"),
         ("--resume", "--resume found no checkpoint in"),
         ("--zero-stage 3", "fully_shard"),
+        ("--keep-last -1", "--keep-last must be at least 1, or 0, got -1"),
+        ("--timeout 0", "--timeout must be at least 1, got 0"),
+        ("--replicate 2", "--replicate 2 does not divide 1 ranks"),
+        ("--engine ddp --replicate 2", "--replicate 2 is for --engine sharded or fsdp2, got ddp"),
+        ("--engine deepspeed --metrics-every 5", "--metrics-every must be 0 with --engine deepspeed"),
     ],
 )
 def test_bad_input_exits_with_2_and_sets_up_nothing(flags, message, tmp_path, monkeypatch, capsys):
@@ -148,13 +138,13 @@ def test_bad_input_exits_with_2_and_sets_up_nothing(flags, message, tmp_path, mo
 def test_bad_data_path_is_said_once_by_two_ranks(tmp_path):
     result = run(2, "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
     assert result.returncode != 0
-    assert result.stderr.count(f"no such file or folder: {tmp_path / 'nowhere'}. Pass --data PATH") == 1
-    assert "exitcode  : 2" in result.stderr
+    assert result.stdout.count(f"no such file or folder: {tmp_path / 'nowhere'}. Pass --data PATH") == 1
+    assert "exitcode  : 2" in result.stdout
 
 
 def test_plain_engine_refuses_two_ranks(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--engine", "plain"])
-    monkeypatch.setattr(train_program, "WORLD_SIZE", 2)
+    monkeypatch.setattr(arguments, "WORLD_SIZE", 2)
     assert train_program.main() == 2
     printed = capsys.readouterr().err
     assert "--engine plain trains in one process" in printed and "--engine ddp" in printed
@@ -163,5 +153,5 @@ def test_plain_engine_refuses_two_ranks(monkeypatch, capsys):
 def test_default_batch_divides_among_any_number_of_ranks(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--micro-batches", "2"])
     for world_size, batch_size in [(1, 8), (2, 8), (3, 12), (6, 12), (8, 16)]:
-        monkeypatch.setattr(train_program, "WORLD_SIZE", world_size)
-        assert train_program.parse_arguments().batch_size == batch_size
+        monkeypatch.setattr(arguments, "WORLD_SIZE", world_size)
+        assert arguments.parse_arguments("").batch_size == batch_size

@@ -1,0 +1,116 @@
+"""The flags of the training program, and what is checked before any rank waits for another."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from engines import ENGINES
+from lion_dist import ShardingConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+NODES = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # set by torchrun: how many of it there are
+SHARDS_IN_REPLICAS = ("sharded", "fsdp2")  # the engines that --replicate is for
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--engine", choices=list(ENGINES), default="sharded", help="how the ranks share the work")
+    add("--data", help="a text file or a folder of them; None: the Python standard library's source")
+    add("--out", type=Path, help="folder of metrics, loss curve and checkpoints; None: runs/ENGINE")
+    add("--layers", type=int, default=4, help="transformer blocks")
+    add("--dim", type=int, default=128, help="width of the model")
+    add("--heads", type=int, default=4, help="attention heads")
+    add("--seq-len", type=int, default=256, help="bytes per window")
+    add("--steps", type=int, default=800, help="optimizer steps, and the length of the schedule")
+    add("--batch-size", type=int, help="windows per step, over all ranks; None: 8, or more until it divides")
+    add("--micro-batches", type=int, default=1, help="parts of a rank's batch, whose gradients add up")
+    add("--lr", type=float, default=1e-3, help="learning rate at the end of the warmup")
+    add("--weight-decay", type=float, default=0.1, help="of the matrices; multiplied by the learning rate")
+    add("--warmup", type=int, default=20, help="steps of linear warmup; a cosine to a tenth of --lr follows")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+    add("--precision", choices=list(DTYPES), default="fp32", help="dtype of the parameters")
+    add("--main-params", choices=["auto", "fp32", "split", "none"], default="auto", help="of bf16")
+    add("--momentum-dtype", choices=list(DTYPES), help="None: as the parameters")
+    add("--zero-stage", type=int, default=2, help="1 or 2 of --engine sharded, 0 to 3 of --engine deepspeed")
+    add("--replicate", type=_count_or_nodes, default=1,
+        help="shard inside so many replicas and average across them: a number, or 'nodes' for one a node")
+    add("--deepspeed-config", help="of --engine deepspeed; None: launch/deepspeed/zeroN.json")
+    add("--seed", type=int, default=0, help="of the initial weights and the batches")
+    add("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end, and when a signal asks")
+    add("--keep-last", type=int, default=0, help="checkpoints to keep, older ones are removed; 0: all")
+    add("--resume", nargs="?", const="last", choices=["last", "auto"],
+        help="go on from the newest whole checkpoint in --out; 'auto': or begin, where there is none")
+    add("--log-every", type=int, default=5,
+        help="steps between reads of the loss, which wait for the device; also how soon a signal is acted on")
+    add("--metrics-every", type=int, default=0, help="steps between the optimizer's metrics (docs/metrics.md); 0: none")
+    add("--peak-tflops", type=float, help="of one device, for MFU; None: of known GPUs in bf16, else no MFU")
+    add("--timeout", type=float, default=600, help="seconds that a rank waits for the others before it gives up")
+    args = parser.parse_args()
+    args.out = args.out or Path("runs") / args.engine
+    if args.replicate == "nodes":
+        args.replicate = NODES
+    if args.batch_size is None:
+        parts = WORLD_SIZE * max(1, args.micro_batches)
+        args.batch_size = math.ceil(8 / parts) * parts
+    return args
+
+
+def _count_or_nodes(text: str) -> int | str:
+    return text if text == "nodes" else int(text)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError with the fact, the value and the remedy; the optimizer checks its own arguments."""
+    if args.engine == "plain" and WORLD_SIZE > 1:
+        raise ValueError(
+            f"--engine plain trains in one process, but there are WORLD_SIZE={WORLD_SIZE}. "
+            "Use --engine ddp or --engine sharded, or --nproc-per-node 1."
+        )
+    for name in "layers dim heads seq_len steps batch_size micro_batches log_every replicate timeout".split():
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    if args.dim % (2 * args.heads):
+        raise ValueError(f"--dim must be a multiple of 2 * --heads, got {args.dim} and {args.heads} heads.")
+    if args.batch_size % (WORLD_SIZE * args.micro_batches):
+        raise ValueError(
+            f"--batch-size {args.batch_size} does not divide among {WORLD_SIZE} ranks x {args.micro_batches} "
+            f"micro-batches. Use a multiple of {WORLD_SIZE * args.micro_batches}."
+        )
+    for name in ("checkpoint_every", "keep_last"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, or 0, got {getattr(args, name)}.")
+    if args.metrics_every < 0 or (args.metrics_every and args.engine == "deepspeed"):
+        raise ValueError(
+            f"--metrics-every must be 0 with --engine deepspeed, which makes the optimizer by its JSON, and at least 0 "
+            f"with others, got {args.metrics_every}."
+        )
+    if args.resume == "last" and ENGINES[args.engine].newest(args.out) is None:
+        raise ValueError(
+            f"--resume found no checkpoint in {args.out}. Pass the --out of an earlier run, or --resume auto to begin."
+        )
+    _check_sharding(args)
+
+
+def _check_sharding(args: argparse.Namespace) -> None:
+    if args.engine != "deepspeed":
+        ShardingConfig(zero_stage=args.zero_stage)
+    elif args.zero_stage not in range(4):
+        raise ValueError(f"--zero-stage must be 0, 1, 2 or 3 with --engine deepspeed, got {args.zero_stage}.")
+    if args.replicate == 1:
+        return
+    if args.engine not in SHARDS_IN_REPLICAS:
+        raise ValueError(
+            f"--replicate {args.replicate} is for --engine {' or '.join(SHARDS_IN_REPLICAS)}, got {args.engine}."
+        )
+    if WORLD_SIZE % args.replicate:
+        raise ValueError(
+            f"--replicate {args.replicate} does not divide {WORLD_SIZE} ranks. Start as many on every node, or pass "
+            "a divisor."
+        )

@@ -1,0 +1,74 @@
+"""Checkpoints of a run: written while it trains, kept by number, and gone on from."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
+
+from corpus import Corpus
+from engines import PlainEngine
+from ranks import say
+
+# What a resumed run must share with the first one to land on the same losses.
+TRAJECTORY = "steps batch_size micro_batches seq_len lr weight_decay warmup clip seed replicate".split()
+
+
+class Checkpoints:
+    """The checkpoints OUT/step-NNNNNN of one run. Every rank calls every method."""
+
+    def __init__(self, args: Namespace, engine: PlainEngine, scheduler: LambdaLR, corpus: Corpus):
+        self.folder, self.keep_last = args.out, args.keep_last
+        self.engine, self.scheduler = engine, scheduler
+        self.settings = {name: getattr(args, name) for name in TRAJECTORY}
+        self.settings |= {"text": corpus.fingerprint, "ranks": dist.get_world_size()}
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def save(self, step: int) -> None:
+        """Starts the checkpoint of `step`, after the one before it is whole."""
+        self.finish()
+        extra = {"step": step, "scheduler": self.scheduler.state_dict(), "settings": self.settings}
+        self.engine.save(self.path(step), extra)
+
+    def finish(self) -> None:
+        """Waits until the checkpoint that was started is whole, and removes those that are not to be kept."""
+        self.engine.finish_save()
+        if self.keep_last:
+            self.engine.keep_last(self.folder, self.keep_last)
+
+    def resume(self, how: str | None) -> int:
+        """Returns the number of completed steps: of the newest whole checkpoint, or 0 for a run that begins.
+
+        `how` is --resume. A run that begins where an earlier one was sets its checkpoints aside in OUT/earlier-N, so
+        that they are not taken for its own when it is resumed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        newest = [self.engine.newest(self.folder) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(newest)  # one rank's look decides: another's may come a moment later
+        if newest[0] is not None and how is not None:
+            return self._load(newest[0])
+        if newest[0] is not None and dist.get_rank() == 0:
+            _set_aside(self.folder)
+        dist.barrier()
+        return 0
+
+    def _load(self, path: Path) -> int:
+        extra = self.engine.load(path)
+        self.scheduler.load_state_dict(extra["scheduler"])
+        saved, now = extra["settings"], self.settings
+        changed = [f"{name} {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
+        if changed:
+            say("other settings than the first run's, so its losses will not repeat: " + ", ".join(changed))
+        say(f"resumed from {path}, {extra['step']} steps done")
+        return extra["step"]
+
+
+def _set_aside(folder: Path) -> None:
+    number = 1 + sum(1 for _ in folder.glob("earlier-*"))
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    for checkpoint in sorted(folder.glob("step-*")):
+        checkpoint.rename(aside / checkpoint.name)
+    say(f"checkpoints of an earlier run are in {aside} now; --resume would have gone on from them")

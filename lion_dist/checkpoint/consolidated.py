@@ -1,0 +1,175 @@
+"""One ``torch.save`` file of a whole checkpoint, as lion-pytorch's users keep it, and back; streaming, in one process::
+
+    {"model": {name: tensor},                         for model.load_state_dict
+     "optimizer": {"state": {i: {"exp_avg": ...}},    for load_state_dict of lion_pytorch.Lion, and of ours
+                   "param_groups": [{"lr", "betas", "weight_decay", "params": [i], "param_names": [name]}]},
+     "extra": {...}}
+
+Main params and step counts are in the state as well: lion-pytorch ignores them, and the way back gives the same bits.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lion_dist.checkpoint import directory, manifest
+from lion_dist.checkpoint.errors import CheckpointError
+from lion_dist.checkpoint.named_state import whole
+from lion_dist.checkpoint.ranks import Ranks
+from lion_dist.checkpoint.save import Snapshot, write
+from lion_dist.checkpoint.storage import Reader, start_of_data
+from lion_dist.sharding.boxes import BoxedTensor
+
+GROUP_KEYS = ("lr", "betas", "weight_decay", "initial_lr")
+STATE_KEYS = ("exp_avg", "main_param", "step")
+
+
+def consolidate(path: str | Path, target: str | Path, progress: manifest.Progress | None = None) -> None:
+    """Write the checkpoint ``path`` to the file ``target``. Holds one piece at a time.
+
+    Args:
+        progress: told of bytes as they are done.
+
+    Raises:
+        CheckpointError: a checkpoint that is damaged, or ``target`` exists.
+    """
+    found, target = directory.find(Path(path)), Path(target)
+    if target.exists():
+        raise CheckpointError(f"{target} exists: give another name, or remove it first")
+    entries = manifest.read(found)
+    manifest.check_sizes(found, entries["files"])
+    for name, entry in entries["files"].items():
+        manifest.check_contents(found, name, entry)
+    reader = Reader(found)
+    # torch.empty memory that is never touched takes none; the file gets room for it.
+    empty = {
+        key: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for key, stored in reader.metadata.state_dict_metadata.items()
+    }
+    partial = target.with_name(target.name + ".partial")
+    with torch.serialization.skip_data():
+        torch.save(_as_one(empty, entries), partial)
+    with open(partial, "r+b") as file:
+        for key, start in _starts_in(partial, _order_in_file(empty, entries)).items():
+            if empty[key].numel():
+                _fill(file, start, empty[key], key, reader, progress)
+        os.fsync(file.fileno())
+    partial.rename(target)
+    directory.sync(target.parent)
+
+
+def import_consolidated(source: str | Path, path: str | Path, progress: manifest.Progress | None = None) -> None:
+    """Make the checkpoint ``path`` of the file ``source``: one of :func:`consolidate`, or one saved by a program that
+    trains with lion-pytorch as ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``.
+
+    Tensors are read from the file as they are written; nothing but tensors and numbers is unpickled.
+
+    Raises:
+        CheckpointError: the file is something else, or does not say which state belongs to which parameter.
+    """
+    try:
+        content = torch.load(source, mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{source} is no file of torch.save: {error}") from error
+    if not isinstance(content, dict) or not {"model", "optimizer"} <= content.keys():
+        raise CheckpointError(f'{source} is no consolidated checkpoint: it needs "model" and "optimizer"')
+    model, optimizer = content["model"], content["optimizer"]
+    groups = _named_groups(source, model, optimizer)
+    firsts: dict[tuple, str] = {}
+    tied = {}
+    for name, tensor in model.items():
+        first = firsts.setdefault((tensor.untyped_storage().data_ptr(), tensor.shape, tensor.storage_offset()), name)
+        if first != name and tensor.numel():
+            tied[name] = first
+    tensors = {f"model.{name}": whole(tensor) for name, tensor in model.items() if name not in tied}
+    for group, saved in zip(groups, optimizer["param_groups"], strict=True):
+        for name, i in zip(group["params"], saved["params"], strict=True):
+            tensors |= _state_tensors(name, optimizer["state"].get(i, {}))
+    entries = {"param_groups": groups, "extra": content.get("extra", {}), "tied": tied}
+    write(Path(path), Snapshot(tensors, entries), Ranks(None), progress)
+
+
+# ---- to one file
+
+
+def _as_one(tensors: dict[str, Tensor], entries: dict) -> dict:
+    model = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
+    model |= {second: model[first] for second, first in entries["tied"].items()}
+    state, groups = {}, []
+    for group in entries["param_groups"]:
+        ids = list(range(len(state), len(state) + len(group["params"])))
+        for i, name in zip(ids, group["params"], strict=True):
+            kinds = {kind: f"optimizer.{name}.{kind}" for kind in STATE_KEYS}
+            state[i] = {kind: tensors[key] for kind, key in kinds.items() if key in tensors}
+        settings = {key: group[key] for key in GROUP_KEYS if key in group} | {"betas": tuple(group["betas"])}
+        groups.append(settings | {"params": ids, "param_names": group["params"]})
+    state = {i: kinds for i, kinds in state.items() if kinds}
+    return {"model": model, "optimizer": {"state": state, "param_groups": groups}, "extra": entries["extra"]}
+
+
+def _order_in_file(tensors: dict[str, Tensor], entries: dict) -> list[str]:
+    """Names of the tensors in the order in which ``torch.save`` meets their storages."""
+    keys = {id(tensor): key for key, tensor in tensors.items()}
+    content = _as_one(tensors, entries)
+    met = [*content["model"].values(), *(t for kinds in content["optimizer"]["state"].values() for t in kinds.values())]
+    return list(dict.fromkeys(keys[id(tensor)] for tensor in met))
+
+
+def _starts_in(path: Path, order: list[str]) -> dict[str, int]:
+    with zipfile.ZipFile(path) as zipped, open(path, "rb") as file:
+        entries = {entry.filename.split("/", 1)[1]: entry for entry in zipped.infolist()}
+        starts = {}
+        for number, key in enumerate(order):
+            entry = entries[f"data/{number}"]
+            file.seek(entry.header_offset)
+            starts[key] = start_of_data(entry.header_offset, file.read(30))
+    return starts
+
+
+def _fill(file, start: int, like: Tensor, key: str, reader: Reader, progress: manifest.Progress | None) -> None:
+    page = start - start % mmap.ALLOCATIONGRANULARITY
+    with mmap.mmap(file.fileno(), start + like.nbytes - page, offset=page) as memory:
+        there = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=start - page).view(like.shape)
+        boxed = whole(there)
+        for box, view in boxed.pieces.items():
+            reader.read_into({key: BoxedTensor(like.shape, {box: view}, dtype=like.dtype, device=like.device)})
+            if progress is not None:
+                progress(view.nbytes)
+        del there, boxed, view
+        memory.flush()
+
+
+# ---- from one file
+
+
+def _named_groups(source, model: dict[str, Tensor], optimizer: dict) -> list[dict]:
+    groups = []
+    for group in optimizer["param_groups"]:
+        names = group.get("param_names")
+        if names is None:
+            names = _names_by_order(source, model, optimizer)
+        settings = {key: group[key] for key in GROUP_KEYS if key in group}
+        groups.append(settings | {"betas": list(group["betas"]), "params": list(names)})
+    return groups
+
+
+def _names_by_order(source, model: dict[str, Tensor], optimizer: dict) -> list[str]:
+    """Without names: one group that holds every tensor of the model, in its order."""
+    groups = optimizer["param_groups"]
+    shapes = [optimizer["state"][i]["exp_avg"].shape for i in groups[0]["params"] if i in optimizer["state"]]
+    if len(groups) == 1 and shapes == [tensor.shape for tensor in model.values()]:
+        return list(model)
+    raise CheckpointError(
+        f"{source} does not say which optimizer state belongs to which parameter. Save it from an optimizer made with "
+        '(name, parameter) pairs, or add "param_names" to each of its param_groups.'
+    )
+
+
+def _state_tensors(name: str, state: dict) -> dict[str, BoxedTensor]:
+    return {f"optimizer.{name}.{kind}": whole(torch.as_tensor(state[kind])) for kind in STATE_KEYS if kind in state}

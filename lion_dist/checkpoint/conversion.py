@@ -1,0 +1,160 @@
+"""What of a checkpoint goes where when dtypes or kinds of main params differ: exactly, or else rounded once.
+
+The value of a parameter is its main param where there is one: fp32, or bf16 and remainder together, or the parameter.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from lion_dist.checkpoint.named_state import NamedState, OwnedParam
+from lion_dist.kernels.reference import join_main, split_main
+from lion_dist.optimizer import refresh_main_
+from lion_dist.sharding.boxes import PIECE_BYTES, Box, BoxedTensor
+
+Stored = dict[str, TensorStorageMetadata]
+
+
+@dataclass
+class Routes:
+    """How each tensor here gets its contents.
+
+    Attributes:
+        direct: by name in the checkpoint, read in place.
+        converted: parameters whose value is read piece by piece and stored in another form.
+        zeroed: state that the checkpoint does not have.
+        notes: what the user should know: {fact: names}.
+    """
+
+    direct: dict[str, BoxedTensor] = field(default_factory=dict)
+    converted: dict[str, OwnedParam] = field(default_factory=dict)
+    zeroed: list[Tensor] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def plan_routes(stored: Stored, state: NamedState) -> Routes:
+    routes = Routes()
+    for name, buffer in state.buffers.items():
+        _direct(routes, stored, f"model.{name}", buffer)
+    for name, param in state.params.items():
+        if not param.state:
+            _direct(routes, stored, f"model.{name}", param.value)
+            if f"optimizer.{name}.exp_avg" in stored:
+                routes.notes["the saved state of parameters that this optimizer does not hold is left out"].append(name)
+            continue
+        _route_value(routes, stored, name, param)
+        if f"optimizer.{name}.exp_avg" in stored:
+            _direct(routes, stored, f"optimizer.{name}.exp_avg", param.state["exp_avg"])
+        else:
+            routes.notes["not in the checkpoint, starts at zero: exp_avg"].append(name)
+            routes.zeroed += param.state["exp_avg"].boxes.values()
+        if param.step is not None:
+            _direct_scalar(routes, stored, f"optimizer.{name}.step", param.step)
+    if state.counters is not None:
+        _direct_scalar(routes, stored, "counters", state.counters)
+    return routes
+
+
+def _direct(routes: Routes, stored: Stored, key: str, boxed: BoxedTensor) -> None:
+    if key not in stored:
+        return  # a tensor of no elements
+    routes.direct[key] = boxed
+    saved = stored[key].properties.dtype
+    if saved != boxed.dtype:
+        kind = "exp_avg" if key.endswith(".exp_avg") else "tensor"
+        routes.notes[f"the saved {kind} is {saved}; it is kept as {boxed.dtype}, as configured"].append(key)
+
+
+def _direct_scalar(routes: Routes, stored: Stored, key: str, value: Tensor) -> None:
+    if key in stored:
+        boxes = {Box((0,) * value.ndim, tuple(value.shape)): value}
+        routes.direct[key] = BoxedTensor(value.shape, boxes, dtype=value.dtype, device=value.device)
+    else:
+        routes.zeroed.append(value)
+
+
+def _route_value(routes: Routes, stored: Stored, name: str, param: OwnedParam) -> None:
+    main = param.state.get("main_param")
+    saved_main = stored.get(f"optimizer.{name}.main_param")
+    if f"model.{name}" not in stored:
+        return  # a tensor of no elements
+    saved = stored[f"model.{name}"].properties.dtype, saved_main and saved_main.properties.dtype
+    if saved == (param.value.dtype, None if main is None else main.dtype):
+        routes.direct[f"model.{name}"] = param.value
+        if main is not None:
+            routes.direct[f"optimizer.{name}.main_param"] = main
+        return
+    routes.converted[name] = param
+    loses = main is None and param.value.dtype != torch.float32 and (saved_main or saved[0] != param.value.dtype)
+    if loses:
+        what = "parameter" if saved_main is None else "main params"
+        routes.notes[f"the saved {what} in fp32 precision are rounded to {param.value.dtype} here, once"].append(name)
+
+
+def convert(converted: dict[str, OwnedParam], stored: Stored, read: Callable[[dict[str, BoxedTensor]], None]) -> None:
+    """Read the parameters' saved form, a piece or a few at a time, and keep it in the form that is configured here."""
+    for batch in _batches(converted):
+        temporary: dict[str, dict[Box, Tensor]] = {}
+        for name, piece, value, _ in batch:
+            for key in _sources(name, stored):
+                place = torch.empty(piece.sizes, dtype=stored[key].properties.dtype, device=value.device)
+                temporary.setdefault(key, {})[piece] = place
+        read(
+            {
+                key: BoxedTensor(stored[key].size, boxes, dtype=stored[key].properties.dtype, device=batch[0][2].device)
+                for key, boxes in temporary.items()
+            }
+        )
+        for name, piece, value, main in batch:
+            store_(exact_value(*(temporary[key][piece] for key in _sources(name, stored))), value, main)
+
+
+def _sources(name: str, stored: Stored) -> list[str]:
+    return [key for key in (f"model.{name}", f"optimizer.{name}.main_param") if key in stored]
+
+
+def _batches(converted: dict[str, OwnedParam]) -> Iterator[list[tuple[str, Box, Tensor, Tensor | None]]]:
+    """(name, piece, parameter there, main param there), together no larger than a piece unless one is alone."""
+    limit = PIECE_BYTES // torch.float32.itemsize
+    batch, numel = [], 0
+    for name, param in converted.items():
+        main = param.state.get("main_param")
+        for box, value in param.value.boxes.items():
+            for piece in box.pieces(limit):
+                if numel + piece.numel > limit and batch:
+                    yield batch
+                    batch, numel = [], 0
+                main_there = None if main is None else box.view_of(piece, main.boxes[box])
+                batch.append((name, piece, box.view_of(piece, value), main_there))
+                numel += piece.numel
+    if batch:
+        yield batch
+
+
+def exact_value(param: Tensor, main: Tensor | None = None) -> Tensor:
+    """fp32: what a saved parameter and its main param (fp32 or int16 remainder) stand for."""
+    if main is None:
+        return param.float()
+    if main.dtype == torch.int16:
+        return join_main(param, main)
+    refresh_main_(main, param)  # a parameter that was changed from outside just before the save leads
+    return main
+
+
+def store_(value: Tensor, param: Tensor, main: Tensor | None) -> None:
+    """Keep fp32 ``value`` as ``param`` and, where there is one, its main param; the same rounding as a step's."""
+    if param.dtype == torch.bfloat16:
+        low_precision, remainder = split_main(value)
+        param.copy_(low_precision)
+        if main is not None:
+            main.copy_(remainder if main.dtype == torch.int16 else value)
+    else:
+        param.copy_(value)
+        if main is not None:
+            main.copy_(value)

@@ -1,0 +1,155 @@
+"""Directories of checkpoints, such that at no moment a power cut or SIGKILL loses one.
+
+A save of ``path`` goes through these states; each arrow is one system call::
+
+    path (old)                                       what load(path) takes: the old one
+    path (old)  path.partial (files, no manifest)                           the old one
+    path (old)  path.partial (whole, durable)                               the old one
+    path.old    path.partial (whole)                                        the old one, from path.old
+    path (new)  path.old                                                    the new one
+    path (new)  path.partial (the old one, going away)                      the new one
+    path (new)                                                              the new one
+
+So a name ending in ``.partial`` is never a checkpoint, and ``path.old`` is one only while there is no ``path``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+from lion_dist.checkpoint import manifest
+from lion_dist.checkpoint.errors import CheckpointError
+
+_OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|lion_dist\.json")
+
+
+def partial_of(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def old_of(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
+
+
+def find(path: Path) -> Path:
+    """The directory to load ``path`` from: itself, or ``path.old`` when a save was killed between two renames."""
+    if not path.exists() and (old_of(path) / manifest.NAME).is_file():
+        return old_of(path)
+    if not (path / manifest.NAME).is_file():
+        hint = "Give the directory that save() was given."
+        if partial_of(path).exists():
+            hint = f"{partial_of(path).name} beside it is a save that did not finish."
+        raise CheckpointError(f"no checkpoint at {path}: it has no {manifest.NAME}. {hint}")
+    return path
+
+
+def begin(path: Path) -> Path:
+    """An empty ``path.partial`` to write into, after putting right what a killed save left behind."""
+    if path.exists() and not (path / manifest.NAME).is_file():
+        if not path.is_dir() or any(path.iterdir()):
+            raise CheckpointError(f"{path} exists and is no checkpoint: it would be replaced. Give another name.")
+        path.rmdir()
+    if not path.exists() and (old_of(path) / manifest.NAME).is_file():
+        old_of(path).rename(path)
+    partial, old = partial_of(path), old_of(path)
+    for leftover in (partial, old):
+        if leftover.exists():
+            _refuse_foreign(leftover)
+    if old.exists():
+        remove(old, partial)
+    elif partial.exists():
+        shutil.rmtree(partial)
+    missing = [p for p in path.parents if not p.exists()]
+    partial.mkdir(parents=True)
+    for parent in (path.parent, *(p.parent for p in missing)):
+        sync(parent)
+    return partial
+
+
+def commit(path: Path) -> None:
+    """Give the whole ``path.partial`` its name, durably, and remove the one that had it."""
+    partial, old = partial_of(path), old_of(path)
+    sync(partial)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    sync(path.parent)
+    if old.exists():
+        remove(old, partial)
+
+
+def remove(directory: Path, partial: Path) -> None:
+    """Remove a checkpoint; from the first moment on it is named ``partial`` and is none any more."""
+    if partial.exists():
+        shutil.rmtree(partial)
+    directory.rename(partial)
+    sync(partial.parent)
+    shutil.rmtree(partial)
+
+
+def newest(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint directly under ``folder``, by the order of their saves; None when there is none.
+
+    Whole: it has a manifest, and every file in it at its full length (checksums are for ``load`` and ``verify``).
+    Partial ones are never taken. The path is for ``load``; after a save was killed it may be there as ``path.old``.
+    """
+    found = _whole_ones(Path(folder))
+    return found[-1] if found else None
+
+
+def next_order(path: Path) -> int:
+    """``saved`` of a checkpoint about to be committed: the clock, or one more than any beside it."""
+    beside = [manifest.read(find(other))["saved"] for other in _whole_ones(path.parent)]
+    return max([time.time_ns(), *(saved + 1 for saved in beside)])
+
+
+def remove_older(folder: Path, count: int, in_use: Path | None) -> None:
+    """Keep the ``count`` newest; remove the others and what dead saves left, except ``in_use`` (a save under way)."""
+    for path in _whole_ones(folder)[:-count]:
+        remove(find(path), partial_of(path))
+    for leftover in folder.glob("*.partial"):
+        if leftover != in_use and _is_ours(leftover):
+            shutil.rmtree(leftover)
+    for leftover in folder.glob("*.old"):
+        path = leftover.with_name(leftover.name.removesuffix(".old"))
+        if path.exists() and partial_of(path) != in_use and _is_ours(leftover):
+            remove(leftover, partial_of(path))
+
+
+def sync(directory: Path) -> None:
+    """Make the names in ``directory`` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _whole_ones(folder: Path) -> list[Path]:
+    """Names to load from, oldest first."""
+    names = set()
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if not entry.name.endswith(".partial") and (entry / manifest.NAME).is_file():
+            names.add(entry.with_name(entry.name.removesuffix(".old")))
+    saved = {}
+    for path in names:
+        try:
+            entries = manifest.read(find(path))
+            manifest.check_sizes(find(path), entries["files"])
+        except CheckpointError:
+            continue  # not whole: what this function is for
+        saved[path] = entries["saved"]
+    return sorted(saved, key=lambda path: (saved[path], path.name))
+
+
+def _is_ours(directory: Path) -> bool:
+    return directory.is_dir() and all(_OURS.fullmatch(entry.name) for entry in directory.iterdir())
+
+
+def _refuse_foreign(directory: Path) -> None:
+    if not _is_ours(directory):
+        raise CheckpointError(f"{directory} holds other files than a checkpoint's: it would be removed. Move it away.")

@@ -1,0 +1,142 @@
+"""``load``: from any engine, ranks, buckets and precision into those that are here."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lion_dist.checkpoint import directory, manifest
+from lion_dist.checkpoint.conversion import Routes, Stored, convert, plan_routes
+from lion_dist.checkpoint.errors import CheckpointError
+from lion_dist.checkpoint.named_state import NamedState, collect
+from lion_dist.checkpoint.ranks import Ranks, describe
+from lion_dist.checkpoint.save import wait_for_pending
+from lion_dist.checkpoint.storage import Reader
+from lion_dist.config import check_hyperparameters
+from lion_dist.optimizer import Lion
+from lion_dist.sharded_optimizer import ShardedLion
+
+
+def load(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion) -> dict:
+    """Load a checkpoint of :func:`save` into ``model`` and ``optimizer``, in place. All ranks call it together.
+
+    Ranks, buckets, ZeRO stage and engine may differ from those that saved. The momentum keeps the configured dtype
+    and main params the configured kind: what must be rounded for that is rounded once, with a warning.
+
+    Returns:
+        ``extra`` as it was saved.
+
+    Raises:
+        CheckpointError: on every rank. No checkpoint there, a damaged one, or one of another model, with what differs.
+            Nothing has been changed, unless the message says that reading failed half-way.
+    """
+    wait_for_pending()
+    ranks = Ranks.here()
+    found = ranks.on_first(lambda: directory.find(Path(path)))
+    loading = ranks.agree(lambda: _prepare(found, model, optimizer, ranks))
+    for fact, names in loading.routes.notes.items():
+        warnings.warn(f"{found.name}: {fact} ({len(names)}: {', '.join(names[:3])}, ...)", stacklevel=2)
+    ranks.agree(loading.read)
+    loading.state.finish_load()
+    _take_settings(optimizer, loading.entries["param_groups"])
+    return loading.entries["extra"]
+
+
+def verify(path: str | Path, progress: manifest.Progress | None = None) -> None:
+    """Read every file of a checkpoint and compare checksums; in one process, without a model.
+
+    Args:
+        progress: told of bytes as they are done.
+
+    Raises:
+        CheckpointError: names the file and what is wrong with it.
+    """
+    found = directory.find(Path(path))
+    entries = manifest.read(found)
+    manifest.check_sizes(found, entries["files"])
+    for name, entry in entries["files"].items():
+        manifest.check_contents(found, name, entry, progress)
+    Reader(found)
+
+
+@dataclass
+class _Loading:
+    """A checkpoint that was found whole and fit for this model; nothing has been changed yet."""
+
+    found: Path
+    entries: dict
+    reader: Reader
+    state: NamedState
+    routes: Routes
+
+    @torch.no_grad()
+    def read(self) -> None:
+        try:
+            self.reader.read_into(self.routes.direct)
+            convert(self.routes.converted, self.reader.metadata.state_dict_metadata, self.reader.read_into)
+        except Exception as error:
+            raise CheckpointError(
+                f"reading {self.found} failed half-way, so model and optimizer hold parts of it: load another "
+                f"checkpoint or stop. {describe(error)}"
+            ) from error
+        for tensor in self.routes.zeroed:
+            tensor.zero_()
+
+
+def _prepare(found: Path, model: nn.Module, optimizer: Lion | ShardedLion, ranks: Ranks) -> _Loading:
+    """Every rank looks at all names and sizes; the checksums of the files are shared out among the ranks."""
+    entries = manifest.read(found)
+    files = entries["files"]
+    manifest.check_sizes(found, files)
+    for name in {*manifest.share_of(files, ranks.rank, ranks.size), ".metadata"}:
+        manifest.check_contents(found, name, files[name])
+    reader = Reader(found)
+    state = collect(model, optimizer)
+    stored = reader.metadata.state_dict_metadata
+    _check_same_model(found, stored, state)
+    _check_same_groups(found, entries["param_groups"], state.param_groups)
+    return _Loading(found, entries, reader, state, plan_routes(stored, state))
+
+
+# ---- does it fit
+
+
+def _check_same_model(path: Path, stored: Stored, state: NamedState) -> None:
+    saved = {key.removeprefix("model."): entry.size for key, entry in stored.items() if key.startswith("model.")}
+    here = {name: param.value.shape for name, param in state.params.items()}
+    here |= {name: buffer.shape for name, buffer in state.buffers.items()}
+    differences = [f"only in the checkpoint: {name}" for name in saved.keys() - here.keys()]
+    differences += [f"only in the model: {name}" for name in here.keys() - saved.keys() if here[name].numel()]
+    for name in saved.keys() & here.keys():
+        if saved[name] != here[name]:
+            differences.append(f"{name}: {tuple(saved[name])} saved, {tuple(here[name])} here")
+    _refuse(path, "another model", differences)
+
+
+def _check_same_groups(path: Path, saved: list[dict], present: list[dict]) -> None:
+    differences = [] if len(saved) == len(present) else [f"{len(saved)} param groups saved, {len(present)} here"]
+    for i, (theirs, mine) in enumerate(zip(saved, present, strict=False)):
+        moved = sorted(set(theirs["params"]) ^ set(mine["params"]))
+        differences += [f"param group {i}: {name} is in only one of the two" for name in moved]
+    _refuse(path, "other param groups", differences)
+
+
+def _refuse(path: Path, what: str, differences: list[str]) -> None:
+    if differences:
+        more = f" and {len(differences) - 10} more" if len(differences) > 10 else ""
+        raise CheckpointError(f"{path} is of {what}: {'; '.join(sorted(differences)[:10])}{more}")
+
+
+def _take_settings(optimizer: Lion | ShardedLion, groups: list[dict]) -> None:
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        settings = {k: tuple(v) if k == "betas" else v for k, v in saved.items() if k != "params"}
+        check_hyperparameters({**group, **settings})
+        for key, value in settings.items():
+            if isinstance(group.get(key), torch.Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value

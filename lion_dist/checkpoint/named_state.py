@@ -1,0 +1,276 @@
+"""Model and optimizer as named boxes of full tensors: what this rank owns, as views of the live memory.
+
+The names are those of the unwrapped model, whatever engine holds it::
+
+    model.<name>                              a parameter or persistent buffer
+    optimizer.<name>.exp_avg | main_param     fp32, bf16 or int16, in the parameter's full shape
+    optimizer.<name>.step                     [] int64, with stochastic rounding
+    counters                                  [2] int64, steps taken and skipped (ShardedLion)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+
+from lion_dist.checkpoint import fsdp1
+from lion_dist.checkpoint.errors import CheckpointError
+from lion_dist.optimizer import Lion, local_tensor
+from lion_dist.sharded_optimizer import ShardedLion, clean_name
+from lion_dist.sharding import collectives
+from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_over
+
+
+@dataclass
+class OwnedParam:
+    """What this rank owns of one parameter and of its optimizer state; every rank lists every parameter.
+
+    Attributes:
+        value: of the parameter, which every engine cuts into the same boxes as its state.
+        state: ``exp_avg`` and, with main params, ``main_param``; empty when the optimizer does not hold the parameter.
+        step: [] int64 with stochastic rounding, where this rank owns elements: nobody counts for others.
+    """
+
+    value: BoxedTensor
+    state: dict[str, BoxedTensor] = field(default_factory=dict)
+    step: Tensor | None = None
+
+
+@dataclass
+class NamedState:
+    """A model and its optimizer.
+
+    Attributes:
+        tied: {second name: first name} of parameters that are one tensor.
+        param_groups: hyperparameters and, under ``"params"``, names.
+        finish_load: called on every rank after the tensors have been loaded; it may communicate.
+    """
+
+    params: dict[str, OwnedParam]
+    buffers: dict[str, BoxedTensor]
+    counters: Tensor | None
+    tied: dict[str, str]
+    param_groups: list[dict]
+    finish_load: Callable[[], None]
+
+    def tensors(self) -> dict[str, BoxedTensor]:
+        """Everything, by its name in a checkpoint."""
+        named = {f"model.{name}": buffer for name, buffer in self.buffers.items()}
+        for name, param in self.params.items():
+            named[f"model.{name}"] = param.value
+            named |= {f"optimizer.{name}.{kind}": boxed for kind, boxed in param.state.items()}
+            if param.step is not None:
+                named[f"optimizer.{name}.step"] = whole(param.step)
+        if self.counters is not None:
+            named["counters"] = whole(self.counters)
+        return named
+
+
+def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> NamedState:
+    """The live state of ``model`` and ``optimizer``, whose engine is found out from them. It does not communicate."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    _refuse_extra_state(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward without backward its parameters are full ones, not the optimizer's
+    flats = fsdp1.flat_params(model)
+    names = _names_by_param(model, flats)
+    if isinstance(optimizer, ShardedLion):
+        params, finish = _of_sharded_lion(optimizer, names), lambda: _gather_params(optimizer)
+    else:
+        params, finish = _of_lion(model, optimizer, flats)
+    groups = _param_groups(optimizer, names, flats)
+    for name, param in _plain_params(model, flats):
+        params.setdefault(name, OwnedParam(boxed_local(param.detach())))
+    return NamedState(
+        params,
+        {name: boxed_local(buffer) for name, buffer in _persistent_buffers(model)},
+        optimizer.state_dict()["counters"] if isinstance(optimizer, ShardedLion) else None,
+        _tied_names(model, flats),
+        groups,
+        finish,
+    )
+
+
+def whole(tensor: Tensor) -> BoxedTensor:
+    """``tensor`` as the one box that it is."""
+    boxes = {Box((0,) * tensor.ndim, tuple(tensor.shape)): tensor}
+    return BoxedTensor(tensor.shape, boxes, dtype=tensor.dtype, device=tensor.device)
+
+
+def boxed_local(tensor: Tensor) -> BoxedTensor:
+    """A plain tensor whole, or the local shard of a DTensor (n-D, possibly empty) as the box of the full one."""
+    local = local_tensor(tensor)
+    if local is tensor:
+        return whole(tensor)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if tuple(sizes) != tuple(local.shape) or any(p.is_partial() for p in tensor.placements):
+        raise CheckpointError(f"a DTensor of {tensor.placements} holds {tuple(local.shape)} here, not {tuple(sizes)}")
+    boxes = {Box(tuple(offsets), tuple(sizes)): local}
+    return BoxedTensor(tensor.shape, boxes, dtype=local.dtype, device=local.device)
+
+
+# ---- engines
+
+
+def _of_lion(model: nn.Module, optimizer: Lion, flats: list[fsdp1.FlatParam]):
+    """Plain parameters, DTensors and FSDP1's flat parameters."""
+    optimized = {p for group in optimizer.param_groups for p in group["params"]}
+    params = {}
+    for name, param in _plain_params(model, flats):
+        if _has_state(param, optimizer, optimized):
+            state = optimizer.state_of(param)
+            boxed = {kind: boxed_local(tensor) for kind, tensor in state.items() if kind != "step"}
+            step = state.get("step") if local_tensor(param).numel() else None
+            params[name] = OwnedParam(boxed_local(param.detach()), boxed, step)
+    finishes = []
+    for flat in flats:
+        owned, finish = _of_flat_param(flat, optimizer, optimized)
+        params |= owned
+        finishes.append(finish)
+
+    def finish_load() -> None:
+        for finish in finishes:
+            finish()
+
+    return params, finish_load
+
+
+def _has_state(param: Tensor, optimizer: Lion, optimized: set) -> bool:
+    """A frozen parameter has state when it was trained before."""
+    return param in optimized and bool(param.requires_grad or optimizer.state.get(param))
+
+
+def _of_flat_param(flat: fsdp1.FlatParam, optimizer: Lion, optimized: set):
+    params: dict[str, OwnedParam] = {}
+    steps: dict[Tensor, list[Tensor]] = {}  # a flat parameter has one step, its file one for each original
+    for piece in flat.pieces:
+        param = params[piece.name] = OwnedParam(piece.boxed(piece.within(flat.local_shard)))
+        if not _has_state(piece.optimized, optimizer, optimized):
+            continue
+        state = optimizer.state_of(piece.optimized)
+        for kind, tensor in state.items():
+            if kind == "step" and piece.numel:
+                param.step = tensor.clone()
+                steps.setdefault(tensor, []).append(param.step)
+            elif kind != "step":
+                own = piece.within(tensor) if piece.optimized is flat.param else tensor.view(-1)
+                param.state[kind] = piece.boxed(own)
+
+    def finish() -> None:
+        for step, of_originals in steps.items():
+            step.copy_(torch.stack(of_originals).max())
+
+    return params, finish
+
+
+def _of_sharded_lion(optimizer: ShardedLion, names: dict[Parameter, list[str]]) -> dict[str, OwnedParam]:
+    optimizer.finish_param_sync()
+    params = {}
+    all_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    for shard in optimizer.shards:
+        bucket = shard.bucket
+        if bucket.groups.num_ranks != all_ranks:
+            raise CheckpointError(
+                f"{bucket.names[0]!r} belongs to {bucket.groups.num_ranks} of {all_ranks} ranks (a process_group of "
+                "its own), so other ranks may hold another parameter of this name: a checkpoint cannot tell them "
+                "apart. Keep such parameters in a model and optimizer that all ranks share, or save them by yourself."
+            )
+        owned = {piece.param: i for i, piece in enumerate(bucket.slices)}
+        flats = {"value": bucket.param_shard, "exp_avg": shard.exp_avg, "main_param": shard.main_param}
+        slices = {kind: (flat, shard.slices_of(flat)) for kind, flat in flats.items() if flat is not None}
+        for position, param in enumerate(bucket.params):
+            i = owned.get(position)
+            boxed = {}
+            for kind, (flat, pieces) in slices.items():
+                boxes = {} if i is None else boxes_over(param.shape, bucket.slices[i].param_start, pieces[i])
+                boxed[kind] = BoxedTensor(param.shape, boxes, dtype=flat.dtype, device=flat.device)
+            step = None if shard.steps is None or i is None else shard.steps[i]
+            params[names[param][0]] = OwnedParam(boxed.pop("value"), boxed, step)
+    return params
+
+
+def _gather_params(optimizer: ShardedLion) -> None:
+    """Each rank has loaded its shard of the parameters: make them full again."""
+    for bucket in optimizer.buckets:
+        collectives.all_gather(bucket.flat_params, bucket.param_shard, bucket.groups.shard_group)()
+
+
+# ---- names
+
+
+def _plain_params(model: nn.Module, flats: list[fsdp1.FlatParam]) -> Iterator[tuple[str, Parameter]]:
+    """Parameters that are not part of a flat one."""
+    flattened = {param for flat in flats for param in (flat.param, *(p.optimized for p in flat.pieces))}
+    for name, param in model.named_parameters():
+        if param not in flattened:
+            yield fsdp1.unwrapped_name(clean_name(name)), param
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    seen = set()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and buffer not in seen:
+                seen.add(buffer)
+                yield fsdp1.unwrapped_name(clean_name(f"{prefix}.{name}" if prefix else name)), buffer
+
+
+def _names_by_param(model: nn.Module, flats: list[fsdp1.FlatParam]) -> dict[Parameter, list[str]]:
+    names = {param: [name] for name, param in _plain_params(model, flats)}
+    for flat in flats:
+        for piece in flat.pieces:
+            names.setdefault(piece.optimized, []).append(piece.name)
+    return names
+
+
+def _tied_names(model: nn.Module, flats: list[fsdp1.FlatParam]) -> dict[str, str]:
+    tied = {second: first for flat in flats for second, first in flat.tied.items()}
+    firsts = {param: name for name, param in _plain_params(model, flats)}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        name = fsdp1.unwrapped_name(clean_name(name))
+        if param in firsts and firsts[param] != name:
+            tied[name] = firsts[param]
+    return tied
+
+
+def _param_groups(
+    optimizer: Lion | ShardedLion, names: dict[Parameter, list[str]], flats: list[fsdp1.FlatParam]
+) -> list[dict]:
+    keys = ("lr", "betas", "weight_decay", "initial_lr")
+    places = {piece.name: piece.place for flat in flats for piece in flat.pieces}
+    groups = []
+    for i, group in enumerate(optimizer.param_groups):
+        strangers = [p for p in group["params"] if p not in names]
+        if strangers:
+            raise CheckpointError(
+                f"param group {i} holds a parameter of shape {tuple(strangers[0].shape)} that the model does not have. "
+                "Pass save() and load() the model whose parameters the optimizer was given."
+            )
+        settings = {key: _plain(group[key]) for key in keys if key in group}
+        members = [name for p in group["params"] for name in names[p]]
+        if all(name in places for name in members):  # flat parameters do not come in the order of the model
+            members.sort(key=places.__getitem__)
+        groups.append(settings | {"params": members})
+    return groups
+
+
+def _plain(value):
+    return value.item() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
+
+
+def _refuse_extra_state(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CheckpointError(
+                f"module {name!r} ({type(module).__name__}) keeps extra state, an object that would need pickling. "
+                "Make it buffers, or pass it in save(extra=...)."
+            )

@@ -1,0 +1,93 @@
+"""The ranks that save or load together: what fails on one fails on all, so that none waits for a rank that gave up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lion_dist.checkpoint.errors import CheckpointError
+
+T = TypeVar("T")
+# CheckpointException is torch.distributed.checkpoint's, and derives from BaseException.
+FAILURES = (Exception, CheckpointException)
+
+_group_of_world: tuple[ProcessGroup, ProcessGroup] | None = None
+
+
+class Ranks:
+    """All ranks of the default process group, on a gloo group of their own; or this process alone (group None).
+
+    A group of its own because a save in the background must not mix with the collectives of training, and because
+    plans and verdicts are host objects.
+    """
+
+    def __init__(self, group: ProcessGroup | None):
+        self.group = group
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """The first call in a process group makes the gloo group: every rank takes part."""
+        global _group_of_world
+        if not dist.is_initialized():
+            return cls(None)
+        world = dist.group.WORLD
+        if _group_of_world is None or _group_of_world[0] is not world:
+            _group_of_world = world, dist.new_group(backend="gloo")
+        return cls(_group_of_world[1])
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    @property
+    def size(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value`` (a small picklable object), in rank order, on every rank."""
+        if self.group is None:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """Call ``function`` on every rank; it must not communicate.
+
+        Raises:
+            CheckpointError: on every rank, when it failed on any.
+        """
+        result, failure = None, None
+        try:
+            result = function()
+        except FAILURES as error:
+            failure = error
+        messages = self.gather(None if failure is None else describe(failure))
+        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        if failed:
+            where = "" if self.size == 1 or len(failed) == self.size else f"rank {failed[0]}: "
+            raise CheckpointError(where + messages[failed[0]]) from failure
+        return result
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call ``function`` on the first rank; every rank gets its (small, picklable) result, or its error."""
+        result = self.agree(lambda: function() if self.is_first else None)
+        return self.gather(result)[0]
+
+
+def describe(failure: BaseException) -> str:
+    """What went wrong, without the layers around it."""
+    if isinstance(failure, CheckpointError):
+        return str(failure)
+    if isinstance(failure, CheckpointException):
+        rank, (cause, _) = min(failure.failures.items())
+        return f"rank {rank}: {describe(cause)}"
+    return f"{type(failure).__name__}: {failure}"

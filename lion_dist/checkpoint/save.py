@@ -1,0 +1,182 @@
+"""``save`` and ``save_async``: each rank writes its own slices, in their dtype, a piece at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+from lion_dist.checkpoint import directory, manifest
+from lion_dist.checkpoint.errors import CheckpointError
+from lion_dist.checkpoint.named_state import collect
+from lion_dist.checkpoint.ranks import FAILURES, Ranks, describe
+from lion_dist.checkpoint.storage import Writer
+from lion_dist.optimizer import Lion
+from lion_dist.sharded_optimizer import ShardedLion
+from lion_dist.sharding.boxes import BoxedTensor
+
+# Without torch.distributed, its checkpoint module warns that it assumes one process: so do we. A filter for good,
+# because catch_warnings() in the thread of a save_async would undo filters that the main thread sets meanwhile.
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized", category=UserWarning
+)
+
+
+def save(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion, extra: dict | None = None) -> None:
+    """Write a checkpoint to the directory ``path``, replacing an older one. All ranks call it together.
+
+    It is written to ``path.partial``, made durable and renamed: whenever the process dies, the older checkpoint or the
+    new one can be loaded from ``path``. Beside the state itself it holds no more than one piece (8 MiB) at a time.
+
+    Args:
+        model: bare, or wrapped by DDP, FSDP1 or FSDP2.
+        optimizer: over the parameters of ``model``.
+        extra: what else the program needs to go on (step, seed, ...): JSON values, the first rank's are kept.
+
+    Raises:
+        CheckpointError: on every rank, when one could not write (a full disk); what was written is removed, older
+            checkpoints are as they were, and training can go on. Also the error of an earlier :func:`save_async`
+            that nobody waited for.
+    """
+    finish_pending()
+    ranks = Ranks.here()
+    write(Path(path), ranks.agree(lambda: Snapshot.of(model, optimizer, extra, ranks)), ranks)
+
+
+def save_async(
+    path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion, extra: dict | None = None
+) -> PendingSave:
+    """:func:`save` that returns once this rank's state has been copied; the copy is written in the background.
+
+    The cost: one copy of what this rank owns, in host memory, until the save is done; training stands still while it
+    is made. One save at a time: the next one waits for it first.
+
+    Returns:
+        what to ``wait()`` for, at the latest before the program ends.
+    """
+    finish_pending()
+    ranks = Ranks.here()
+    snapshot = ranks.agree(lambda: Snapshot.of(model, optimizer, extra, ranks).copy())
+    return PendingSave(Path(path), snapshot, ranks)
+
+
+class PendingSave:
+    """A save in the background. Its error comes out, once, at ``wait()`` or at the next save."""
+
+    def __init__(self, path: Path, snapshot: Snapshot, ranks: Ranks):
+        global _pending
+        self.path = path
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(snapshot, ranks), name=f"save {path}")
+        _pending = self
+        self._thread.start()
+
+    def _run(self, snapshot: Snapshot, ranks: Ranks) -> None:
+        try:
+            write(self.path, snapshot, ranks)
+        except FAILURES as error:
+            self._error = error
+            logging.getLogger(__name__).error("the checkpoint %s was not saved: %s", self.path, error)
+
+    def done(self) -> bool:
+        """Whether ``wait()`` would return at once."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when the checkpoint is durable; CheckpointError when it could not be written."""
+        self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+_pending: PendingSave | None = None
+
+
+def finish_pending() -> None:
+    """Wait for the save in the background; its error comes out here."""
+    if _pending is not None:
+        _pending.wait()
+
+
+def wait_for_pending() -> None:
+    """Wait for the save in the background; its error stays for the next save."""
+    if _pending is not None:
+        _pending._thread.join()
+
+
+def keep_last(folder: str | Path, count: int) -> None:
+    """Keep the ``count`` newest whole checkpoints directly under ``folder``; remove the others and leftovers.
+
+    The first rank does it; others return at once. A save under way is left alone.
+    """
+    if count < 1:
+        raise ValueError(f"keep_last keeps at least 1 checkpoint, got {count!r}")
+    under_way = None if _pending is None or _pending.done() else directory.partial_of(_pending.path)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        directory.remove_older(Path(folder), count, under_way)
+
+
+# ---- one save
+
+
+@dataclass
+class Snapshot:
+    """What goes into a checkpoint: this rank's tensors by name, and what is not a tensor."""
+
+    tensors: dict[str, BoxedTensor]
+    entries: dict
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: Lion | ShardedLion, extra: dict | None, ranks: Ranks) -> Snapshot:
+        state = collect(model, optimizer)
+        if not ranks.is_first:
+            state.buffers.clear()  # they may differ between ranks: all are the first one's, not a mixture
+        entries = {"param_groups": state.param_groups, "extra": extra or {}, "tied": state.tied}
+        return cls(state.tensors(), json.loads(json.dumps(entries)))
+
+    def copy(self) -> Snapshot:
+        """In host memory."""
+        tensors = {}
+        for name, boxed in self.tensors.items():
+            boxes = {box: local.to("cpu", copy=True) for box, local in boxed.boxes.items()}
+            tensors[name] = BoxedTensor(boxed.shape, boxes, dtype=boxed.dtype, device=torch.device("cpu"))
+        return Snapshot(tensors, self.entries)
+
+
+def write(path: Path, snapshot: Snapshot, ranks: Ranks, progress: manifest.Progress | None = None) -> None:
+    """One save: begin, tensors, manifest, commit."""
+    partial = ranks.on_first(lambda: directory.begin(path))
+    try:
+        writer = Writer(partial, progress)
+        _write_tensors(snapshot.tensors, writer, ranks)
+        written = {name: entry for files in ranks.gather(writer.written) for name, entry in files.items()}
+        ranks.on_first(lambda: _commit(path, snapshot.entries, written))
+    except CheckpointError:
+        if ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back; the next save clears the rest
+        raise
+
+
+def _write_tensors(tensors: dict[str, BoxedTensor], writer: Writer, ranks: Ranks) -> None:
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=ranks.group)
+    except FAILURES as error:  # of any rank: torch's collectives bring it to all
+        raise CheckpointError(describe(error)) from error
+
+
+def _commit(path: Path, entries: dict, written: dict[str, dict]) -> None:
+    saved, partial = {"saved": directory.next_order(path)}, directory.partial_of(path)
+    manifest.check_sizes(partial, written)  # on a file system that ranks do not share, theirs are missing here
+    manifest.write(partial, saved | entries | {"files": written})
+    directory.commit(path)

@@ -1,0 +1,249 @@
+"""torch.distributed.checkpoint's files: written with checksums, read without unpickling.
+
+The files are those of its ``FileSystemWriter``, and any of its readers reads them. ``.metadata`` is a pickle: it is
+read by an unpickler that knows only the classes that belong there. A tensor in a ``.distcp`` file is a ``torch.save``
+archive (an uncompressed zip): its bytes are found by the zip's directory, its dtype and shape by the metadata, so the
+pickle in it is never looked at.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from lion_dist.checkpoint.errors import CheckpointError
+from lion_dist.checkpoint.manifest import Progress
+from lion_dist.sharding.boxes import BoxedTensor
+
+# ---- writing
+
+
+class ChecksummedFile:
+    """A file that sums up what is written to it."""
+
+    def __init__(self, file, progress: Progress | None):
+        self.file, self.progress = file, progress
+        self.nbytes = self.checksum = 0
+        self.error: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            count = self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.checksum = zlib.crc32(data, self.checksum)
+        self.nbytes += count
+        if self.progress is not None:
+            self.progress(count)
+        return count
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _ChecksummingFileSystem(FileSystem):
+    def __init__(self, progress: Progress | None):
+        self.written: dict[str, dict] = {}
+        self.progress = progress
+
+    @contextmanager
+    def create_stream(self, path, mode: str) -> Iterator[ChecksummedFile]:
+        with open(path, mode) as file:
+            stream = ChecksummedFile(file, self.progress)
+            try:
+                yield stream
+            except Exception as error:
+                if stream.error is not None:  # torch.save says only that writing failed
+                    raise stream.error from error
+                raise
+        self.written[Path(path).name] = {"bytes": stream.nbytes, "crc32": f"{stream.checksum:08x}"}
+
+    def rename(self, path, new_path) -> None:
+        super().rename(path, new_path)
+        self.written[Path(new_path).name] = self.written.pop(Path(path).name)
+
+
+class Writer(FileSystemWriter):
+    """Writes this rank's pieces to one file, one after another, and makes it durable.
+
+    The base class keeps a copy of the last piece of every tensor until the file is whole: a copy of the state.
+    """
+
+    def __init__(self, path: Path, progress: Progress | None = None):
+        super().__init__(path, sync_files=True)
+        self.fs = _ChecksummingFileSystem(progress)
+
+    @property
+    def written(self) -> dict[str, dict]:
+        """``{name: {"bytes": ..., "crc32": ...}}`` of the files that this rank wrote."""
+        return self.fs.written
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name, results = f"{plan.storage_data.prefix}0.distcp", []
+        if plan.items:
+            with self.fs.create_stream(self.path / name, "wb") as file:
+                for item in plan.items:
+                    start = file.tell()
+                    # A copy of its own: torch.save would write all of the memory that a view is part of.
+                    torch.save(planner.resolve_data(item).detach().to("cpu", copy=True).contiguous(), file)
+                    length = file.tell() - start
+                    results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+                file.flush()
+                os.fsync(file.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+# ---- reading
+
+_METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size", "bfloat16", "bool", "complex64", "float16", "float32", "float64")
+    + ("int8", "int16", "int32", "int64", "uint8", "float8_e4m3fn", "float8_e5m2"),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),  # where Python 3.13 keeps them
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if name not in _METADATA_CLASSES.get(module, ()):
+            raise CheckpointError(f"it asks for {module}.{name}, which is no part of a checkpoint's metadata")
+        return super().find_class("pathlib" if module == "pathlib._local" else module, name)
+
+    def persistent_load(self, pid):
+        raise CheckpointError("it refers to an object outside, which metadata does not")
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """``.metadata``, with nothing executed that is not a plain description of tensors."""
+    path = directory / ".metadata"
+    try:
+        with open(path, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is refused: {error}") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(metadata).__name__}")
+    return metadata
+
+
+class Reader(FileSystemReader):
+    """Reads pieces one at a time; needs no process group."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.metadata = read_metadata(path)
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        self.metadata.storage_meta = self.metadata.storage_meta or StorageMeta()
+        self.metadata.storage_meta.load_id = self.load_id
+        return self.metadata
+
+    def read_into(self, tensors: dict[str, BoxedTensor]) -> None:
+        """Fill ``tensors``, named as in the checkpoint, in place."""
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            dcp.load(tensors, storage_reader=self, planner=planner, no_dist=True)
+        except CheckpointException as error:  # a BaseException
+            raise next(iter(error.failures.values()))[0] from error
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_place: dict[tuple[str, int], list[ReadItem]] = {}
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                raise CheckpointError(f"{item.storage_index.fqn!r} in {self.path} is no tensor: it is not unpickled")
+            stored = self.metadata.storage_data[item.storage_index]
+            by_place.setdefault((stored.relative_path, stored.offset), []).append(item)
+        for (name, _), items in sorted(by_place.items(), key=lambda pair: pair[0]):
+            piece = self._piece(name, items[0].storage_index)
+            for item in items:
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(_narrow(piece, item.storage_offsets, item.lengths))
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _piece(self, name: str, index) -> Tensor:
+        """One stored piece, in a fresh CPU tensor."""
+        stored = self.metadata.state_dict_metadata[index.fqn]
+        sizes = next(chunk.sizes for chunk in stored.chunks if chunk.offsets == index.offset)
+        place = self.metadata.storage_data[index]
+        if Path(name).name != name:
+            raise CheckpointError(f"{self.path}/.metadata is refused: it names a file elsewhere, {name!r}")
+        with open(self.path / name, "rb") as file:
+            file.seek(place.offset)
+            archive = io.BytesIO(file.read(place.length))
+        try:
+            return _tensor_in(archive, sizes, stored.properties.dtype)
+        except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            where = f"{self.path / name} at {place.offset}"
+            raise CheckpointError(f"{where} holds no piece of {index.fqn!r}: {error}") from error
+
+
+def _tensor_in(archive: io.BytesIO, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The contiguous tensor of a ``torch.save`` archive, as a view of its memory."""
+    with zipfile.ZipFile(archive) as zipped:
+        (data,) = (entry for entry in zipped.infolist() if entry.filename.endswith("/data/0"))
+        (order,) = (entry for entry in zipped.infolist() if entry.filename.endswith("/byteorder"))
+        if zipped.read(order).decode() != sys.byteorder:
+            raise ValueError(f"it was written on a {zipped.read(order).decode()}-endian machine")
+    numel = math.prod(sizes)
+    if data.compress_type != zipfile.ZIP_STORED or data.file_size != numel * dtype.itemsize:
+        raise ValueError(f"{data.file_size} bytes of data, {numel * dtype.itemsize} expected")
+    memory = archive.getbuffer()
+    start = start_of_data(data.header_offset, memory[data.header_offset : data.header_offset + 30])
+    return torch.frombuffer(memory, dtype=dtype, count=numel, offset=start).view(sizes)
+
+
+def start_of_data(header_offset: int, header: bytes | memoryview) -> int:
+    """Where a zip entry's bytes start: after its local header [30] and the name and extra field that this announces."""
+    return header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+
+
+def _narrow(piece: Tensor, offsets, lengths) -> Tensor:
+    return piece[tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))]

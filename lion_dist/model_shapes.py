@@ -1,0 +1,186 @@
+"""The shapes of a model's parameters, without the model: what ``planning.py`` counts.
+
+From a preset (``"7b"``), from a Hugging Face ``config.json``, or from a module that is there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from torch import nn
+
+# Llama-shaped, by their published configs. kv: key and value heads; tied: one matrix is embedding and head.
+PRESETS = {
+    "1b": {"hidden": 2048, "ffn": 8192, "layers": 16, "heads": 32, "kv": 8, "vocab": 128_256, "tied": True},
+    "3b": {"hidden": 3072, "ffn": 8192, "layers": 28, "heads": 24, "kv": 8, "vocab": 128_256, "tied": True},
+    "7b": {"hidden": 4096, "ffn": 11008, "layers": 32, "heads": 32, "kv": 32, "vocab": 32_000, "tied": False},
+    "8b": {"hidden": 4096, "ffn": 14336, "layers": 32, "heads": 32, "kv": 8, "vocab": 128_256, "tied": False},
+    "13b": {"hidden": 5120, "ffn": 13824, "layers": 40, "heads": 40, "kv": 40, "vocab": 32_000, "tied": False},
+    "70b": {"hidden": 8192, "ffn": 28672, "layers": 80, "heads": 64, "kv": 8, "vocab": 32_000, "tied": False},
+    "405b": {"hidden": 16384, "ffn": 53248, "layers": 126, "heads": 128, "kv": 8, "vocab": 128_256, "tied": False},
+}
+PRESET_NAMES = {
+    "1b": "Llama 3.2 1B",
+    "3b": "Llama 3.2 3B",
+    "7b": "Llama 2 7B",
+    "8b": "Llama 3 8B",
+    "13b": "Llama 2 13B",
+    "70b": "Llama 2 70B",
+    "405b": "Llama 3.1 405B",
+}
+# Config types whose parameters are exactly those of llama_shapes; others need transformers.
+LLAMA_LIKE = ("llama", "mistral")
+BLOCK = re.compile(r"^(.*?\.)?\d+(?=\.)")  # "model.layers.3" of "model.layers.3.mlp.up_proj.weight"
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """Names and shapes in registration order; a tied parameter once, under its first name.
+
+    ``hidden``, ``layers`` and ``vocab`` size the activations; ``source`` says where the shapes come from.
+    """
+
+    name: str
+    source: str
+    params: tuple[tuple[str, tuple[int, ...]], ...]
+    hidden: int
+    layers: int
+    vocab: int
+
+    @property
+    def numels(self) -> list[int]:
+        return [prod(shape) for _, shape in self.params]
+
+    @property
+    def numel(self) -> int:
+        return sum(self.numels)
+
+    def blocks(self) -> list[list[tuple[int, ...]]]:
+        """Shapes of what ``fully_shard`` would wrap: each numbered block, and last the rest, which is the root's."""
+        blocks: dict[str, list[tuple[int, ...]]] = {}
+        root = []
+        for name, shape in self.params:
+            match = BLOCK.match(name)
+            (root if match is None else blocks.setdefault(match[0], [])).append(shape)
+        return [*blocks.values(), root]
+
+
+def shapes_of(model: nn.Module, name: str, source: str, *, hidden: int, layers: int, vocab: int) -> ModelShapes:
+    """Of a module, which may be on the meta device; its trainable parameters."""
+    named = ((name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
+    return ModelShapes(name, source, tuple(named), hidden, layers, vocab)
+
+
+def llama_shapes(
+    *, hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, tied: bool, head_dim: int | None = None
+) -> Iterable[tuple[str, tuple[int, ...]]]:
+    """(name, shape) as ``LlamaForCausalLM`` registers them; without biases."""
+    head_dim = head_dim or hidden // heads
+    yield "model.embed_tokens.weight", (vocab, hidden)
+    for layer in range(layers):
+        for part, shape in (
+            ("self_attn.q_proj", (heads * head_dim, hidden)),
+            ("self_attn.k_proj", (kv * head_dim, hidden)),
+            ("self_attn.v_proj", (kv * head_dim, hidden)),
+            ("self_attn.o_proj", (hidden, heads * head_dim)),
+            ("mlp.gate_proj", (ffn, hidden)),
+            ("mlp.up_proj", (ffn, hidden)),
+            ("mlp.down_proj", (hidden, ffn)),
+            ("input_layernorm", (hidden,)),
+            ("post_attention_layernorm", (hidden,)),
+        ):
+            yield f"model.layers.{layer}.{part}.weight", shape
+    yield "model.norm.weight", (hidden,)
+    if not tied:
+        yield "lm_head.weight", (vocab, hidden)
+
+
+def preset(name: str) -> ModelShapes:
+    """One of ``PRESETS``."""
+    sizes = PRESETS[name]
+    params = tuple(llama_shapes(**sizes))
+    source = f"the shapes of {PRESET_NAMES[name]}"
+    return ModelShapes(name, source, params, sizes["hidden"], sizes["layers"], sizes["vocab"])
+
+
+def read_shapes(where: str) -> ModelShapes:
+    """``where``: the name of a preset, or the path of a Hugging Face config.json.
+
+    With transformers installed its own model is built on the meta device, which holds no data; without it Llama-like
+    configs are read by the formula above.
+
+    Raises:
+        ValueError: neither, or a config that cannot be made into a causal language model here.
+    """
+    if where.lower() in PRESETS:
+        return preset(where.lower())
+    path = Path(where)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--params {where}: neither a file nor one of {', '.join(PRESETS)}. Pass a config.json.")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--params {where} is not JSON ({error}). Pass a Hugging Face config.json.") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f'--params {where} has no "model_type". Pass the config.json of a Hugging Face model.')
+    if importlib.util.find_spec("transformers") is not None:
+        return _by_transformers(path, config)
+    return _by_formula(path, config)
+
+
+def _by_transformers(path: Path, config: dict) -> ModelShapes:
+    import torch
+    import transformers
+
+    settings = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
+    try:
+        hf_config = transformers.AutoConfig.for_model(config["model_type"], **settings)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(hf_config)
+    except (KeyError, TypeError, ValueError, ImportError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"--params {path}: transformers {transformers.__version__} makes no causal language model of "
+            f"{config['model_type']!r} ({first_line}). Pass another config.json, or a preset: {', '.join(PRESETS)}."
+        ) from error
+    return shapes_of(
+        model,
+        path.parent.name if path.name == "config.json" and path.parent.name else path.stem,
+        f"{type(model).__name__} of transformers {transformers.__version__} on the meta device",
+        hidden=hf_config.hidden_size,
+        layers=hf_config.num_hidden_layers,
+        vocab=hf_config.vocab_size,
+    )
+
+
+def _by_formula(path: Path, config: dict) -> ModelShapes:
+    kind = config["model_type"]
+    if kind not in LLAMA_LIKE or config.get("attention_bias") or config.get("mlp_bias"):
+        raise ValueError(
+            f"--params {path} is a {kind!r} model, whose shapes only transformers knows, and it is not installed: "
+            f"pip install transformers. Without it: {' and '.join(LLAMA_LIKE)} configs without biases."
+        )
+    try:
+        sizes = {
+            "hidden": config["hidden_size"],
+            "ffn": config["intermediate_size"],
+            "layers": config["num_hidden_layers"],
+            "heads": config["num_attention_heads"],
+            "kv": config.get("num_key_value_heads") or config["num_attention_heads"],
+            "vocab": config["vocab_size"],
+            "tied": config.get("tie_word_embeddings", False),
+            "head_dim": config.get("head_dim"),
+        }
+    except KeyError as error:
+        raise ValueError(f"--params {path} has no {error}. Pass a whole config.json.") from None
+    params = tuple(llama_shapes(**sizes))
+    source = f"formula for {kind} configs (transformers is not installed)"
+    return ModelShapes(path.stem, source, params, sizes["hidden"], sizes["layers"], sizes["vocab"])

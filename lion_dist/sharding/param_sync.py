@@ -1,0 +1,116 @@
+"""How parameters become full again after an update: a strategy, chosen once at construction.
+
+* :class:`GatherParams`: each rank sends the parameters that it has updated, 2 or 4 bytes each.
+* :class:`SendCodes`: each rank sends how they moved, a fifth to a third of a byte each, and every rank replays that on
+  its own copy. What a code is, the codec knows that is handed in (``kernels/codes.py``).
+
+Both are told of each bucket when its shard is updated, and once more when all are; both leave a collective and its end
+in flight per bucket, which ``bucket.finish_param_sync()`` waits for. One that gathers plainly inside a node and sends
+codes across nodes would be a third.
+
+Codes have a side channel for what they cannot say. Its length is agreed by one small message after the last update, the
+step's only wait for the device; a bucket with too many escapes, or with parameters that somebody else has written, is
+gathered in that step. To agree on that later, at the bucket's first use, would save the wait. But ranks need not use
+buckets together (one rank evaluates alone, a branch of the model runs on some ranks), and a gather that starts on some
+of them only would hang.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lion_dist.sharding import collectives
+from lion_dist.sharding.bucket import Bucket
+from lion_dist.sharding.collectives import Finish
+from lion_dist.sharding.layout import round_up
+
+TOO_MANY = 2**31 - 1
+
+
+class Codec(Protocol):
+    """The codes of one bucket; it remembers the shard before the update (``kernels.codes_shard.ShardCodec``)."""
+
+    capacity: int  # escapes that a message may have
+    escape_step: int  # they come in multiples of so many
+
+    def encode(self, param_shard: Tensor) -> Tensor:
+        """[] int32 on the device: escapes of this step's update."""
+
+    def message(self, escapes: int) -> Tensor:
+        """[bytes] uint8, as long on every rank."""
+
+    def replay(self, flat_params: Tensor, messages: Tensor) -> None:
+        """Bring the other ranks' shards up to date by their ``messages`` [ranks, bytes]."""
+
+    def abandon(self) -> None:
+        """The bucket is gathered in this step."""
+
+
+class GatherParams:
+    """Each bucket's all-gather starts when its shard is updated."""
+
+    def after_update(self, bucket: Bucket) -> None:
+        bucket.start_param_sync()
+
+    def after_updates(self, written: Collection[Bucket]) -> None:
+        """Nothing is left to start."""
+
+
+class SendCodes:
+    """Each bucket's update is encoded when its shard is updated; codes are sent when all ranks know their lengths."""
+
+    def __init__(self):
+        self.codecs: dict[Bucket, Codec] = {}
+        self._escapes: dict[Bucket, Tensor] = {}  # [] int32, of this step's buckets
+
+    def after_update(self, bucket: Bucket) -> None:
+        if bucket.groups.shard_group is None:
+            bucket.start_param_sync()  # of this rank alone: nothing moves
+        else:
+            self._escapes[bucket] = self.codecs[bucket].encode(bucket.param_shard)
+
+    def after_updates(self, written: Collection[Bucket]) -> None:
+        """``written``: buckets with parameters that somebody else has written on this rank."""
+        escapes, self._escapes = self._escapes, {}
+        for groups in dict.fromkeys(bucket.groups for bucket in escapes):
+            buckets = [bucket for bucket in escapes if bucket.groups == groups]
+            counts = torch.stack([escapes[bucket] for bucket in buckets])
+            for i, bucket in enumerate(buckets):
+                if bucket in written:
+                    counts[i].fill_(TOO_MANY)
+            collectives.all_reduce_max(counts, groups.shard_group)
+            for bucket, count in zip(buckets, counts.tolist(), strict=True):
+                self._start(bucket, count)
+
+    def _start(self, bucket: Bucket, escapes: int) -> None:
+        codec = self.codecs[bucket]
+        escapes = round_up(escapes, codec.escape_step)
+        if escapes > codec.capacity:
+            codec.abandon()
+            bucket.start_param_sync()
+        else:
+            bucket.start_param_sync(functools.partial(_exchange, bucket, codec, codec.message(escapes)))
+
+
+def _exchange(bucket: Bucket, codec: Codec, message: Tensor) -> Finish:
+    ranks = bucket.groups.shard_world_size
+    messages = message.new_empty(ranks * len(message))
+    finish_gather = collectives.all_gather(messages, message, bucket.groups.shard_group)
+
+    def finish() -> None:
+        finish_gather()
+        codec.replay(bucket.flat_params, messages.view(ranks, -1))
+
+    if message.is_cuda:  # the replay joins the queue now; until it has run, its messages must stay in memory
+        finish()
+        return functools.partial(_keep, message, messages)
+    return finish
+
+
+def _keep(*_tensors: Tensor) -> None:
+    """The ``Finish`` of what is queued, for as long as it is not forgotten."""

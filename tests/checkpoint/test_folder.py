@@ -1,0 +1,100 @@
+"""Which checkpoint of a folder is the newest, and which go."""
+
+import json
+import os
+
+import pytest
+
+from lion_dist import checkpoint
+from lion_dist.checkpoint import manifest
+from tests.checkpoint.engines import engine
+from tests.checkpoint.killed import loaded_step, save
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_the_newest_is_the_last_one_saved_whatever_its_name(tmp_path):
+    assert checkpoint.newest(tmp_path / "none") is None
+    assert checkpoint.newest(tmp_path) is None
+    for step, name in enumerate(("z", "a", "m")):
+        save(tmp_path / name, step)
+        assert checkpoint.newest(tmp_path) == tmp_path / name
+    save(tmp_path / "z", 3)
+    assert checkpoint.newest(tmp_path) == tmp_path / "z"
+
+
+def test_a_clock_that_went_back_does_not_change_the_order(tmp_path, monkeypatch):
+    save(tmp_path / "first", 1)
+    monkeypatch.setattr("time.time_ns", lambda: 1)
+    save(tmp_path / "second", 2)
+    assert checkpoint.newest(tmp_path) == tmp_path / "second"
+
+
+@pytest.mark.parametrize("how", ["no manifest", "partial", "a file is missing", "a file is short", "manifest damaged"])
+def test_what_is_not_whole_is_never_the_newest(tmp_path, how):
+    save(tmp_path / "older", 1)
+    save(tmp_path / "newer", 2)
+    newer = tmp_path / "newer"
+    if how == "no manifest":
+        (newer / manifest.NAME).unlink()
+    elif how == "partial":
+        newer.rename(tmp_path / "newer.partial")
+    elif how == "a file is missing":
+        (newer / "__0_0.distcp").unlink()
+    elif how == "a file is short":
+        os.truncate(newer / "__0_0.distcp", 1000)
+    else:
+        os.truncate(newer / manifest.NAME, 100)
+    assert checkpoint.newest(tmp_path) == tmp_path / "older"
+
+
+def test_a_manifest_that_was_changed_is_noticed(tmp_path):
+    save(tmp_path / "c", 1)
+    entries = json.loads((tmp_path / "c" / manifest.NAME).read_text())
+    entries["param_groups"][0]["lr"] = 0.5
+    (tmp_path / "c" / manifest.NAME).write_text(json.dumps(entries))
+    with pytest.raises(checkpoint.CheckpointError, match="does not match its own checksum"):
+        checkpoint.verify(tmp_path / "c")
+
+
+def test_a_save_killed_between_its_two_renames_is_found_under_its_name(tmp_path):
+    save(tmp_path / "c", 1)
+    (tmp_path / "c").rename(tmp_path / "c.old")
+    assert checkpoint.newest(tmp_path) == tmp_path / "c"
+    assert loaded_step(tmp_path / "c") == 1
+    checkpoint.keep_last(tmp_path, 1)
+    assert loaded_step(tmp_path / "c") == 1
+
+
+def test_keep_last_keeps_the_newest_and_clears_what_dead_saves_left(tmp_path):
+    for step in range(4):
+        save(tmp_path / f"step-{step}", step)
+    (tmp_path / "step-4.partial").mkdir()
+    (tmp_path / "step-4.partial" / "__0_0.distcp").write_text("half")
+    (tmp_path / "notes.partial").mkdir()
+    (tmp_path / "notes.partial" / "notes.txt").write_text("dear")
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    checkpoint.keep_last(tmp_path, 2)
+    assert names(tmp_path) == ["metrics.jsonl", "notes.partial", "step-2", "step-3"]
+    checkpoint.keep_last(tmp_path, 2)
+    assert loaded_step(checkpoint.newest(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_keep_last_refuses_to_keep_nothing(tmp_path, count):
+    with pytest.raises(ValueError, match="at least 1"):
+        checkpoint.keep_last(tmp_path, count)
+
+
+def save_thrice_keeping_one(folder):
+    model, optimizer = engine("sharded", "split")
+    for step in range(3):
+        checkpoint.save(f"{folder}/{step}", model=model, optimizer=optimizer)
+        checkpoint.keep_last(folder, 1)
+
+
+def test_keep_last_is_called_by_all_ranks_and_done_by_the_first(gloo, tmp_path):
+    gloo.run(2, save_thrice_keeping_one, str(tmp_path))
+    assert names(tmp_path) == ["2"]

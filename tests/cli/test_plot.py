@@ -1,0 +1,83 @@
+"""``lion-dist plot``: what it draws, and what it says where there is nothing to draw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lion_dist import cli
+from lion_dist.cli import plot
+
+
+def make_run(folder: Path, steps: int = 5, **more) -> Path:
+    folder.mkdir(parents=True)
+    rows = [
+        {"step": s, "loss": 5.0 / s, "grad_norm": 1.0 + s, "lr": 1e-3, "tokens_per_s": 1000} | more
+        for s in range(1, steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_several_runs_come_into_one_png(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", steps=7, mfu=0.4)]
+    out = tmp_path / "pictures" / "runs.png"
+    assert cli.main(["plot", *map(str, runs), "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"{out}: a 5 steps, b 7 steps\n"
+
+
+def test_metrics_of_the_optimizer_get_panels_of_their_own():
+    plain = [{"step": 1, "loss": 1.0}]
+    assert plot.panels_of({"a": plain}) == ["loss", "grad_norm", "lr", "tokens_per_s"]
+    measured = plain + [{"step": 2, "lost_share": 0.1, "rank_ms": [1, 2]}]
+    assert plot.panels_of({"a": plain, "b": measured})[4:] == ["lost_share"]
+
+
+def test_a_run_that_is_going_on_may_have_half_a_line(tmp_path):
+    run = make_run(tmp_path / "a")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert [row["step"] for row in plot.read_rows(run)] == [1, 2, 3, 4, 5]
+
+
+def test_gaps_and_values_that_are_not_finite_are_no_obstacle(tmp_path):
+    rows = [{"step": 1, "loss": float("nan"), "grad_norm": 0.0}, {"step": 2, "loss": 1.0, "mfu": None}, {"step": 3}]
+    plot.draw({"a": rows, "b": [{"step": 1}]}, tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").stat().st_size > 1000
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
+    folders = [tmp_path / "x" / "sharded", tmp_path / "y" / "sharded", tmp_path / "ddp"]
+    assert list(plot._names(folders)) == [str(folders[0]), str(folders[1]), "ddp"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such folder. Pass the --out folder of a run"),
+        (lambda path: path.mkdir(), "has no metrics.jsonl. launch/train.py writes it into its --out folder."),
+        (lambda path: make_run(path / "inside"), "has no metrics.jsonl. Did you mean"),
+        (lambda path: make_run(path, steps=0), "has no line yet"),
+        (lambda path: (path.mkdir(), (path / "metrics.jsonl").write_text("no json\n")), "line 1 is not JSON"),
+        (lambda path: (path.mkdir(), (path / "metrics.jsonl").write_text("[1]\n")), 'line 1 has no "step"'),
+    ],
+)
+def test_a_folder_without_metrics_says_what_to_pass(make, message, tmp_path, capsys):
+    make(tmp_path / "run")
+    assert cli.main(["plot", str(tmp_path / "run"), "--out", str(tmp_path / "runs.png")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs.png").exists()
+
+
+def test_other_pictures_than_png_are_refused(tmp_path, capsys):
+    assert cli.main(["plot", str(make_run(tmp_path / "a")), "--out", str(tmp_path / "runs.svg")]) == 2
+    assert "must end in .png" in capsys.readouterr().err
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["plot", str(make_run(tmp_path / "a"))]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err

@@ -1,0 +1,56 @@
+"""Compile the statistics kernel for sm_90 where there is no GPU, and print what is in its PTX as JSON.
+
+A process of its own, as ``compile_ahead.py``: ``python -m tests.kernels.compile_statistics_ahead``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+
+import torch
+import triton
+from triton.compiler import ASTSource
+
+from lion_dist.kernels import statistics_triton, triton_kernels
+from lion_dist.kernels.triton_kernels import TL_DTYPES
+from tests.kernels.cases import Storage
+from tests.kernels.compile_ahead import HOPPER, SCALARS, VARIANTS
+
+TABLES = {"rows": "*i64", "grads": "*i64", "first_blocks": "*i32", "search_table": "*i32", "sums_of_blocks": "*fp64"}
+
+
+def compile_kernel(storage: Storage, grad_dtype: torch.dtype, all_arguments: bool):
+    function, shape = statistics_triton._statistics_kernel, statistics_triton.LAUNCH_SHAPE
+    types = TABLES | dict.fromkeys(SCALARS, "fp32") | {"seed_key": "i32"}
+    if all_arguments:
+        types |= dict.fromkeys(["lr", "decay", "grad_scale", "active"], "*fp32")
+    constants = {
+        "PARAM_DTYPE": TL_DTYPES[storage.param],
+        "MAIN_DTYPE": None if storage.main is None else TL_DTYPES[storage.main],
+        "EXP_AVG_DTYPE": TL_DTYPES[storage.exp_avg],
+        "GRAD_DTYPE": TL_DTYPES[grad_dtype],
+        "SCALARS_ON_DEVICE": all_arguments,
+        "STRIDE": triton_kernels.SEARCH_STRIDE,
+        "BLOCK": shape.block,
+        "PIECE": shape.piece,
+    }
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    constants |= {name: None for name in function.arg_names if name not in types and name not in constants}
+    options = {"num_warps": shape.num_warps, "enable_fp_fusion": False}
+    return triton.compile(ASTSource(function, signature, constants), target=HOPPER, options=options)
+
+
+def main() -> None:
+    result = {}
+    for name, (storage, grad_dtype) in VARIANTS.items():
+        for all_arguments in (False, True):
+            ptx = compile_kernel(storage, grad_dtype, all_arguments).asm["ptx"]
+            found = Counter(re.findall(r"\t(?:@%p\d+ )?((?:ld|st|fma|mul|add)\.[\w.:]+)", ptx))
+            result[f"{name}, {'most' if all_arguments else 'fewest'} arguments"] = found
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

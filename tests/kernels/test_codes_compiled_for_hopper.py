@@ -1,0 +1,38 @@
+"""What is in the machine code of the update codes for sm_90. No GPU is needed: compiling ahead of time is enough."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NAMES = ["main params under bf16", "main params under fp16", "fp32", "none"]
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory) -> dict[str, dict[str, int]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "tests.kernels.compile_codes_ahead"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_replay_reads_and_writes_each_stream_once_in_wide_accesses(instructions, name):
+    """16 bytes a thread: one access a stream, three streams with main params and five without."""
+    found, streams = instructions[f"replay: {name}"], 3 if name.startswith("main") else 5
+    assert found["ld.global.v4.b32"] == found["st.global.v4.b32"] == streams
+
+
+@pytest.mark.parametrize("kernel", ["encode", "replay"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_operation_is_fused_or_free_to_be(instructions, kernel, name):
+    """Owner and replica must round alike: an unrounded ``mul.f32`` may still be contracted below PTX."""
+    found = instructions[f"{kernel}: {name}"]
+    assert not [op for op in found if op.startswith("fma.") or op in ("mul.f32", "add.f32", "sub.f32")]
+    assert found["mul.rn.f32"]

@@ -1,0 +1,20 @@
+import pytest
+
+from tests.launch import jobs
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"{i} green bottles hanging on the wall\n" for i in range(500)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sharded(text, tmp_path_factory):
+    """Twelve steps of ShardedLion on two ranks, never stopped, a checkpoint every five: (folder, what it printed)."""
+    out = tmp_path_factory.mktemp("sharded")
+    flags = [*jobs.TINY, "--data", text, "--steps", 12, "--checkpoint-every", 5, "--out", out]
+    result = jobs.run(jobs.torchrun(2, jobs.TRAIN, *flags))
+    assert result.returncode == 0, result.stdout
+    return out, result.stdout

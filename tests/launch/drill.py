@@ -1,0 +1,135 @@
+"""launch/train.py in which something befalls some rank: python drill.py DRILLS FLAGS_OF_TRAIN...
+
+DRILLS is ATTEMPT,ATTEMPT,... and an attempt is ACT:RANK:STEP+ACT:RANK:STEP+... ("any" is every rank or step): each
+attempt of torchrun takes the next one, so that one job that resumes by itself goes through all. Acts that name a phase
+of the step kill the rank there with SIGKILL, which no program can prepare for.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+
+import engines
+import resuming
+import train
+from lion_dist import sharded_optimizer
+from lion_dist.sharding import collectives
+
+Act = Callable[[], object]
+now = {"step": 0}
+
+
+def before(owner: object, name: str, act: Act) -> None:
+    """`owner.name` calls act() first."""
+    original = getattr(owner, name)
+
+    def acting(*args, **kwargs):
+        act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, acting)
+
+
+def after(owner: object, name: str, act: Act) -> None:
+    """`owner.name` calls act() when it has started what it starts."""
+    original = getattr(owner, name)
+
+    def acting(*args, **kwargs):
+        result = original(*args, **kwargs)
+        act()
+        return result
+
+    setattr(owner, name, acting)
+
+
+def in_backward(act: Act) -> None:
+    """When the gradient has come half-way through the model."""
+    original = engines.ShardedEngine.backward
+
+    def backward(self, loss):
+        weight = self.model.blocks[0].mlp.out.weight
+        handle = weight.register_hook(lambda grad: grad if act() else None)
+        original(self, loss)
+        handle.remove()
+
+    engines.ShardedEngine.backward = backward
+
+
+def in_save(act: Act) -> None:
+    """When a file of a checkpoint is written but not yet durable."""
+    before(resuming.Checkpoints, "save", lambda: before(os, "fsync", act))
+
+
+def with_a_nan_gradient(act: Act) -> None:
+    original = engines.ShardedEngine.backward
+    engines.ShardedEngine.backward = lambda self, loss: original(self, loss * (float("nan") if act() else 1.0))
+
+
+def before_the_step(act: Act) -> None:
+    before(train, "train_step", act)
+
+
+KILLS: dict[str, Callable[[Act], None]] = {
+    "backward": in_backward,
+    "reduce-scatter": lambda act: after(collectives, "reduce_scatter", act),
+    "step": lambda act: before(sharded_optimizer, "lion_update_", act),
+    "all-gather": lambda act: after(collectives, "all_gather", act),
+    "save": in_save,
+}
+
+
+def construction_error() -> None:
+    raise ValueError("this rank alone cannot be set up")
+
+
+OTHERS: dict[str, tuple[Callable[[Act], None], Act]] = {
+    "nan": (with_a_nan_gradient, lambda: True),
+    "error": (lambda act: before(sharded_optimizer, "check_param", act), construction_error),
+    "stuck": (before_the_step, lambda: time.sleep(3600)),
+    "slow": (before_the_step, lambda: time.sleep(0.25)),
+    "SIGTERM": (before_the_step, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "SIGUSR1": (before_the_step, lambda: os.kill(os.getpid(), signal.SIGUSR1)),
+}
+
+
+def install(drill: str) -> None:
+    name, rank, step = drill.split(":")
+    if rank not in ("any", os.environ.get("RANK", "0")):
+        return
+    if name in KILLS:
+        where, act = KILLS[name], lambda: os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        where, act = OTHERS[name]
+
+    def at_its_step():
+        if step not in ("any", str(now["step"])):
+            return False
+        if step != "any":
+            print(f"drill: rank {rank}, {name}, step {step}", flush=True)
+        return act()
+
+    where(at_its_step)
+
+
+def note_steps() -> None:
+    original = train.global_batch
+
+    def global_batch(text, batch_size, seq_len, seed, step):
+        now["step"] = step
+        return original(text, batch_size, seq_len, seed, step)
+
+    train.global_batch = global_batch
+
+
+if __name__ == "__main__":
+    attempt, drills = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), sys.argv.pop(1).split(",")
+    note_steps()
+    if attempt < len(drills):
+        for drill in drills[attempt].split("+"):
+            install(drill)
+    sys.exit(train.main())

@@ -1,0 +1,74 @@
+"""launch/train.py as a user starts it: processes, their output, and the losses that they leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "launch" / "train.py"
+DRILL = Path(__file__).with_name("drill.py")
+TINY = "--layers 1 --dim 16 --heads 2 --seq-len 16 --batch-size 8 --warmup 2 --lr 1e-2".split()
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see launch/ranks.py
+}
+
+
+def torchrun(ranks: int, *flags: object) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*start, *map(str, flags)]
+
+
+def start(command: list[str], environment: dict[str, str] = ENVIRONMENT) -> subprocess.Popen:
+    """In a session of its own, so that whatever it leaves behind can be ended."""
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Its exit code and what it printed. Raises TimeoutExpired, having ended it and its children."""
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired as late:
+        process.terminate()  # torchrun ends its workers, which are in sessions of their own
+        try:
+            late.output, _ = process.communicate(timeout=40)
+        finally:
+            end(process)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, printed)
+
+
+def end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess:
+    return finish(start(command), timeout)
+
+
+def rows(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl so far."""
+    metrics = out / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def losses(out: Path) -> list[tuple]:
+    """(step, loss, lr, grad norm) of each step so far: what a resumed run repeats by bits."""
+    return [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in rows(out)]
+
+
+def wait_for_steps(process: subprocess.Popen, out: Path, count: int, seconds: float = 60) -> None:
+    """Until so many steps are in metrics.jsonl."""
+    deadline = time.monotonic() + seconds
+    while len(rows(out)) < count:
+        assert time.monotonic() < deadline and process.poll() is None, finish(process, 40).stdout
+        time.sleep(0.1)

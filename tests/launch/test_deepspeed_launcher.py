@@ -1,0 +1,29 @@
+"""launch/deepspeed/hostfile, and launch/train.py under DeepSpeed's own launcher."""
+
+import sys
+
+import pytest
+
+from tests.launch import jobs
+
+pytest.importorskip("deepspeed")
+HOSTFILE = jobs.ROOT / "launch" / "deepspeed" / "hostfile"
+
+
+def test_hostfile_is_what_deepspeeds_launcher_reads():
+    from deepspeed.launcher import runner
+
+    assert runner.fetch_hostfile(str(HOSTFILE)) == {"node-1": 8, "node-2": 8}
+
+
+@pytest.mark.slow
+def test_training_program_runs_under_deepspeeds_launcher(text, tmp_path):
+    """On this node, two CPU ranks. (More nodes need ssh or Slurm.)"""
+    flags = [*jobs.TINY, "--data", text, "--steps", 4, "--engine", "sharded", "--out", tmp_path]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "", "--num_gpus", "2"]
+    command = [*launcher, "--no_local_rank", str(jobs.TRAIN), *map(str, flags)]
+    process = jobs.start(command, jobs.ENVIRONMENT | {"DS_ACCELERATOR": "cpu"})
+    result = jobs.finish(process)
+    assert result.returncode == 0, result.stdout
+    assert [row[0] for row in jobs.losses(tmp_path)] == [1, 2, 3, 4]
+    assert "2 x cpu" in result.stdout

@@ -1,0 +1,148 @@
+"""Drills: a rank is killed, stuck or refused. The others say which and end; the job goes on by itself, or ends."""
+
+import json
+import math
+import re
+import socket
+import sys
+from datetime import timedelta
+
+import pytest
+
+import ranks
+from tests.launch import jobs
+
+KILLED = [(1, "backward", 5), (0, "reduce-scatter", 6), (1, "step", 7), (0, "all-gather", 9), (1, "save", 10)]
+
+
+@pytest.fixture(scope="module")
+def killed(text, tmp_path_factory):
+    """One job of six attempts: in five of them a rank is killed, each time in another phase."""
+    out = tmp_path_factory.mktemp("killed")
+    drills = ",".join(f"{phase}:{rank}:{step}" for rank, phase, step in KILLED)
+    flags = ["--data", text, "--steps", 12, "--checkpoint-every", 2, "--log-every", 1, "--resume", "auto", "--out", out]
+    command = jobs.torchrun(2, jobs.DRILL, drills, *jobs.TINY, *flags)
+    command.insert(command.index(str(jobs.DRILL)), f"--max-restarts={len(KILLED)}")
+    return out, jobs.run(command, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "phase", "step"), KILLED, ids=[phase for _, phase, _ in KILLED])
+def test_when_a_rank_is_killed_the_other_says_so_and_the_job_resumes(killed, rank, phase, step):
+    out, result = killed
+    assert result.returncode == 0, result.stdout
+    after = result.stdout.split(f"drill: rank {rank}, {phase}, step {step}\n")[1].split("drill: ")[0]
+    said = re.search(r"train.py: rank (\d) of 2 failed in (.*?): (.*)", after)
+    assert said, after
+    assert int(said[1]) == 1 - rank and re.search(r"step \d+", said[2])
+    gone = "no word from any: the store" if rank == 0 else "rank 1: no word from it, it was killed"
+    assert gone in after
+    resumed = re.search(rf"resumed from {out}/step-(\d+)", after)
+    assert resumed and step - 4 <= int(resumed[1]) <= step
+
+
+@pytest.mark.slow
+def test_after_five_kills_the_losses_are_those_of_a_run_that_nothing_befell(killed, sharded):
+    out, result = killed
+    assert jobs.losses(out) == jobs.losses(sharded[0]), result.stdout
+    assert "other settings" not in result.stdout
+
+
+@pytest.fixture(scope="module")
+def ill(text, tmp_path_factory):
+    """Six steps on two ranks. Rank 1 is slow throughout, and has a NaN gradient in step 3."""
+    out = tmp_path_factory.mktemp("ill")
+    flags = [*jobs.TINY, "--data", text, "--steps", 6, "--metrics-every", 2, "--out", out]
+    result = jobs.run(jobs.torchrun(2, jobs.DRILL, "nan:1:3+slow:1:any", *flags))
+    assert result.returncode == 0, result.stdout
+    return out, result.stdout
+
+
+@pytest.mark.slow
+def test_a_nan_gradient_on_one_rank_skips_the_step_on_all(ill):
+    out, _ = ill
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["skipped_steps"] == 1 and summary["differing"] == {}
+    assert [math.isnan(loss) for _, loss, *_ in jobs.losses(out)] == [False] * 6  # the gradient alone was NaN
+    assert [math.isfinite(norm) for *_, norm in jobs.losses(out)] == [True, True, False, True, True, True]
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named(ill):
+    out, printed = ill
+    measured = [row for row in jobs.rows(out) if "slowest_rank" in row]
+    assert [row["step"] for row in measured] == [4, 6]  # the last one measured before each exchange
+    assert all(row["slowest_rank"] == 1 and row["rank_ms"][1] > 200 for row in measured)
+    assert re.search(r"step 6: rank 1 is slow, \d+\.\d ms of its own a step where the median is", printed)
+
+
+def two_ranks(flags_of: list[list[object]], program: list[object]) -> list:
+    """Both ranks started by hand, so that no torchrun ends one when the other has ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank, flags in enumerate(flags_of):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, *map(str, program), *map(str, flags)]
+        processes.append(jobs.start(command, jobs.ENVIRONMENT | {k: str(v) for k, v in place.items()}))
+    return processes
+
+
+@pytest.mark.slow
+def test_a_stuck_rank_is_given_up_within_the_timeout_and_named(text, tmp_path):
+    flags = [*jobs.TINY, "--data", text, "--steps", 6, "--timeout", 5, "--out", tmp_path]
+    well, stuck = two_ranks([flags, flags], [jobs.DRILL, "stuck:1:3"])
+    try:
+        result = jobs.finish(well, 90)
+    finally:
+        jobs.end(stuck)
+    assert result.returncode == 1
+    assert re.search(r"train.py: rank 0 of 2 failed in .*step 3: .*5000ms", result.stdout), result.stdout
+    assert "rank 1: no word from it, it was killed, is stuck" in result.stdout
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_alone_ends_the_other_with_its_reason(text, tmp_path):
+    flags = [*jobs.TINY, "--data", text, "--out", tmp_path]
+    processes = two_ranks([flags, flags], [jobs.DRILL, "error:1:0"])
+    first, second = (jobs.finish(process, 60) for process in processes)
+    assert (first.returncode, second.returncode) == (1, 1)
+    reason = "failed in setting up the engine: ValueError: this rank alone cannot be set up"
+    assert f"train.py: rank 1 of 2 {reason}" in second.stdout
+    assert f"  rank 1: {reason}" in first.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--dim", 32, "'--dim' = 32 there, '--dim' = 16 on rank 0"),
+        ("--lr", 0.02, "'--lr' = 0.02 there, '--lr' = 0.01 on rank 0"),
+        ("--seed", 1, "'--seed' = 1 there, '--seed' = 0 on rank 0"),
+    ],
+)
+def test_a_rank_with_another_model_lr_or_seed_is_refused_at_start(flag, value, message, text, tmp_path):
+    flags = [*jobs.TINY, "--data", text, "--out", tmp_path / "run"]
+    first, other = (jobs.finish(p, 60) for p in two_ranks([flags, [*flags, flag, value]], [jobs.TRAIN]))
+    assert (first.returncode, other.returncode) == (2, 2)
+    assert "train.py: rank 1 differs from rank 0" in first.stdout and message in first.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_starts_is_not_waited_for_longer_than_the_timeout(text, tmp_path):
+    flags = [*jobs.TINY, "--data", text, "--timeout", 5, "--out", tmp_path]
+    alone, other = two_ranks([flags, flags], [jobs.TRAIN])
+    jobs.end(other)
+    result = jobs.finish(alone, 60)
+    assert result.returncode == 1
+    said = r"train.py: rank 0 found no connection to the other ranks at 127.0.0.1 \(--timeout 5\): .*1/2 clients joined"
+    assert re.search(said, result.stdout), result.stdout
+
+
+def test_shared_store_of_torchrun_is_refused_with_restarts(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        ranks.start_process_group(timedelta(seconds=1))

@@ -1,0 +1,80 @@
+"""SIGTERM saves and ends the run, SIGUSR1 saves and goes on, whichever rank they reach."""
+
+import os
+import signal
+
+import pytest
+
+import preemption
+from preemption import NOTHING, Request, SignalRequests
+from tests.launch import jobs
+
+
+@pytest.fixture
+def requests(monkeypatch):
+    monkeypatch.setattr(preemption, "SPREAD_SECONDS", 0.1)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield SignalRequests()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_is_noted_until_it_is_taken_once(requests):
+    assert requests.take() == NOTHING
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert requests.take() == Request(save=1, stop=0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert requests.take() == Request(save=1, stop=1)
+    assert requests.take() == NOTHING
+
+
+def test_rank_stopped_by_anothers_sigterm_asks_torchrun_to_start_it_again(requests, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert requests.exit_code() == preemption.START_AGAIN
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert requests.exit_code() == 0
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert requests.exit_code() == 0
+
+
+@pytest.fixture(scope="module")
+def signalled(text, tmp_path_factory):
+    """Two ranks: SIGUSR1 reaches rank 1 in step 3, SIGTERM rank 0 in step 7; losses are exchanged every 2 steps."""
+    out = tmp_path_factory.mktemp("signalled")
+    flags = [*jobs.TINY, "--data", text, "--steps", 12, "--log-every", 2, "--out", out]
+    return out, jobs.run(jobs.torchrun(2, jobs.DRILL, "SIGUSR1:1:3+SIGTERM:0:7", *flags))
+
+
+def test_signals_of_one_rank_are_acted_on_by_all_after_the_same_step(signalled, sharded):
+    out, result = signalled
+    assert result.returncode == 0, result.stdout
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-000004", "step-000008"]
+    assert "SIGTERM: " in result.stdout and "step-000008 holds 8 of 12 steps" in result.stdout
+    assert jobs.losses(out) == jobs.losses(sharded[0])[:8]
+
+
+def test_resumed_after_sigterm_the_losses_are_those_of_a_run_that_nothing_befell(signalled, sharded, text):
+    out, _ = signalled
+    flags = [*jobs.TINY, "--data", text, "--steps", 12, "--resume", "auto", "--keep-last", 2, "--out", out]
+    result = jobs.run(jobs.torchrun(2, jobs.TRAIN, *flags))
+    assert result.returncode == 0, result.stdout
+    assert f"resumed from {out / 'step-000008'}" in result.stdout and "other settings" not in result.stdout
+    assert jobs.losses(out) == jobs.losses(sharded[0])
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-000008", "step-000012"]
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_leaves_a_checkpoint(text, tmp_path):
+    """As Kubernetes and Slurm do. torchrun passes it on, waits for the ranks, and says by its own exit code that the
+    job was not finished."""
+    flags = [*jobs.TINY, "--data", text, "--steps", 100_000, "--log-every", 1, "--resume", "auto", "--out", tmp_path]
+    process = jobs.start(jobs.torchrun(2, jobs.TRAIN, *flags))
+    jobs.wait_for_steps(process, tmp_path, 5)
+    process.send_signal(signal.SIGTERM)
+    result = jobs.finish(process, 40)
+    assert result.returncode != 0
+    (checkpoint,) = tmp_path.glob("step-*")
+    assert f"SIGTERM: {checkpoint} holds" in result.stdout
+    assert not checkpoint.name.endswith(".partial")
