@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +45,7 @@ class BucketShard:
             self.steps = torch.zeros(len(bucket.slices), dtype=torch.int64, device=params.device)
         self.slice_params = torch.tensor([s.param for s in bucket.slices], dtype=torch.int64).to(params.device)
         self.param_numels = torch.tensor(bucket.layout.param_numels).to(params.device)
+        self._grad_slices: list[Tensor] | None = None
         self.tensors = None
         if bucket.slices:
             self.tensors = LionTensors(
@@ -61,12 +65,11 @@ class BucketShard:
         slices = []
         for rank in range(layout.shard_world_size):
             first, _ = layout.shard_range(rank)
-            slices.append(
-                [
-                    CodedSlice(row, s.bucket_start - first, s.bucket_stop - first, canonical_starts[s.param] + s.param_start)
-                    for row, s in enumerate(layout.slices(rank))
-                ]
-            )
+            rows = []
+            for row, s in enumerate(layout.slices(rank)):
+                canonical_start = canonical_starts[s.param] + s.param_start
+                rows.append(CodedSlice(row, s.bucket_start - first, s.bucket_stop - first, canonical_start))
+            slices.append(rows)
         return ShardCodec(
             self.bucket.param_shard.dtype,
             self.main_param is not None,
@@ -87,13 +90,22 @@ class BucketShard:
     ) -> None:
         """Before the update: what the codes of this step are relative to."""
         moves = moves.index_select(0, self.slice_params)
-        lr, decay = (
-            value.expand(len(moves)) if isinstance(value, Tensor) else torch.full_like(moves, value, dtype=torch.float32)
-            for value in (scalars.lr, scalars.decay)
-        )
+        rates = torch.empty(2, len(moves), dtype=torch.float32, device=moves.device)
+        for rate, value in zip(rates, (scalars.lr, scalars.decay), strict=True):
+            rate.fill_(value)
+        lr, decay = rates
         if cautious_lrs is not None:
             lr = cautious_lrs
         codec.begin(self.bucket.param_shard, torch.where(moves, lr, 0.0), torch.where(moves, decay, 1.0), self.steps)
+
+    def grad_slices(self) -> list[Tensor]:
+        """The reduced gradients of ``tensors``; views, made once where they can be."""
+        grad = self.bucket.finish_grad_sync()
+        if grad is not self.bucket.grad_shard:  # a sum over micro-batches, which lives for one step
+            return self.slices_of(grad)
+        if self._grad_slices is None:
+            self._grad_slices = self.slices_of(grad)
+        return self._grad_slices
 
     def slices_of(self, shard: Tensor) -> list[Tensor]:
         """The pieces of a [shard_numel] tensor that belong to parameters."""
@@ -105,10 +117,8 @@ class BucketShard:
         counts = torch.zeros_like(self.param_numels)
         if self.tensors is None:
             return counts
-        grads = self.slices_of(self.bucket.finish_grad_sync())
-        return counts.index_add_(
-            0, self.slice_params, count_aligned_elements(self.tensors, grads, scalars, grad_scale=grad_scale)
-        )
+        aligned = count_aligned_elements(self.tensors, self.grad_slices(), scalars, grad_scale=grad_scale)
+        return counts.index_add_(0, self.slice_params, aligned)
 
     def resync(self) -> None:
         """The owner's parameters and state become everybody's: the first replica's, then along the shard group."""
@@ -136,6 +146,64 @@ class BucketShard:
             for piece, step in zip(self.bucket.slices, self.steps.unbind(), strict=True):
                 state[self.bucket.names[piece.param]]["step"] = step
         return state
+
+
+class ShardBatch:
+    """Bucket shards that one launch updates: of one param group, on the same ranks, and alike in dtypes.
+
+    Attributes:
+        tensors: all their slices, or None when this rank owns only padding of them.
+    """
+
+    def __init__(self, shards: Sequence[BucketShard]):
+        self.shards, self.group, self.groups = list(shards), shards[0].group, shards[0].bucket.groups
+        self.owning = [shard for shard in shards if shard.tensors is not None]
+        self.tensors = None
+        if not self.owning:
+            return
+        parts = [shard.tensors for shard in self.owning]
+        self.tensors = LionTensors(
+            params=[x for part in parts for x in part.params],
+            exp_avgs=[x for part in parts for x in part.exp_avgs],
+            mains=None if parts[0].mains is None else [x for part in parts for x in part.mains],
+            index_starts=[x for part in parts for x in part.index_starts],
+            steps=None if parts[0].steps is None else torch.cat([part.steps for part in parts]),
+            stochastic_momentum=parts[0].stochastic_momentum,
+        )
+        if self.tensors.steps is not None:  # one memory for the batch and its shards
+            counts = self.tensors.steps.split([len(part.params) for part in parts])
+            for shard, part, steps in zip(self.owning, parts, counts, strict=True):
+                shard.steps = part.steps = steps
+        firsts = itertools.accumulate((len(shard.bucket.params) for shard in self.owning), initial=0)
+        self._slice_params = torch.cat(
+            [first + shard.slice_params for first, shard in zip(firsts, self.owning, strict=False)]
+        )
+
+    def grads(self) -> list[Tensor]:
+        return [grad for shard in self.owning for grad in shard.grad_slices()]
+
+    def active(self, used: Mapping[Bucket, Tensor]) -> Tensor:
+        """[slices] fp32, 1 where the slice's parameter had a gradient; ``used``: of each bucket, [params]."""
+        return torch.cat([used[shard.bucket] for shard in self.owning]).index_select(0, self._slice_params)
+
+
+def make_batches(shards: Sequence[BucketShard]) -> list[ShardBatch]:
+    """Batches of 1, 2, 4, ... shards in order: few launches, and the first parameters leave after one bucket's update.
+
+    (One launch a bucket took 0.2 ms of the host each, 8 ms a step with 38 buckets on an H200.)
+    """
+    batches = []
+    for _, run in itertools.groupby(shards, _launch_key):
+        left, size = list(run), 1
+        while left:
+            batches.append(ShardBatch(left[:size]))
+            left, size = left[size:], 2 * size
+    return batches
+
+
+def _launch_key(shard: BucketShard) -> tuple:
+    bucket = shard.bucket
+    return id(shard.group), bucket.groups, bucket.pool.dtype, shard.exp_avg.dtype, bucket.param_shard.dtype
 
 
 def matching_tensors(mine: dict[str, dict], theirs: dict[str, dict]) -> list[tuple[Tensor, Tensor]]:

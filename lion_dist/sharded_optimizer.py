@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lion_dist.bucket_shard import BucketShard, matching_tensors
+from lion_dist.bucket_shard import BucketShard, ShardBatch, make_batches, matching_tensors
 from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparameters, check_interval
 from lion_dist.kernels.reference import StepScalars, cautious_lr
 from lion_dist.kernels.statistics import measure
@@ -106,6 +106,7 @@ class ShardedLion(Optimizer):
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self.groups = resolve_groups(process_group)
         self.shards: list[BucketShard] = []
+        self._batches: list[ShardBatch] = []  # the same
         self._module = module
         self._module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
         self._names: dict[Parameter, str] = {}
@@ -235,6 +236,7 @@ class ShardedLion(Optimizer):
         if self.param_scheduler is not None:
             self.param_scheduler.add_buckets([shard.bucket for shard in new])
         self.shards += new
+        self._batches += make_batches(new)
         for param in (p for shard in new for p in shard.bucket.params):
             self._versions[param] = param._version
 
@@ -296,12 +298,14 @@ class ShardedLion(Optimizer):
         with self._meter.clock.phase("norm"):
             cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
         with self._meter.clock.phase("update"):
-            for shard in self.shards:
-                self._begin_codes(shard, verdict, scalars[id(shard.group)], cautious_lrs.get(shard))
-                if shard.tensors is not None:
-                    self._update(shard, verdict, scalars[id(shard.group)], grad_scale, cautious_lrs.get(shard))
-                shard.bucket.reset_grad()
-                self._param_sync.after_update(shard.bucket)  # the next forward waits, not this line
+            for batch in self._batches:
+                for shard in batch.shards:
+                    self._begin_codes(shard, verdict, scalars[id(shard.group)], cautious_lrs.get(shard))
+                if batch.tensors is not None:
+                    self._update(batch, verdict, scalars[id(batch.group)], grad_scale, cautious_lrs)
+                for shard in batch.shards:
+                    shard.bucket.reset_grad()
+                    self._param_sync.after_update(shard.bucket)  # the next forward waits, not this line
         with self._meter.clock.phase("param_sync"):
             self._param_sync.after_updates(written)
         self._counters += torch.stack([verdict.skip == 0, verdict.skip != 0])
@@ -330,24 +334,24 @@ class ShardedLion(Optimizer):
 
     def _update(
         self,
-        shard: BucketShard,
+        batch: ShardBatch,
         verdict: Verdict,
         scalars: StepScalars,
         grad_scale: Tensor,  # [] fp32
-        cautious_lrs: Tensor | None,  # [slices] fp32
+        cautious_lrs: dict[BucketShard, Tensor],  # [slices] fp32
     ) -> None:
-        grads = shard.slices_of(shard.bucket.finish_grad_sync())
+        grads = batch.grads()
         arguments = {
             "grad_scale": grad_scale,
-            "active": verdict.used[shard.bucket].index_select(0, shard.slice_params),
+            "active": batch.active(verdict.used),
             "seed": self.precision.seed,
-            "cautious_lrs": cautious_lrs,
+            "cautious_lrs": torch.cat([cautious_lrs[shard] for shard in batch.owning]) if cautious_lrs else None,
             "backend": choose_backend(self._device, self.use_triton),
         }
-        if self._meter.is_measuring and shard.bucket.groups.replicate_rank == 0:  # each element once
+        if self._meter.is_measuring and batch.groups.replicate_rank == 0:  # each element once
             with self._meter.clock.phase("measure"):
-                self._meter.add(measure(shard.tensors, grads, scalars, **arguments))
-        lion_update_(shard.tensors, grads, scalars, skip=verdict.skip, **arguments)
+                self._meter.add(measure(batch.tensors, grads, scalars, **arguments))
+        lion_update_(batch.tensors, grads, scalars, skip=verdict.skip, **arguments)
 
     def _cautious_lrs(self, scalars: dict[int, StepScalars], grad_scale: Tensor) -> dict[BucketShard, Tensor]:
         """[slices] fp32 for each shard, from counts over whole parameters: one small all-reduce a group of ranks."""

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lion_dist.config import PrecisionPolicy
+from lion_dist.kernels.update import LionTensors
 from lion_dist.optimizer import Lion
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,11 @@ class DeepSpeedLion(Lion):
         state = super()._fresh_state(param)
         self._own_state[param] = dict(state)
         return state
+
+    def _flatten(self, params: list[Tensor]) -> LionTensors:
+        tensors = super()._flatten(params)  # makes the step counts views of one tensor: still our own
+        self._own_state.update((param, dict(self.state[param])) for param in params)
+        return tensors
 
     def _batches(self, group: dict):
         # Here rather than around step(): a step() that calls another hooked one runs every step hook twice.

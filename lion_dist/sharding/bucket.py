@@ -104,6 +104,11 @@ class Bucket:
     def device(self) -> torch.device:
         return self.params[0].device
 
+    @property
+    def grad_shard(self) -> Tensor:
+        """[shard_numel], the same tensor for the life of the bucket; ``finish_grad_sync()`` returns it or another."""
+        return self._grad_shard
+
     def _set_grad_state(self, new: GradState) -> None:
         if (self.grad_state, new) not in _GRAD_TRANSITIONS:
             raise RuntimeError(f"bucket of {self.names[0]!r}: gradients cannot go {self.grad_state.name} -> {new.name}")

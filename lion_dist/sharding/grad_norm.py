@@ -55,8 +55,8 @@ class GradNorm:
         message = torch.cat([squares.reshape(1), self._uses_on_device(buckets)])
         for axis in groups.axes:
             collectives.all_reduce(message, axis)
-        counts = message[1:].split([len(bucket.params) for bucket in buckets])
-        used.update(zip(buckets, [(count > 0).float() for count in counts], strict=True))
+        by_bucket = (message[1:] > 0).float().split([len(bucket.params) for bucket in buckets])
+        used.update(zip(buckets, by_bucket, strict=True))
         return message[0] / groups.replicate_world_size
 
     def _uses_on_device(self, buckets: list[Bucket]) -> Tensor:
