@@ -9,6 +9,7 @@ import torch
 
 from engines import ENGINES
 from lion_dist import ShardingConfig
+from lion_dist.config import PARAM_SYNCS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -39,6 +40,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--main-params", choices=["auto", "fp32", "split", "none"], default="auto", help="of bf16")
     add("--momentum-dtype", choices=list(DTYPES), help="None: as the parameters")
     add("--zero-stage", type=int, default=2, help="1 or 2 of --engine sharded, 0 to 3 of --engine deepspeed")
+    add("--param-sync", choices=PARAM_SYNCS, default="gather", help="of --engine sharded: parameters, or update codes")
     add("--replicate", type=_count_or_nodes, default=1,
         help="shard inside so many replicas and average across them: a number, or 'nodes' for one a node")
     add("--deepspeed-config", help="of --engine deepspeed; None: launch/deepspeed/zeroN.json")

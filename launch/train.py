@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 launch/train.py --engine sharded --data my_texts/ --out runs/mine --resume
     torchrun --nproc-per-node 2 launch/train.py --engine deepspeed --zero-stage 3 --precision bf16
 
-GPUs and NCCL where there are GPUs, else CPUs and gloo. To train your own model, copy this folder and replace
-model.py and corpus.py.
+GPUs and NCCL where there are GPUs, else CPUs and gloo. Many nodes, signals and lost ranks: docs/launch.md. To train
+your own model, copy this folder and replace model.py and corpus.py.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from arguments import DTYPES, check_arguments, parse_arguments
 from corpus import Corpus, global_batch, held_out_windows, rank_part, read_corpus
 from engines import ENGINES, PlainEngine
-from failures import doing, fail
+from failures import doing, fail, leave_at_once
 from journal import Journal
 from lion_dist import PrecisionPolicy
 from model import Transformer
@@ -205,6 +205,8 @@ def main() -> int:
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
+        if dist.is_initialized():
+            leave_at_once(2)
         return 2
     except ConnectionError as error:
         print(f"train.py: {error}", file=sys.stderr)

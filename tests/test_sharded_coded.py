@@ -1,4 +1,4 @@
-"""``param_sync="coded"`` arrives at the bits of ``"gather"`` on every rank, always, and sends a fraction of the bytes."""
+"""``param_sync="coded"`` arrives at the bits of ``"gather"`` on every rank, always, by a fraction of the bytes."""
 
 from __future__ import annotations
 

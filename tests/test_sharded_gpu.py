@@ -32,6 +32,21 @@ CASES = {
         PrecisionPolicy(main_params="none", momentum_rounding="stochastic", seed=5),
         ShardingConfig(bucket_numel=70_000, ordered_sum=True),
     ),
+    "fp32 parameters, coded": (
+        torch.float32,
+        PrecisionPolicy(),
+        ShardingConfig(bucket_numel=70_000, param_sync="coded"),
+    ),
+    "split, coded": (
+        torch.bfloat16,
+        PrecisionPolicy(main_params="split"),
+        ShardingConfig(bucket_numel=70_000, param_sync="coded"),
+    ),
+    "none, coded": (
+        torch.bfloat16,
+        PrecisionPolicy(main_params="none", seed=5),
+        ShardingConfig(bucket_numel=70_000, param_sync="coded"),
+    ),
 }
 
 

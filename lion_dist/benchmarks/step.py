@@ -139,6 +139,7 @@ def engines(micro_batches: int) -> dict[str, Callable[[nn.Module], Step]]:
         BASELINE: forward_backward,
         "lion_dist stage 2": lambda model: sharded_lion(model, zero_stage=2),
         "lion_dist stage 1": lambda model: sharded_lion(model, zero_stage=1),
+        "lion_dist stage 2, coded": lambda model: sharded_lion(model, param_sync="coded"),
         "lion_dist stage 2, fp32 on the wire": lambda model: sharded_lion(model, reduce_dtype=torch.float32),
         "FSDP2 no reshard + lion_dist.Lion": lambda model: fsdp2(model, own, reshard=False),
         "FSDP2 reshard + lion_dist.Lion": lambda model: fsdp2(model, own, reshard=True),

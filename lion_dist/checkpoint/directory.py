@@ -108,9 +108,13 @@ def next_order(path: Path) -> int:
 
 
 def remove_older(folder: Path, count: int, in_use: Path | None) -> None:
-    """Keep the ``count`` newest; remove the others and what dead saves left, except ``in_use`` (a save under way)."""
+    """Keep the ``count`` newest; remove the others and what dead saves left.
+
+    ``in_use`` is the partial directory of a save under way: neither it nor what it is about to replace is touched.
+    """
     for path in _whole_ones(folder)[:-count]:
-        remove(find(path), partial_of(path))
+        if partial_of(path) != in_use:
+            remove(find(path), partial_of(path))
     for leftover in folder.glob("*.partial"):
         if leftover != in_use and _is_ours(leftover):
             shutil.rmtree(leftover)

@@ -74,6 +74,11 @@ class NamedState:
 
 def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> NamedState:
     """The live state of ``model`` and ``optimizer``, whose engine is found out from them. It does not communicate."""
+    if not isinstance(optimizer, Lion | ShardedLion):
+        raise CheckpointError(
+            f"the optimizer is a {type(optimizer).__name__}, not lion_dist's Lion or ShardedLion. Of a wrapper, pass "
+            "the one inside; for another optimizer's file see lion-dist checkpoint convert."
+        )
     model = model.module if isinstance(model, DistributedDataParallel) else model
     _refuse_extra_state(model)
     for module in model.modules():

@@ -121,9 +121,9 @@ def keep_last(folder: str | Path, count: int) -> None:
     """
     if count < 1:
         raise ValueError(f"keep_last keeps at least 1 checkpoint, got {count!r}")
-    under_way = None if _pending is None or _pending.done() else directory.partial_of(_pending.path)
+    under_way = None if _pending is None or _pending.done() else directory.partial_of(_pending.path.resolve())
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        directory.remove_older(Path(folder), count, under_way)
+        directory.remove_older(Path(folder).resolve(), count, under_way)
 
 
 # ---- one save

@@ -211,7 +211,7 @@ class Reader(FileSystemReader):
     def _piece(self, name: str, index) -> Tensor:
         """One stored piece, in a fresh CPU tensor."""
         stored = self.metadata.state_dict_metadata[index.fqn]
-        sizes = next(chunk.sizes for chunk in stored.chunks if chunk.offsets == index.offset)
+        sizes = stored.chunks[index.index].sizes
         place = self.metadata.storage_data[index]
         if Path(name).name != name:
             raise CheckpointError(f"{self.path}/.metadata is refused: it names a file elsewhere, {name!r}")

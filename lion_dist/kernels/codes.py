@@ -18,7 +18,8 @@ On the magnitude of ``old``, and with k steps up in the order of the 16-bit valu
     digit 2, 3, 4  towards zero      new = round(low * decay - lr) + k,  k = digit - 2       three when an ulp halves
     digit 5        not at all        new = round(old * decay)
 
-An element that comes closer to zero than that, where ulps are many times smaller, is an escape. A NaN always is.
+An element that comes closer to zero than that, where ulps are many times smaller, is an escape. What is or was a NaN
+always is: machines differ in the bits of theirs.
 """
 
 from __future__ import annotations
@@ -130,9 +131,10 @@ def encode(
     integer = INTEGER[old.dtype]
     digits = torch.zeros(old.shape, dtype=torch.uint8, device=old.device)
     escapes = torch.ones(old.shape, dtype=torch.bool, device=old.device)
+    is_nan = old.isnan() | new.isnan()
     for digit in range(layout.radix):
         replayed = replay(old, digit, lr, decay, layout, bits)
-        hit = escapes & (replayed.view(integer) == new.view(integer)) & ~new.isnan()
+        hit = escapes & (replayed.view(integer) == new.view(integer)) & ~is_nan
         digits.masked_fill_(hit, digit)
         escapes &= ~hit
     return digits, escapes

@@ -52,7 +52,7 @@ static inline void encode_six(uint8_t *restrict digits, const uint16_t *restrict
     d = now == towards ? 2 : d;
     d = now == away + 1 ? 1 : d;
     d = now == away ? 0 : d;
-    digits[i] = (uint8_t)(is_nan16(new[i], type) ? ESCAPE : d);
+    digits[i] = (uint8_t)(is_nan16(new[i], type) | is_nan16(old[i], type) ? ESCAPE : d);
   }
 }
 

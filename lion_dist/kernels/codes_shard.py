@@ -80,7 +80,7 @@ class ShardCodec:
         backend: str,
     ):
         if shard_numel % GROUP or any(s.start % GROUP for rows in slices for s in rows):
-            raise ValueError(f"shards and slices must begin on multiples of {GROUP} elements, got {shard_numel} a shard")
+            raise ValueError(f"shards and slices begin on multiples of {GROUP} elements, got shards of {shard_numel}")
         if shard_numel >= LARGEST_SHARD:
             raise ValueError(
                 f"a shard of {shard_numel} elements is too large for update codes, whose places are 32-bit numbers "
@@ -152,10 +152,11 @@ class ShardCodec:
         return count
 
     def message(self, escapes: int) -> Tensor:
-        """[message_nbytes(escapes)] uint8 for the other ranks; ``escapes``: as many as any rank has, see ESCAPE_STEP."""
-        parts = [self.fixed, self.escape_index[:escapes].view(torch.uint8), self.escape_bits[:escapes].view(torch.uint8)]
+        """[message_nbytes(escapes)] uint8 for the other ranks. ``escapes``: at least as many as any rank has."""
+        escape_bytes = [column[:escapes].view(torch.uint8) for column in (self.escape_index, self.escape_bits)]
+        message = torch.cat([self.fixed, *escape_bytes])
         self.abandon()
-        return torch.cat(parts)
+        return message
 
     def abandon(self) -> None:
         """Forget this step's codes."""

@@ -126,7 +126,7 @@ def _encode(old, new, lr, decay, random, KIND: tl.constexpr, RADIX: tl.constexpr
         digit = tl.where(stay == 0, 5, digit)
         digit = tl.where((towards >= 0) & (towards <= 2), 2 + towards, digit)
         digit = tl.where((away >= 0) & (away <= 1), away, digit)
-    return tl.where(_is_nan(new, KIND), RADIX, digit)
+    return tl.where(_is_nan(new, KIND) | _is_nan(old, KIND), RADIX, digit)
 
 
 @triton.jit

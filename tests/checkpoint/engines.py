@@ -15,6 +15,7 @@ POLICIES = {
     "fp32 parameters": (torch.float32, PrecisionPolicy()),
     "fp32 parameters, bf16 momentum": (torch.float32, PrecisionPolicy(momentum_dtype=torch.bfloat16)),
     "split": (torch.bfloat16, PrecisionPolicy(main_params="split")),
+    "split, fp32 momentum": (torch.bfloat16, PrecisionPolicy(main_params="split", momentum_dtype=torch.float32)),
     "fp32 main params": (torch.bfloat16, PrecisionPolicy(main_params="fp32", momentum_dtype=torch.float32)),
     "no main params": (torch.bfloat16, PrecisionPolicy(main_params="none", momentum_rounding="stochastic", seed=3)),
 }

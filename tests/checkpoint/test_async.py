@@ -1,5 +1,6 @@
 """A save in the background: training goes on, and what it does later is not in the checkpoint."""
 
+import os
 import threading
 
 import pytest
@@ -102,20 +103,23 @@ def test_an_error_comes_out_at_wait_or_at_the_next_save_on_every_rank(gloo, tmp_
     assert [entry.name for entry in tmp_path.iterdir()] == ["d"]
 
 
-def keep_last_while_saving(folder):
+def keep_last_while_saving(folder, saved, under_way):
     model, optimizer = engine("plain", "split")
-    checkpoint.save(f"{folder}/a", model=model, optimizer=optimizer)
+    for name in saved:
+        checkpoint.save(folder / name, model=model, optimizer=optimizer)
     gate = Gate()
     try:
-        pending = checkpoint.save_async(f"{folder}/b", model=model, optimizer=optimizer)
+        pending = checkpoint.save_async(folder / under_way, model=model, optimizer=optimizer, extra={"step": 2})
         assert gate.reached.wait(60)
-        checkpoint.keep_last(folder, 1)
+        checkpoint.keep_last(os.path.relpath(folder), 1)
         gate.opened.set()
         pending.wait()
     finally:
         gate.remove()
+    return checkpoint.load(folder / under_way, model=model, optimizer=optimizer)
 
 
-def test_keep_last_leaves_a_save_under_way_alone(tmp_path):
-    keep_last_while_saving(tmp_path)
-    assert checkpoint.newest(tmp_path) == tmp_path / "b"
+@pytest.mark.parametrize("saved, under_way", [("a", "b"), ("ab", "a")], ids=["a new one", "one that replaces an older"])
+def test_keep_last_leaves_a_save_under_way_alone(tmp_path, saved, under_way):
+    assert keep_last_while_saving(tmp_path, saved, under_way) == {"step": 2}
+    assert checkpoint.newest(tmp_path) == tmp_path / under_way

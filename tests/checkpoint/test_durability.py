@@ -18,6 +18,7 @@ from torch import nn
 
 from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint import manifest, storage
+from lion_dist.checkpoint.storage import read_metadata
 from tests.checkpoint.engines import engine, train
 from tests.checkpoint.killed import loaded_step, save
 
@@ -230,6 +231,17 @@ def test_metadata_of_another_kind_is_refused(tmp_path):
     replace_file(tmp_path / "c", ".metadata", pickle.dumps([1, 2]))
     with pytest.raises(checkpoint.CheckpointError, match=r"\.metadata is damaged: it holds a list"):
         checkpoint.verify(tmp_path / "c")
+
+
+def test_metadata_that_names_a_file_elsewhere_is_refused(tmp_path):
+    save(tmp_path / "c", 1)
+    metadata = read_metadata(tmp_path / "c")
+    for place in metadata.storage_data.values():
+        place.relative_path = "../elsewhere"
+    replace_file(tmp_path / "c", ".metadata", pickle.dumps(metadata))
+    model = nn.Linear(50_000, 1, bias=False)
+    with pytest.raises(checkpoint.CheckpointError, match="it names a file elsewhere, '../elsewhere'"):
+        checkpoint.load(tmp_path / "c", model=model, optimizer=Lion(model.parameters()))
 
 
 def test_loading_tensors_runs_no_unpickler(tmp_path, monkeypatch):

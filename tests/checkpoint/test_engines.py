@@ -3,9 +3,12 @@
 import itertools
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from lion_dist import checkpoint
-from tests.checkpoint.engines import POLICIES, assert_same_tensors, engine, train
+from tests.checkpoint.engines import POLICIES, assert_same_tensors, engine, tensors_in, train
 
 ENGINES = {"plain": 1, "sharded": 2, "fsdp2": 4, "fsdp1": 2, "fsdp1 flat": 4}
 # name, ranks: the other ways in which these engines hold a model
@@ -66,3 +69,42 @@ def test_variants_of_the_engines_move_to_plain_and_back(gloo, tmp_path, variant)
     (tmp_path / "back").mkdir()
     assert_moves(gloo, tmp_path / "there", variant, "plain", "split")
     assert_moves(gloo, tmp_path / "back", "plain", variant, "split")
+
+
+def go_on_in_other_main_params(folder, old, new, name, policy):
+    model, optimizer = engine(name, policy)
+    checkpoint.load(f"{folder}/{old}", model=model, optimizer=optimizer)
+    train(model, optimizer, range(3, 5))
+    checkpoint.save(f"{folder}/{new}", model=model, optimizer=optimizer)
+
+
+def load_and_save(folder, old, new, name, policy):
+    model, optimizer = engine(name, policy)
+    checkpoint.load(f"{folder}/{old}", model=model, optimizer=optimizer)
+    checkpoint.save(f"{folder}/{new}", model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("loaded_by", ENGINES)
+def test_engine_ranks_and_kind_of_main_params_change_at_once_and_exactly(gloo, tmp_path, loaded_by):
+    fp32, split = "fp32 main params", "split, fp32 momentum"
+    folder, ranks = str(tmp_path), ENGINES[loaded_by]
+    gloo.run(2, save_and_go_on, folder, "sharded", fp32)
+    gloo.run(ranks, go_on_in_other_main_params, folder, "saved", "resumed", loaded_by, split)
+    gloo.run(1, load_and_save, folder, "resumed", "back", "plain", fp32)
+    assert tensors_in(tmp_path / "resumed")["optimizer.0.weight.main_param"].dtype == torch.int16
+    assert_same_tensors(tmp_path / "never stopped", tmp_path / "back")
+
+
+def load_model_by_torch_alone(path):
+    model, _ = engine("fsdp2", "split")
+    state = {"model": get_model_state_dict(model)}
+    dcp.load(state, checkpoint_id=path)
+    set_model_state_dict(model, state["model"])
+    return {name: param.full_tensor() for name, param in model.named_parameters()}
+
+
+def test_torch_alone_loads_the_model_of_a_checkpoint(gloo, tmp_path):
+    gloo.run(2, save_and_go_on, str(tmp_path), "sharded", "split")
+    saved = tensors_in(tmp_path / "saved")
+    for name, param in gloo.run(4, load_model_by_torch_alone, str(tmp_path / "saved"))[0].items():
+        assert torch.equal(param, saved[f"model.{name}"]), name

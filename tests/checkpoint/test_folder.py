@@ -4,6 +4,8 @@ import json
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lion_dist import checkpoint
 from lion_dist.checkpoint import manifest
@@ -57,6 +59,15 @@ def test_a_manifest_that_was_changed_is_noticed(tmp_path):
     (tmp_path / "c" / manifest.NAME).write_text(json.dumps(entries))
     with pytest.raises(checkpoint.CheckpointError, match="does not match its own checksum"):
         checkpoint.verify(tmp_path / "c")
+
+
+@given(st.lists(st.integers(0, 100), max_size=12), st.integers(1, 9))
+def test_each_file_is_checked_by_one_rank_and_the_bytes_are_spread(sizes, ranks):
+    files = {f"file {i}": {"bytes": size} for i, size in enumerate(sizes)}
+    shares = [manifest.share_of(files, rank, ranks) for rank in range(ranks)]
+    assert sorted(name for share in shares for name in share) == sorted(files)
+    loads = [sum(files[name]["bytes"] for name in share) for share in shares]
+    assert max(loads) - min(loads) <= max(sizes, default=0)
 
 
 def test_a_save_killed_between_its_two_renames_is_found_under_its_name(tmp_path):

@@ -62,6 +62,6 @@ def test_memory_above_the_state_is_a_few_pieces(tmp_path):
     grown = json.loads(done.stdout)
     assert grown["state"] > 190
     copied = grown.pop("async")
-    assert copied > 0.9 * grown.pop("state")  # what save_async costs; and that a copy would be seen
+    assert copied > 0.6 * grown.pop("state")  # what save_async costs, and that a copy would be seen
     assert grown.pop("load into fp32 main params") < 110  # a piece in several dtypes: 40 to 80 were seen
     assert max(grown.values()) < 32, grown  # a piece: 8

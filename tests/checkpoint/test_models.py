@@ -170,7 +170,32 @@ def test_two_dimensional_meshes_move_to_plain_and_back(gloo, tmp_path, shape):
     assert_same_tensors(tmp_path / "plain", tmp_path / "to mesh")
 
 
+# ---- nothing at all
+
+
+def test_a_parameter_of_no_elements_is_no_obstacle(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        model.empty = nn.Parameter(torch.empty(0, 4))
+        return {"model": model, "optimizer": Lion(model.parameters())}
+
+    made = make()
+    checkpoint.save(tmp_path / "c", **made)
+    other = make()
+    with torch.no_grad():
+        other["model"].weight.zero_()
+    checkpoint.load(tmp_path / "c", **other)
+    assert torch.equal(made["model"].weight, other["model"].weight)
+
+
 # ---- what is refused
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    model = nn.Linear(2, 2)
+    with pytest.raises(checkpoint.CheckpointError, match="the optimizer is a SGD"):
+        checkpoint.save(tmp_path / "c", model=model, optimizer=torch.optim.SGD(model.parameters()))
 
 
 class Secretive(nn.Linear):

@@ -1,6 +1,5 @@
 """What is saved on some ranks by some engine goes on, bit for bit, on others."""
 
-import itertools
 import json
 import warnings
 
@@ -11,22 +10,15 @@ import torch.distributed.checkpoint as dcp
 from lion_pytorch import Lion as PublishedLion
 from torch import nn
 
-from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig, checkpoint
+from lion_dist import Lion, ShardedLion, ShardingConfig, checkpoint
+from tests.checkpoint.engines import POLICIES
 
-POLICIES = {
-    "fp32 parameters": (torch.float32, PrecisionPolicy()),
-    "fp32 parameters, bf16 momentum": (torch.float32, PrecisionPolicy(momentum_dtype=torch.bfloat16)),
-    "split": (torch.bfloat16, PrecisionPolicy(main_params="split")),
-    "fp32 main params": (torch.bfloat16, PrecisionPolicy(main_params="fp32", momentum_dtype=torch.float32)),
-    "no main params": (torch.bfloat16, PrecisionPolicy(main_params="none", momentum_rounding="stochastic", seed=3)),
-}
 PLAIN = {"ranks": 1, "engine": "plain"}
 ONE = {"ranks": 1, "engine": "sharded"}
 TWO = {"ranks": 2, "engine": "sharded"}
 STAGE_1 = {"ranks": 2, "engine": "sharded", "zero_stage": 1, "bucket_numel": 5000}
-THREE = {"ranks": 3, "engine": "sharded", "bucket_numel": 300}
 FOUR = {"ranks": 4, "engine": "sharded"}
-# A mean over 3 ranks rounds, so 3 ranks are on the journey of the state alone, further down.
+# A mean over 3 ranks rounds: 3 ranks are in test_resharding.py, which compares state alone.
 MOVES = [(TWO, TWO), (TWO, FOUR), (FOUR, ONE), (ONE, STAGE_1), (STAGE_1, FOUR), (PLAIN, TWO), (FOUR, PLAIN)]
 
 
@@ -91,82 +83,12 @@ def test_training_goes_on_bit_identically(gloo, tmp_path, policy, saved_by, load
         assert torch.equal(never_stopped[name], resumed[name]), name
 
 
-def save_again(old, new, policy, settings):
-    model, optimizer = build(policy, **settings)
-    checkpoint.load(old, model=model, optimizer=optimizer)
-    checkpoint.save(new, model=model, optimizer=optimizer)
-
-
-def tensors_in(path):
-    """The full tensors of a checkpoint, read without lion_dist."""
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    return tensors
-
-
-def test_state_is_the_same_after_any_journey_over_ranks(gloo, tmp_path):
-    policy = "split"
-    first = str(tmp_path / "0")
-    gloo.run(2, save_after_three_steps, first, policy, settings_of(TWO))
-    old = first
-    for i, stop in enumerate((THREE, FOUR, STAGE_1, PLAIN, ONE, TWO), start=1):
-        new = str(tmp_path / str(i))
-        gloo.run(stop["ranks"], save_again, old, new, policy, settings_of(stop))
-        old = new
-    start, end = tensors_in(first), tensors_in(old)
-    # plain Lion keeps no counters, so the journey ends without the first three steps in them
-    assert start.keys() == end.keys()
-    for name in start.keys() - {"counters"}:
-        assert start[name].dtype == end[name].dtype and torch.equal(start[name], end[name]), name
-
-
-def written_elements(path, policy, settings):
-    model, optimizer = build(policy, **settings)
-    checkpoint.save(path, model=model, optimizer=optimizer)
-    boxes = optimizer.state_dict()["state"]
-    return sum(box.numel for kinds in boxes.values() for box in kinds["exp_avg"].boxes)
-
-
-def test_each_rank_writes_only_its_own_slices(gloo, tmp_path):
-    written = gloo.run(4, written_elements, str(tmp_path / "c"), "split", settings_of(FOUR))
-    numel = sum(p.numel() for p in build("split", "plain")[0].parameters())
-    assert sum(written) == numel
-    assert max(written) < numel
-
-
 def test_momentum_is_stored_in_its_own_dtype(gloo, tmp_path):
     path = str(tmp_path / "c")
     gloo.run(2, save_after_three_steps, path, "fp32 parameters, bf16 momentum", settings_of(TWO))
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     assert stored["optimizer.0.weight.exp_avg"].properties.dtype == torch.bfloat16
     assert stored["model.0.weight"].properties.dtype == torch.float32
-
-
-def test_main_params_of_the_other_kind_are_converted(tmp_path):
-    dtypes = {kind: PrecisionPolicy(main_params=kind) for kind in ("fp32", "split")}
-
-    def with_main_params(kind):
-        torch.manual_seed(0)
-        model = nn.Linear(9, 5, dtype=torch.bfloat16)
-        return model, Lion(model.parameters(), lr=1e-3, weight_decay=0.1, precision=dtypes[kind])
-
-    def steps(model, optimizer, which):
-        for step in which:
-            model.weight.grad = torch.randn(5, 9, generator=torch.Generator().manual_seed(step)).bfloat16()
-            model.bias.grad = torch.ones(5, dtype=torch.bfloat16)
-            optimizer.step()
-
-    for saved, loaded in itertools.permutations(dtypes, 2):
-        model, optimizer = with_main_params(saved)
-        steps(model, optimizer, range(4))
-        checkpoint.save(tmp_path / saved, model=model, optimizer=optimizer)
-        steps(model, optimizer, range(4, 9))
-        other, other_optimizer = with_main_params(loaded)
-        checkpoint.load(tmp_path / saved, model=other, optimizer=other_optimizer)
-        steps(other, other_optimizer, range(4, 9))
-        assert torch.equal(model.weight, other.weight), (saved, loaded)
-        assert torch.equal(model.bias, other.bias), (saved, loaded)
 
 
 def save_then_state(path):
@@ -241,17 +163,6 @@ def test_a_newer_format(tmp_path):
     described = json.loads((tmp_path / "c/lion_dist.json").read_text())
     (tmp_path / "c/lion_dist.json").write_text(json.dumps({**described, "format": 99}))
     assert_refused(tmp_path / "c", model, optimizer, match="format 99, this version reads 2")
-
-
-def test_a_momentum_of_another_dtype_is_cast_with_a_warning(tmp_path):
-    model, optimizer = small()
-    model.weight.grad, model.bias.grad = torch.ones(5, 9), torch.ones(5)
-    optimizer.step()
-    checkpoint.save(tmp_path / "c", model=model, optimizer=optimizer)
-    bf16 = Lion(model.parameters(), precision=PrecisionPolicy(momentum_dtype=torch.bfloat16))
-    with pytest.warns(UserWarning, match="the saved exp_avg is torch.float32; it is kept as torch.bfloat16"):
-        checkpoint.load(tmp_path / "c", model=model, optimizer=bf16)
-    assert torch.equal(bf16.state[model.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"].bfloat16())
 
 
 # ---- state_dict and load_state_dict of ShardedLion by themselves

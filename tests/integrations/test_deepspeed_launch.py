@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import engines
+import deepspeed_engine
 import train as train_program
 from lion_dist.integrations.deepspeed import read_params
 
@@ -25,7 +25,7 @@ def test_config_of_each_stage_is_filled_in_from_the_arguments(monkeypatch, stage
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     args = Namespace(zero_stage=stage, deepspeed_config=None, batch_size=8, micro_batches=2, lr=0.5, weight_decay=0.25)
     args.__dict__ |= {"clip": 2.0, "precision": "bf16", "momentum_dtype": None}
-    config = engines.deepspeed_config(args)
+    config = deepspeed_engine.deepspeed_config(args)
     assert "auto" not in json.dumps(config)
     assert config["zero_optimization"]["stage"] == stage
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 2)

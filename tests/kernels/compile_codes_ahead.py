@@ -1,6 +1,6 @@
-"""Compile the kernels of the update codes for sm_90 where there is no GPU: ``python -m tests.kernels.compile_codes_ahead``.
+"""Compile the kernels of the update codes for sm_90 where there is no GPU, and print what is in their PTX as JSON.
 
-A process of its own, for the reason that ``compile_ahead.py`` gives. Prints the instructions in their PTX as JSON.
+A process of its own, for the reason that ``compile_ahead.py`` gives: ``python -m tests.kernels.compile_codes_ahead``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ KERNELS = {"encode": codes_triton._encode_kernel, "replay": codes_triton._replay
 POINTERS = {"packed": "u8", "group_rows": "i32", "rates": "fp32", "index_bases": "i64"}
 POINTERS |= {"escape_index": "i32", "count": "i32", "stops": "i32"}
 SCALARS = dict.fromkeys(["numel", "num_bytes", "rows_a_shard", "own_shard", "capacity"], "i32") | {"stride": "i64"}
+INSTRUCTION = r"\t(?:@%p\d+ )?((?:ld|st|fma|mul|add|sub)\.[\w.:]+)"
 # What the launcher finds out by itself, at every launch.
 ALIGNED = [*POINTERS, "old", "new", "params", "escape_bits", "keys", "numel", "num_bytes", "stride"]
 
@@ -36,10 +37,12 @@ def compile_kernel(kernel: str, name: str):
     types |= dict.fromkeys(["old", "new", "params", "escape_bits"], f"*{integer}")
     if name == "none":
         types["keys"] = "*i32"
-    constants = {"KIND": kind.value, "RADIX": layout.radix, "PER_BYTE": layout.per_byte, "GROUPS": 8 if integer == "i32" else 16}
+    constants = {"KIND": kind.value, "RADIX": layout.radix, "PER_BYTE": layout.per_byte}
+    constants["GROUPS"] = 8 if integer == "i32" else 16
     signature = {argument: types.get(argument, "constexpr") for argument in function.arg_names}
     constants |= {a: None for a in function.arg_names if a not in types and a not in constants}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(function.arg_names) if a in ALIGNED and a in types}
+    named = [(i, argument) for i, argument in enumerate(function.arg_names) if argument in types]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, argument in named if argument in ALIGNED}
     options = {"num_warps": 4, "enable_fp_fusion": False}
     return triton.compile(ASTSource(function, signature, constants, aligned), target=HOPPER, options=options)
 
@@ -48,8 +51,8 @@ def main() -> None:
     result = {}
     for kernel in KERNELS:
         for name in VARIANTS:
-            ptx = compile_kernel(kernel, name).asm["ptx"]
-            result[f"{kernel}: {name}"] = Counter(re.findall(r"\t(?:@%p\d+ )?((?:ld|st|fma|mul|add|sub)\.[\w.:]+)", ptx))
+            found = re.findall(INSTRUCTION, compile_kernel(kernel, name).asm["ptx"])
+            result[f"{kernel}: {name}"] = Counter(found)
     print(json.dumps(result))
 
 

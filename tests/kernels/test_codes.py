@@ -92,7 +92,7 @@ def test_least_main_rounds_to_its_parameter_and_what_lies_below_does_not(dtype):
     magnitude = magnitude.view(dtype)
     least = codes.least_main(magnitude)
     below = (least.view(torch.int32) - 1).view(torch.float32)
-    above = (least.view(torch.int32) + 1).view(torch.float32)  # fp16 rounds ties to even, so not always the least itself
+    above = (least.view(torch.int32) + 1).view(torch.float32)  # fp16 rounds ties to even: not always the least itself
     assert torch.equal(codes.round_main(above, dtype), magnitude)
     assert (codes.round_main(below, dtype) < magnitude).all()
 
@@ -262,7 +262,8 @@ def test_the_cpu_backends_send_the_same_bytes(storage):
     new = (old.float() * 0.9999 + 1e-3 * torch.randn(1 << 17, generator=generator).sign()).to(dtype)
     messages = []
     for backend in ("cpu", "cpu_native"):
-        owner, _ = codecs(dtype, has_main, [CodedSlice(0, 0, 70_000, 5), CodedSlice(1, 70_016, 1 << 17, 0)], 1 << 17, backend)
+        slices = [CodedSlice(0, 0, 70_000, 5), CodedSlice(1, 70_016, 1 << 17, 0)]
+        owner, _ = codecs(dtype, has_main, slices, 1 << 17, backend)
         owner.begin(old, torch.tensor([1e-3, 1e-3]), torch.tensor([0.9999, 0.9999]), torch.tensor([3, 4]))
         owner.encode(new)
         messages.append(owner.message(owner.capacity))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import lion_dist.checkpoint
 from tests.launch import jobs
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
@@ -168,3 +169,16 @@ def test_loss_curve_continues_across_the_changes(story, text, tmp_path):
 def test_the_surviving_node_names_the_lost_ranks(story):
     assert re.search(r"train.py: rank [01] of 4 failed in .*step \d+", story.logs[0].read_text())
     assert re.search(r"rank [23]: no word from it, it was killed", story.logs[0].read_text())
+
+
+@pytest.mark.slow
+def test_losing_the_node_of_the_rendezvous_ends_the_job_with_an_error(story, nodes, text, tmp_path):
+    """torchrun's c10d rendezvous lives there. Whatever started the job starts it again."""
+    job = Job(nodes, tmp_path, text)
+    job.start(0)
+    job.start(1)
+    job.wait(lambda: job.steps() >= 7)
+    nodes[0].kill()
+    assert nodes[1].job.wait(60) == 1
+    assert "RendezvousConnectionError" in job.logs[1].read_text()
+    assert lion_dist.checkpoint.newest(job.out) is not None

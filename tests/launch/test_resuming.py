@@ -1,0 +1,61 @@
+"""Which checkpoint a run goes on from, and what becomes of those that it does not."""
+
+from argparse import Namespace
+from datetime import timedelta
+
+import pytest
+
+from ranks import start_process_group, stop_process_group
+from resuming import TRAJECTORY, Checkpoints
+
+
+class Engine:
+    """Its checkpoints are folders; loading one gives back its step."""
+
+    def newest(self, folder):
+        return max(folder.glob("step-*"), default=None)
+
+    def load(self, path):
+        settings = dict.fromkeys(TRAJECTORY, 1) | {"text": "a", "ranks": 4}
+        return {"step": int(path.name.removeprefix("step-")), "scheduler": {}, "settings": settings}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Of a run on one rank, in a folder with those of steps 3 and 6."""
+    for step in (3, 6):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    (tmp_path / "step-000009.partial").mkdir()
+    (tmp_path / "notes.txt").touch()
+    args = Namespace(out=tmp_path, keep_last=0, **dict.fromkeys(TRAJECTORY, 1))
+    scheduler = Namespace(load_state_dict=lambda state: None)
+    start_process_group(timedelta(seconds=10))
+    yield Checkpoints(args, Engine(), scheduler, Namespace(fingerprint="a"))
+    stop_process_group()
+
+
+@pytest.mark.parametrize("how", ["last", "auto"])
+def test_resumed_run_goes_on_from_the_newest_and_says_what_has_changed(checkpoints, how, capsys):
+    (checkpoints.folder / "step-000009.partial").rmdir()
+    assert checkpoints.resume(how) == 6
+    printed = capsys.readouterr().out
+    assert "so its losses will not repeat: ranks 4 -> 1\n" in printed
+    assert f"resumed from {checkpoints.folder}/step-000006, 6 steps done" in printed
+
+
+def test_run_that_begins_where_an_earlier_one_was_sets_its_checkpoints_aside(checkpoints, capsys):
+    folder = checkpoints.folder
+    assert checkpoints.resume(None) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["earlier-1", "notes.txt"]
+    aside = sorted(path.name for path in (folder / "earlier-1").iterdir())
+    assert aside == ["step-000003", "step-000006", "step-000009.partial"]
+    assert f"checkpoints of an earlier run are in {folder}/earlier-1 now" in capsys.readouterr().out
+    (folder / "step-000001").mkdir()
+    assert checkpoints.resume(None) == 0
+    assert [path.name for path in (folder / "earlier-2").iterdir()] == ["step-000001"]
+
+
+def test_resume_auto_begins_where_there_is_nothing(checkpoints):
+    checkpoints.folder = checkpoints.folder / "new"
+    assert checkpoints.resume("auto") == 0
+    assert list(checkpoints.folder.iterdir()) == []
