@@ -32,7 +32,7 @@ def under_torchrun() -> list[Finding]:
     device = _device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), device_id=_gpu(device))
         fact = measure(device)
     except RuntimeError as error:
         return [_failure(backend, dist.get_rank() if dist.is_initialized() else None, error)]
@@ -60,12 +60,17 @@ def on_own_ranks() -> list[Finding]:
 def _own_rank(rank: int, ranks: int, backend: str, folder: str) -> None:
     device = _device(rank)
     store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT_S))
+    where = {"store": store, "rank": rank, "world_size": ranks, "device_id": _gpu(device)}
+    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), **where)
     fact = measure(device)
     if rank == 0:
         (Path(folder) / "fact").write_text(fact)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _gpu(device: torch.device) -> torch.device | None:
+    return device if device.type == "cuda" else None
 
 
 def _device(local_rank: int) -> torch.device:

@@ -227,7 +227,7 @@ def _encode_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _replay_kernel(
-    params,  # [shards, numel] int16 | int32
+    flat,  # [shards, numel] int16 | int32
     packed,  # each shard's [num_bytes] uint8
     group_rows,  # [shards, numel / GROUP] int32
     rates,  # each shard's [rows, 2] fp32
@@ -246,7 +246,7 @@ def _replay_kernel(
 ):
     shard = tl.program_id(1).to(tl.int64)
     if shard != own_shard:
-        params += shard * numel
+        flat += shard * numel
         packed += shard * stride
         group_rows += shard * (numel // GROUP)
         rates += shard * (stride // 4)
@@ -265,15 +265,15 @@ def _replay_kernel(
             element, mask, inside, lr, decay, random = _rates_and_bits(
                 group_rows, rates, keys, index_bases, stops, group, in_bytes & (group < numel // GROUP), KIND, RADIX
             )
-            old = tl.load(params + element, mask=mask, other=0).to(tl.int32)
+            old = tl.load(flat + element, mask=mask, other=0).to(tl.int32)
             new = _replay(old, digit, lr, decay, random, KIND, RADIX)
             new = tl.where(inside, new, old)
-            tl.store(params + element, new.to(params.dtype.element_ty), mask=mask)
+            tl.store(flat + element, new.to(flat.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _escape_kernel(
-    params,  # [shards, numel]
+    flat,  # [shards, numel]
     escape_index,  # each shard's [num_escapes] int32
     escape_bits,  # each shard's [num_escapes]
     numel: tl.int32,
@@ -289,7 +289,7 @@ def _escape_kernel(
         element = tl.load(escape_index + shard * (stride // 4) + escape, mask=here, other=numel)
         bits_stride = stride // (escape_bits.dtype.element_ty.primitive_bitwidth // 8)
         bits = tl.load(escape_bits + shard * bits_stride + escape, mask=here, other=0)
-        tl.store(params + shard * numel + element, bits, mask=here & (element < numel))
+        tl.store(flat + shard * numel + element, bits, mask=here & (element < numel))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 SMALL = ["--layers", "1", "--dim", "64", "--vocab", "512", "--seq-len", "8", "--steps", "1", "--burst", "2"]
-COLUMNS = ("ms_median", "sent_bytes_per_param", "last_loss")
 
 
 def test_codes_send_less_than_a_gather_and_train_alike(tmp_path):
@@ -16,7 +15,7 @@ def test_codes_send_less_than_a_gather_and_train_alike(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = {(row["parameters"], row["engine"]): row for row in csv.DictReader((tmp_path / "sync.csv").open())}
-    assert len(rows) == 6 and all(row[column] for row in rows.values() for column in COLUMNS)
+    assert len(rows) == 6 and all(row["ms_median"] and row["last_loss"] for row in rows.values())
     for parameters in ("bf16, split main params", "fp32"):
         gather, coded = (rows[parameters, f"ShardedLion, {kind}"] for kind in ("gather", "coded"))
         assert coded["last_loss"] == gather["last_loss"]

@@ -28,13 +28,13 @@ POINTERS |= {"escape_index": "i32", "count": "i32", "stops": "i32"}
 SCALARS = dict.fromkeys(["numel", "num_bytes", "rows_a_shard", "own_shard", "capacity"], "i32") | {"stride": "i64"}
 INSTRUCTION = r"\t(?:@%p\d+ )?((?:ld|st|fma|mul|add|sub)\.[\w.:]+)"
 # What the launcher finds out by itself, at every launch.
-ALIGNED = [*POINTERS, "old", "new", "params", "escape_bits", "keys", "numel", "num_bytes", "stride"]
+ALIGNED = [*POINTERS, "old", "new", "flat", "escape_bits", "keys", "numel", "num_bytes", "stride"]
 
 
 def compile_kernel(kernel: str, name: str):
     function, (kind, integer, layout) = KERNELS[kernel], VARIANTS[name]
     types = {pointer: f"*{ty}" for pointer, ty in POINTERS.items()} | SCALARS
-    types |= dict.fromkeys(["old", "new", "params", "escape_bits"], f"*{integer}")
+    types |= dict.fromkeys(["old", "new", "flat", "escape_bits"], f"*{integer}")
     if name == "none":
         types["keys"] = "*i32"
     constants = {"KIND": kind.value, "RADIX": layout.radix, "PER_BYTE": layout.per_byte}
