@@ -98,6 +98,10 @@ class ShardingConfig:
         param_sync: how updated parameters reach the other ranks. ``"gather"`` sends them, 2 or 4 bytes each.
             ``"coded"`` sends how they moved, 0.2 to 0.4 bytes each, and every rank replays that: the same bits on
             every rank for a fifth of the traffic or less, and some arithmetic (docs/coded-param-sync.md).
+        update_in_backward: update each bucket as soon as its gradients are reduced, and gather it, inside backward;
+            ``step()`` finishes what is left. There is no norm to clip by and no verdict to skip by: an element whose
+            gradient is not finite stays. A parameter that nobody used counts as one with a zero gradient. All backward
+            passes of a step but the last go inside ``no_sync()``.
         check_replicas_every: in every so-manieth step, compare checksums of all ranks' parameters, without waiting; a
             difference is raised by the next step (``ShardedLion.check_replicas``). 0: never.
     """
@@ -108,6 +112,7 @@ class ShardingConfig:
     ordered_sum: bool | None = None
     average: bool = True
     param_sync: str = "gather"
+    update_in_backward: bool = False
     check_replicas_every: int = 0
 
     def __post_init__(self):
@@ -125,6 +130,12 @@ class ShardingConfig:
         if self.reduce_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"reduce_dtype must be torch.float32, torch.bfloat16 or None, got {self.reduce_dtype!r}")
         check_interval("check_replicas_every", self.check_replicas_every)
+        if self.update_in_backward and (self.param_sync != "gather" or self.check_replicas_every):
+            raise ValueError(
+                "update_in_backward=True leaves no moment at which all parameters are old or all are new, which "
+                f"param_sync={self.param_sync!r} and check_replicas_every={self.check_replicas_every} need. "
+                'Use param_sync="gather" and check_replicas_every=0, or update_in_backward=False.'
+            )
 
 
 def check_interval(name: str, every: int) -> None:

@@ -32,6 +32,7 @@ from lion_dist.metrics import Meter, metrics_over_ranks
 from lion_dist.optimizer import check_param, decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
 from lion_dist.sharding import collectives
 from lion_dist.sharding.agreement import check_ranks_agree
+from lion_dist.sharding.backward_updates import BackwardUpdates
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
 from lion_dist.sharding.grad_norm import GradNorm
@@ -101,6 +102,11 @@ class ShardedLion(Optimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "process_group": None}
         check_hyperparameters(defaults)
         check_interval("metrics_every", metrics_every)
+        if sharding.update_in_backward and (cautious or metrics_every):
+            raise ValueError(
+                "update_in_backward=True updates a bucket before the other buckets' gradients are there. cautious=True (a "
+                "statistic over whole tensors) and metrics_every (over the whole step) need update_in_backward=False."
+            )
         self.metrics_every = metrics_every
         self.precision, self.sharding, self.use_triton, self.cautious = precision, sharding, use_triton, cautious
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
@@ -121,6 +127,7 @@ class ShardedLion(Optimizer):
         self._inverse_loss_scale: Tensor | None = None
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
         self.param_scheduler: ParamScheduler | None = None
+        self._backward_updates: BackwardUpdates | None = None
         self._param_sync = SendCodes() if sharding.param_sync == "coded" else GatherParams()
         self._is_built = False
         super().__init__(params, defaults)
@@ -139,6 +146,9 @@ class ShardedLion(Optimizer):
         self._meter = Meter(self.metrics_every, self._device)
         self._replicas = ReplicaCheck(self.groups, self._stream, self._device, self.sharding.check_replicas_every)
         self._counters = torch.zeros(2, dtype=torch.int64, device=self._device)  # steps taken, steps skipped
+        if self.sharding.update_in_backward:
+            self._backward_updates = BackwardUpdates(self._stream, self._update_in_backward)
+            self.grad_scheduler.after_start = self._backward_updates
         self._check_agreement([(g, [self._names[p] for p in g["params"]]) for g in groups])
         if self._module is not None:
             self.param_scheduler = ParamScheduler(self._module)
@@ -236,7 +246,10 @@ class ShardedLion(Optimizer):
         if self.param_scheduler is not None:
             self.param_scheduler.add_buckets([shard.bucket for shard in new])
         self.shards += new
-        self._batches += make_batches(new)
+        if self.sharding.update_in_backward:
+            self._batches += [ShardBatch([shard]) for shard in new]
+        else:
+            self._batches += make_batches(new)
         for param in (p for shard in new for p in shard.bucket.params):
             self._versions[param] = param._version
 
@@ -287,13 +300,16 @@ class ShardedLion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._backward_updates is not None:
+            self._finish_backward_updates()
+            return loss
         verdict = self._judge_gradients()
         grad_scale = self._grad_scale(verdict)
         if self.sharding.check_replicas_every:
             with self._meter.clock.phase("measure"):
                 self._replicas.begin_step(self._copies)
         self._meter.begin_step()
-        written = self._refresh_stale_main()
+        written = self._refresh_stale_main(self.shards)
         scalars = {id(group): self._scalars_of(group) for group in self.param_groups}
         with self._meter.clock.phase("norm"):
             cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
@@ -317,7 +333,37 @@ class ShardedLion(Optimizer):
         self._meter.end_step(verdict.skip, self._counters)
         return loss
 
+    @torch.no_grad()
+    def _update_in_backward(self, bucket: Bucket) -> None:
+        (batch,) = [batch for batch in self._batches if batch.shards[0].bucket is bucket]
+        bucket.finish_param_sync()  # one whose modules did not run forward since the last step
+        self._refresh_stale_main(batch.shards)
+        if batch.tensors is not None:
+            scale = self._unscaling().float()
+            backend = choose_backend(self._device, self.use_triton)
+            scalars, seed = self._scalars_of(batch.group), self.precision.seed
+            lion_update_(batch.tensors, batch.grads(), scalars, grad_scale=scale, seed=seed, backend=backend)
+        bucket.reset_grad()
+        bucket.start_param_sync()
+
+    def _finish_backward_updates(self) -> None:
+        if self.grad_scheduler.in_no_sync:
+            raise RuntimeError("step() inside no_sync(): the step's last backward pass has to run outside of it")
+        if getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError("a GradScaler judges gradients before the update: use update_in_backward=False with it")
+        self._adopt_unfrozen()
+        self.grad_scheduler.start_all_but(self._backward_updates.begun)
+        self._backward_updates.finish()
+        self._counters[0] += 1
+        self._forget_step()
+        if self.param_scheduler is None:
+            self.finish_param_sync()
+        else:
+            self.param_scheduler.finish_strangers()
+
     def _forget_step(self) -> None:
+        if self._backward_updates is not None:
+            self._backward_updates.forget_step()
         self._verdict = self._grad_divisor = self._inverse_loss_scale = None
 
     def _scalars_of(self, group: dict) -> StepScalars:
@@ -371,6 +417,11 @@ class ShardedLion(Optimizer):
     @torch.no_grad()
     def _judge_gradients(self) -> Verdict:
         """Wait for every reduction, then ask all ranks once: norm, finite, used. Kept until ``step()``."""
+        if self._backward_updates is not None:
+            raise RuntimeError(
+                "with update_in_backward=True gradients are used as they come: there is no norm to clip by, to read or "
+                "to scale by. Construct ShardedLion with ShardingConfig(update_in_backward=False)."
+            )
         self._drop_outdated_verdict()
         if self._verdict is None:
             if self.grad_scheduler.in_no_sync:
@@ -508,14 +559,14 @@ class ShardedLion(Optimizer):
         for shard in self.shards:
             shard.refresh_main()
 
-    def _refresh_stale_main(self) -> set[Bucket]:
+    def _refresh_stale_main(self, shards: Iterable[BucketShard]) -> set[Bucket]:
         """A parameter's version counter moves only when somebody else writes: our writes go through the flat buffer.
 
         Returns:
             The buckets that somebody else has written on this rank.
         """
         written = set()
-        for shard in self.shards:
+        for shard in shards:
             stale = [p for p in shard.bucket.params if self._versions[p] != p._version]
             if stale:
                 shard.refresh_main()

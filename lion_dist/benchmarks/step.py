@@ -57,7 +57,8 @@ def sharded_lion(model: nn.Module, **sharding) -> Step:
                     model(batch).backward()
             else:
                 model(batch).backward()
-        optimizer.clip_grad_norm_(CLIP)
+        if not sharding.get("update_in_backward"):
+            optimizer.clip_grad_norm_(CLIP)
         optimizer.step()
 
     return step
@@ -138,6 +139,9 @@ def engines(micro_batches: int) -> dict[str, Callable[[nn.Module], Step]]:
     return {
         BASELINE: forward_backward,
         "lion_dist stage 2": lambda model: sharded_lion(model, zero_stage=2),
+        "lion_dist stage 2, update in backward (no clipping)": lambda model: sharded_lion(
+            model, update_in_backward=True
+        ),
         "lion_dist stage 1": lambda model: sharded_lion(model, zero_stage=1),
         "lion_dist stage 2, coded": lambda model: sharded_lion(model, param_sync="coded"),
         "lion_dist stage 2, fp32 on the wire": lambda model: sharded_lion(model, reduce_dtype=torch.float32),

@@ -14,7 +14,7 @@ waited for at the root); everybody else calls ``finish_param_sync()``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
@@ -39,6 +39,9 @@ class GradScheduler:
 
     Args:
         keep_local_grads: through ``no_sync`` passes gradients stay in ``p.grad`` (stage 1); False reduces always.
+
+    Attributes:
+        after_start: called with each bucket whose reduction was started outside ``no_sync``, the last of a step.
     """
 
     def __init__(self, keep_local_grads: bool):
@@ -52,6 +55,7 @@ class GradScheduler:
         self._started: set[Bucket] = set()  # in this pass
         self._pass_is_open = False
         self.version = 0  # changes with every gradient that is kept or sent
+        self.after_start: Callable[[Bucket], None] | None = None
         self._pending_local = False  # a no_sync pass left gradients behind that no later pass has taken along
 
     def add_buckets(self, buckets: Sequence[Bucket]) -> None:
@@ -103,7 +107,20 @@ class GradScheduler:
         self._next += 1
         self._started.add(bucket)
         self.version += 1
+        self._start(bucket)
+
+    def _start(self, bucket: Bucket) -> None:
         bucket.start_grad_sync()
+        if self.after_start is not None and not self.in_no_sync:
+            self.after_start(bucket)
+
+    def start_all_but(self, begun: Collection[Bucket]) -> None:
+        """Start the reductions of a step that backward has not started: of a rank without a batch, of new buckets."""
+        if not begun:
+            self.finish_pass()
+        for bucket in self._order:
+            if bucket not in begun:
+                self._start(bucket)
 
     def finish_pass(self) -> None:
         """Start the reductions that this pass has not started yet: parameters without a gradient count as zeros."""

@@ -17,7 +17,8 @@ def test_rows_carry_ratios_memory_and_versions(tmp_path):
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "step.csv").open()))
-    assert [row["engine"] for row in rows[:3]] == ["forward + backward alone", "lion_dist stage 2", "lion_dist stage 1"]
+    names = [row["engine"] for row in rows]
+    assert names[0] == "forward + backward alone" and {"lion_dist stage 1", "lion_dist stage 2"} < set(names)
     assert rows[0]["ratio"] == "1.0"
     assert all(float(row["ms_p10"]) <= float(row["ms_median"]) <= float(row["ms_p90"]) for row in rows)
     assert {row["ranks"] for row in rows} == {"2"}

@@ -1,0 +1,44 @@
+"""Updating a bucket from within backward, as soon as its gradients have been reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lion_dist.sharding.bucket import Bucket
+from lion_dist.sharding.buffers import CommStream
+
+
+class BackwardUpdates:
+    """Called with each bucket whose reduction has just been started; sees to it that ``update(bucket)`` follows.
+
+    On a CUDA stream the update joins the queue at once, behind the reduction. On a CPU only the host can wait, so a
+    bucket is updated when the next one's reduction is under way.
+    """
+
+    def __init__(self, stream: CommStream, update: Callable[[Bucket], None]):
+        self.stream, self._update = stream, update
+        self.begun: set[Bucket] = set()  # in this step
+        self._waiting: list[Bucket] = []
+
+    def __call__(self, bucket: Bucket) -> None:
+        if bucket in self.begun:
+            raise RuntimeError(
+                "a second synchronized backward pass in one step: with update_in_backward=True the first has updated "
+                "the parameters. Put every backward pass of a step but the last inside no_sync()."
+            )
+        self.begun.add(bucket)
+        if self.stream.stream is not None:
+            with self.stream.fork():
+                self._update(bucket)
+            return
+        self._waiting.append(bucket)
+        if len(self._waiting) > 1:
+            self._update(self._waiting.pop(0))
+
+    def finish(self) -> None:
+        """Every bucket that was begun is updated."""
+        while self._waiting:
+            self._update(self._waiting.pop(0))
+
+    def forget_step(self) -> None:
+        self.begun.clear()
