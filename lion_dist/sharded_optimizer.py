@@ -104,8 +104,8 @@ class ShardedLion(Optimizer):
         check_interval("metrics_every", metrics_every)
         if sharding.update_in_backward and (cautious or metrics_every):
             raise ValueError(
-                "update_in_backward=True updates a bucket before the other buckets' gradients are there. cautious=True (a "
-                "statistic over whole tensors) and metrics_every (over the whole step) need update_in_backward=False."
+                "update_in_backward=True updates a bucket before the other buckets' gradients are there. cautious=True "
+                "(statistics over whole tensors) and metrics_every (over a whole step) need update_in_backward=False."
             )
         self.metrics_every = metrics_every
         self.precision, self.sharding, self.use_triton, self.cautious = precision, sharding, use_triton, cautious

@@ -1,0 +1,79 @@
+"""What is exposed, from the kernels of a trace."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lion_dist.benchmarks.overlap import CAUSES, COMPUTE, Kernel, exposed_ms, length, read_trace, union, without
+
+NAMES = {
+    COMPUTE: "nvjet_sm90_gemm",
+    "update": "_list_kernel",
+    "grad_sync": "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL",
+    "param_sync": "ncclDevKernel_AllGather_RING_LL",
+    "norm": "ncclDevKernel_AllReduce_Sum_f64_RING_LL",
+}
+kernels = st.lists(
+    st.builds(
+        lambda cause, start, duration: Kernel(NAMES[cause], start, start + duration),
+        st.sampled_from(list(NAMES)),
+        st.integers(0, 50),
+        st.integers(1, 20),
+    ),
+    min_size=1,
+    max_size=15,
+)
+
+
+def moments(selected) -> set[int]:
+    """The whole microseconds that ``selected`` kernels cover."""
+    return {t for k in selected for t in range(int(k.start), int(k.stop))}
+
+
+@pytest.mark.parametrize("cause", NAMES)
+def test_kernels_are_known_by_their_names(cause):
+    assert Kernel(NAMES[cause], 0, 1).cause == cause
+
+
+@given(kernels)
+def test_compute_and_what_is_exposed_add_up_to_the_step(trace):
+    row = exposed_ms(trace, steps=1)
+    assert row["step"] == pytest.approx(row[COMPUTE] + row["host"] + sum(row[cause] for cause in CAUSES))
+    assert min(row.values()) >= 0 and row["hidden_share"] <= 1
+
+
+@given(kernels)
+def test_a_moment_has_the_first_cause_that_runs(trace):
+    row, taken = exposed_ms(trace, steps=2), moments(k for k in trace if k.cause == COMPUTE)
+    for cause in CAUSES:
+        alone = moments(k for k in trace if k.cause == cause) - taken
+        assert row[cause] == pytest.approx(len(alone) / 2e3)
+        taken |= alone
+    assert row["host"] == pytest.approx((row["step"] * 2e3 - len(taken)) / 2e3)
+
+
+@given(kernels)
+def test_hidden_is_what_runs_beside_computation(trace):
+    communication = moments(k for k in trace if k.communicates)
+    hidden = communication & moments(k for k in trace if k.cause == COMPUTE)
+    expected = len(hidden) / len(communication) if communication else 1.0
+    assert exposed_ms(trace, steps=1)["hidden_share"] == pytest.approx(expected)
+
+
+@given(kernels, kernels)
+def test_without_leaves_what_the_others_do_not_cover(some, others):
+    left = without(union(some), union(others))
+    assert length(left) == len(moments(some) - moments(others))
+
+
+def test_a_trace_is_read_as_the_profiler_writes_it(tmp_path):
+    events = [
+        {"cat": "kernel", "name": NAMES[COMPUTE], "ts": 10.0, "dur": 5.0, "args": {"stream": 7}},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoD (Device -> Device)", "ts": 15.0, "dur": 1.0},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 1.0, "dur": 4.0},
+        {"name": "process_name", "ph": "M"},
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    assert [(k.start, k.stop) for k in read_trace(tmp_path / "trace.json")] == [(10.0, 15.0), (15.0, 16.0)]
