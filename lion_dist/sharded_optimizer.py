@@ -12,9 +12,7 @@ Alternatives considered:
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,29 +27,19 @@ from lion_dist.kernels.reference import StepScalars, cautious_lr
 from lion_dist.kernels.statistics import measure
 from lion_dist.kernels.update import choose_backend, lion_update_
 from lion_dist.metrics import Meter, metrics_over_ranks
-from lion_dist.optimizer import check_param, decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
+from lion_dist.optimizer import decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
+from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding import collectives
 from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.backward_updates import BackwardUpdates
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
-from lion_dist.sharding.grad_norm import GradNorm
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
 from lion_dist.sharding.param_sync import GatherParams, SendCodes
 from lion_dist.sharding.process_groups import ShardGroups, backend_for, resolve_groups
 from lion_dist.sharding.replicas import Frozen, ReplicaCheck
 from lion_dist.sharding.scheduler import GradScheduler, ParamScheduler
-
-
-@dataclass
-class Verdict:
-    """What all ranks know about the gradients of the step that is about to be taken; on the device."""
-
-    sum_of_squares: Tensor  # [] fp64, of the summed gradients as backward left them (scaled, not averaged)
-    skip: Tensor  # [] fp32, 1 when a gradient is not finite
-    used: dict[Bucket, Tensor]  # [params] fp32
-    grad_version: int  # of the gradients that were judged; a later backward outdates the verdict
-    clip_coefficient: Tensor | None = None  # [] fp32
+from lion_dist.sharding.verdict import Judge, Verdict
 
 
 class ShardedLion(Optimizer):
@@ -114,17 +102,10 @@ class ShardedLion(Optimizer):
         self.shards: list[BucketShard] = []
         self._batches: list[ShardBatch] = []  # the same
         self._module = module
-        self._module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
-        self._names: dict[Parameter, str] = {}
-        self._canonical_start: dict[Parameter, int] = {}
-        self._numel = 0
+        self._params = ShardedParams(module, self.groups, precision)
         self._frozen: dict[Parameter, dict] = {}  # parameters that have no bucket yet, and their groups
         self._versions: dict[Parameter, int] = {}
         self._pools: dict[tuple, GradBufferPool] = {}
-        self._group_cache: dict[object, ShardGroups] = {}
-        self._verdict: Verdict | None = None
-        self._grad_divisor: float | Tensor | None = None
-        self._inverse_loss_scale: Tensor | None = None
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
         self.param_scheduler: ParamScheduler | None = None
         self._backward_updates: BackwardUpdates | None = None
@@ -142,17 +123,17 @@ class ShardedLion(Optimizer):
             raise ValueError("ShardedLion got no parameters: every param group is empty")
         self._device = params[0][0].device
         self._stream = CommStream(self._device)
-        self._grad_norm = GradNorm(self.groups, self._device)
+        self._judge = Judge(self.groups, self._device, self.groups.num_ranks if self.sharding.average else 1)
         self._meter = Meter(self.metrics_every, self._device)
         self._replicas = ReplicaCheck(self.groups, self._stream, self._device, self.sharding.check_replicas_every)
         self._counters = torch.zeros(2, dtype=torch.int64, device=self._device)  # steps taken, steps skipped
         if self.sharding.update_in_backward:
             self._backward_updates = BackwardUpdates(self._stream, self._update_in_backward)
             self.grad_scheduler.after_start = self._backward_updates
-        self._check_agreement([(g, [self._names[p] for p in g["params"]]) for g in groups])
+        self._check_agreement(groups)
         if self._module is not None:
             self.param_scheduler = ParamScheduler(self._module)
-            strangers = [p.data for p in self._module.parameters() if p not in self._names]
+            strangers = [p.data for p in self._module.parameters() if p not in self._params.names]
             for tensor in [*strangers, *self._module.buffers()]:
                 self.groups.broadcast(tensor)
         self._is_built = True
@@ -168,74 +149,31 @@ class ShardedLion(Optimizer):
         """Append a param group; its parameters get buckets of their own. All ranks do so together, between steps."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        names = self._names_of(group)
         try:
-            self._check_group(group, names)
+            self._params.check(group, next((p for g in self.param_groups for p in g["params"]), None))
             if self._is_built:
-                self._check_agreement([(group, names)])
+                self._check_agreement([group])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        for name, param in zip(names, group["params"], strict=True):
-            self._names[param] = name
-            self._canonical_start[param] = self._numel
-            self._numel += param.numel()
+        self._params.add(group)
         if self._is_built:
             self._add_buckets([(p, group) for p in group["params"]])
 
-    def _names_of(self, group: dict) -> list[str]:
-        if "param_names" in group:
-            return list(group["param_names"])
-        first = len(self._names)
-        return [self._module_names.get(p, f"param.{first + i}") for i, p in enumerate(group["params"])]
-
-    def _check_group(self, group: dict, names: list[str]) -> None:
-        check_hyperparameters(group)
-        self._groups_for(group)
-        if len(set(group["params"])) < len(names):
-            raise ValueError(f"a param group holds a parameter more than once: {', '.join(names)}")
-        first = next((p for g in self.param_groups for p in g["params"]), None)
-        for name, param in zip(names, group["params"], strict=True):
-            check_param(param, f"parameter {name!r}")
-            self.precision.main_params_for(param.dtype)
-            if param.device != first.device:
-                raise ValueError(
-                    f"ShardedLion expects parameters on one device, got {first.device} and {param.device} (first: "
-                    f"{name!r}). Move the model before constructing the optimizer."
-                )
-            if hasattr(param, "_local_tensor"):
-                raise TypeError(
-                    f"parameter {name!r} is a DTensor: it is sharded already. Use lion_dist.Lion, which updates local "
-                    "shards in place."
-                )
-
-    def _check_agreement(self, groups: list[tuple[dict, list[str]]]) -> None:
+    def _check_agreement(self, groups: list[dict]) -> None:
         choices = (self.sharding, self.precision, self._decoupled_from, self.cautious, self.metrics_every)
-        entries = [("ShardedLion", tuple(map(str, choices)))]
-        for i, (group, names) in enumerate(groups):
-            settings = [str(_number(group[key])) for key in ("lr", "betas", "weight_decay")]
-            entries.append((f"param group {i}: lr, betas, weight_decay", tuple(settings)))
-            for name, param in zip(names, group["params"], strict=True):
-                entries.append((name, (tuple(param.shape), str(param.dtype), param.requires_grad)))
+        entries = [("ShardedLion", tuple(map(str, choices))), *self._params.described(groups)]
         for axis in self.groups.axes:
             check_ranks_agree(entries, axis)
-
-    def _groups_for(self, group: dict) -> ShardGroups:
-        where = group["process_group"]
-        if where is None:
-            return self.groups
-        if where not in self._group_cache:
-            self._group_cache[where] = resolve_groups(where)
-        return self._group_cache[where]
 
     def _add_buckets(self, params: list[tuple[Parameter, dict]]) -> None:
         """Lay ``params`` out in new buckets, broadcast them, and hook them up. Frozen ones wait until they are not."""
         for param, group in params:
             if not param.requires_grad:
                 self._frozen[param] = group
-                self._groups_for(group).broadcast(param.data)
+                self._params.groups_for(group).broadcast(param.data)
         trainable = [(p, g) for p, g in params if p.requires_grad]
-        keys = [(id(g), p.dtype, self._groups_for(g)) for p, g in trainable]
+        keys = [(id(g), p.dtype, self._params.groups_for(g)) for p, g in trainable]
         numels = [p.numel() for p, _ in trainable]
         bucket_numel = self.sharding.bucket_numel or choose_bucket_numel(sum(numels), self.groups.shard_world_size)
         new = []
@@ -254,17 +192,17 @@ class ShardedLion(Optimizer):
             self._versions[param] = param._version
 
     def _make_bucket(self, params: list[Parameter], group: dict) -> BucketShard:
-        groups = self._groups_for(group)
+        groups = self._params.groups_for(group)
         ordered = self.sharding.ordered_sum
         if ordered is None:
             ordered = any(backend_for(axis, self._device) == "gloo" for axis in groups.axes)
         wire = self.sharding.reduce_dtype or params[0].dtype
         pool = self._pools.setdefault((wire, groups), GradBufferPool(wire, self._device))
-        names = [self._names[p] for p in params]
+        names = [self._params.names[p] for p in params]
         clock = self._meter.clock
         bucket = Bucket(params, names, groups, pool, ordered_sum=ordered, stream=self._stream, clock=clock)
         groups.broadcast(bucket.flat_params)
-        starts = [self._canonical_start[p] for p in params]
+        starts = [self._params.canonical_starts[p] for p in params]
         shard = BucketShard(bucket, group, self.precision, starts)
         if isinstance(self._param_sync, SendCodes):
             backend = choose_backend(self._device, self.use_triton)
@@ -304,7 +242,7 @@ class ShardedLion(Optimizer):
             self._finish_backward_updates()
             return loss
         verdict = self._judge_gradients()
-        grad_scale = self._grad_scale(verdict)
+        grad_scale = self._judge.grad_scale(self._loss_scale)
         if self.sharding.check_replicas_every:
             with self._meter.clock.phase("measure"):
                 self._replicas.begin_step(self._copies)
@@ -339,7 +277,7 @@ class ShardedLion(Optimizer):
         bucket.finish_param_sync()  # one whose modules did not run forward since the last step
         self._refresh_stale_main(batch.shards)
         if batch.tensors is not None:
-            scale = self._unscaling().float()
+            scale = self._judge.grad_scale(None)
             backend = choose_backend(self._device, self.use_triton)
             scalars, seed = self._scalars_of(batch.group), self.precision.seed
             lion_update_(batch.tensors, batch.grads(), scalars, grad_scale=scale, seed=seed, backend=backend)
@@ -349,7 +287,7 @@ class ShardedLion(Optimizer):
     def _finish_backward_updates(self) -> None:
         if self.grad_scheduler.in_no_sync:
             raise RuntimeError("step() inside no_sync(): the step's last backward pass has to run outside of it")
-        if getattr(self, "grad_scale", None) is not None:
+        if self._loss_scale is not None:
             raise RuntimeError("a GradScaler judges gradients before the update: use update_in_backward=False with it")
         self._adopt_unfrozen()
         self.grad_scheduler.start_all_but(self._backward_updates.begun)
@@ -364,7 +302,7 @@ class ShardedLion(Optimizer):
     def _forget_step(self) -> None:
         if self._backward_updates is not None:
             self._backward_updates.forget_step()
-        self._verdict = self._grad_divisor = self._inverse_loss_scale = None
+        self._judge.forget_step()
 
     def _scalars_of(self, group: dict) -> StepScalars:
         weight_decay = effective_weight_decay(group, self._decoupled_from)
@@ -422,8 +360,8 @@ class ShardedLion(Optimizer):
                 "with update_in_backward=True gradients are used as they come: there is no norm to clip by, to read or "
                 "to scale by. Construct ShardedLion with ShardingConfig(update_in_backward=False)."
             )
-        self._drop_outdated_verdict()
-        if self._verdict is None:
+        self._judge.drop_outdated(self.grad_scheduler.version)
+        if self._judge.verdict is None:
             if self.grad_scheduler.in_no_sync:
                 raise RuntimeError(
                     "step(), clip_grad_norm_() and grad_norm() inside no_sync() would use gradients that have not been "
@@ -433,19 +371,8 @@ class ShardedLion(Optimizer):
             self.finish_param_sync()  # a step without a forward since the last
             self.grad_scheduler.finish_backward()
             with self._meter.clock.phase("norm"):
-                total, used = self._grad_norm(self.buckets)
-            self._verdict = Verdict(total, (~total.isfinite()).float(), used, self.grad_scheduler.version)
-        return self._verdict
-
-    def _drop_outdated_verdict(self) -> None:
-        if self._verdict is None or self._verdict.grad_version == self.grad_scheduler.version:
-            return
-        if self._verdict.clip_coefficient is not None:
-            raise RuntimeError(
-                "a backward pass ran after clip_grad_norm_(), which did not see its gradients. Clip after the last "
-                "backward of the step; grad_norm() may be read at any time."
-            )
-        self._verdict = None
+                self._judge.decide(self.buckets, self.grad_scheduler.version)
+        return self._judge.verdict
 
     def _refuse_blind_scaler(self) -> None:
         if isinstance(getattr(self, "found_inf", None), int):  # the sum of no checks at all
@@ -454,25 +381,10 @@ class ShardedLion(Optimizer):
                 "lion_dist.GradScaler, which finds them; everything else about it is torch's."
             )
 
-    def _unscaling(self) -> Tensor:
-        """[] fp64: what turns a sum of scaled gradients into the gradient."""
-        divisor = self._grad_divisor
-        if divisor is None:
-            divisor = self.groups.num_ranks if self.sharding.average else 1
-        if isinstance(divisor, Tensor):
-            divisor = divisor.to(self._device, torch.float64)
-        else:
-            divisor = torch.full((), divisor, dtype=torch.float64, device=self._device)  # a copy would wait
-        loss_scale = getattr(self, "grad_scale", None)  # set by GradScaler around step(), unless it has unscaled
-        if loss_scale is not None:
-            divisor = divisor * loss_scale.double()
-        factor = divisor.reciprocal()
-        return factor if self._inverse_loss_scale is None else factor * self._inverse_loss_scale.double()
-
-    def _grad_scale(self, verdict: Verdict) -> Tensor:
-        """[] fp32: the one factor that the update multiplies gradients by."""
-        scale = self._unscaling().float()
-        return scale if verdict.clip_coefficient is None else scale * verdict.clip_coefficient
+    @property
+    def _loss_scale(self) -> Tensor | None:
+        """[] on the device; set by GradScaler around ``step()``, unless it has unscaled."""
+        return getattr(self, "grad_scale", None)
 
     # ---- gradients
 
@@ -484,14 +396,13 @@ class ShardedLion(Optimizer):
         """
         if not max_norm > 0:
             raise ValueError(f"max_norm must be above 0, got {max_norm!r}")
-        norm = self.grad_norm()
-        self._verdict.clip_coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        return norm
+        self._judge_gradients()
+        return self._judge.clip(max_norm, self._loss_scale)
 
     def grad_norm(self) -> Tensor:
         """[] fp32 on the device: the global norm of this step's gradients, averaged and unscaled, before clipping."""
-        verdict = self._judge_gradients()
-        return (verdict.sum_of_squares.sqrt() * self._unscaling()).float()
+        self._judge_gradients()
+        return self._judge.norm(self._loss_scale)
 
     def unscale_and_check_(self, inverse_loss_scale: Tensor) -> Tensor:
         """For ``lion_dist.GradScaler``: multiply gradients by ``inverse_loss_scale`` in the next step.
@@ -499,7 +410,7 @@ class ShardedLion(Optimizer):
         Returns:
             [] fp32 on the device: 1 when a gradient is not finite on any rank.
         """
-        self._inverse_loss_scale = inverse_loss_scale
+        self._judge.inverse_loss_scale = inverse_loss_scale
         return self._judge_gradients().skip
 
     def set_grad_divisor(self, count: float | Tensor) -> None:
@@ -507,11 +418,7 @@ class ShardedLion(Optimizer):
 
         Call it before ``clip_grad_norm_`` and ``step``; it holds for one step. A tensor is not read by the host.
         """
-        if not isinstance(count, Tensor) and not (math.isfinite(count) and count > 0):
-            raise ValueError(f"the gradient divisor must be finite and above 0, got {count!r}")
-        if self._verdict is not None and self._verdict.clip_coefficient is not None:
-            raise RuntimeError("set_grad_divisor() comes before clip_grad_norm_(), which has used the old one")
-        self._grad_divisor = count
+        self._judge.set_divisor(count)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -606,9 +513,10 @@ class ShardedLion(Optimizer):
 
     def _copies(self) -> tuple[list[Bucket], list[Frozen]]:
         """What all ranks must hold alike: buckets, and parameters that are not trained, the module's others too."""
-        frozen = [(self._names[p], p, self._groups_for(group)) for p, group in self._frozen.items()]
-        for param, name in self._module_names.items():
-            if param not in self._names and not param.requires_grad and type(param) is Parameter:
+        names, groups_for = self._params.names, self._params.groups_for
+        frozen = [(names[p], p, groups_for(group)) for p, group in self._frozen.items()]
+        for param, name in self._params.module_names.items():
+            if param not in names and not param.requires_grad and type(param) is Parameter:
                 frozen.append((name, param, self.groups))
         return self.buckets, frozen
 
@@ -654,7 +562,7 @@ class ShardedLion(Optimizer):
                 state[name] = kinds
         groups = [
             {k: v for k, v in g.items() if k not in ("params", "param_names", "process_group")}
-            | {"params": [self._names[p] for p in g["params"]]}
+            | {"params": [self._params.names[p] for p in g["params"]]}
             for g in self.param_groups
         ]
         return {"state": state, "param_groups": groups, "counters": self._counters}
@@ -678,12 +586,3 @@ class ShardedLion(Optimizer):
         self._counters.copy_(state_dict["counters"])
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
-
-
-def _number(value):
-    return value.tolist() if isinstance(value, Tensor) else value
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what torch.compile and checkpoint wrappers put into it."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")

@@ -1,0 +1,96 @@
+"""The parameters of a ``ShardedLion``: checked as they come, named, numbered, and the ranks that share each."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lion_dist.config import PrecisionPolicy, check_hyperparameters
+from lion_dist.optimizer import check_param
+from lion_dist.sharding.process_groups import ShardGroups, resolve_groups
+
+
+class ShardedParams:
+    """What is known of the parameters beside their tensors.
+
+    Args:
+        module: gives parameters their names; None: they are numbered.
+        groups: the ranks of parameters whose param group has no ``process_group`` of its own.
+
+    Attributes:
+        names: of the optimizer's parameters; they need not be the module's.
+        module_names: of the module's parameters.
+        canonical_starts: the canonical index of each parameter's first element (``sharding/layout.py``).
+    """
+
+    def __init__(self, module: nn.Module | None, groups: ShardGroups, precision: PrecisionPolicy):
+        self.groups, self.precision = groups, precision
+        self.module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
+        self.names: dict[Parameter, str] = {}
+        self.canonical_starts: dict[Parameter, int] = {}
+        self._numel = 0
+        self._own_groups: dict[object, ShardGroups] = {}
+
+    def names_of(self, group: dict) -> list[str]:
+        """Of a param group that has come or is to come."""
+        if "param_names" in group:
+            return list(group["param_names"])
+        if all(param in self.names for param in group["params"]):
+            return [self.names[param] for param in group["params"]]
+        first = len(self.names)
+        return [self.module_names.get(p, f"param.{first + i}") for i, p in enumerate(group["params"])]
+
+    def groups_for(self, group: dict) -> ShardGroups:
+        where = group["process_group"]
+        if where is None:
+            return self.groups
+        if where not in self._own_groups:
+            self._own_groups[where] = resolve_groups(where)
+        return self._own_groups[where]
+
+    def check(self, group: dict, first: Parameter | None) -> None:
+        """Raise TypeError or ValueError unless ``group`` can be trained. ``first``: of all parameters."""
+        check_hyperparameters(group)
+        self.groups_for(group)
+        names = self.names_of(group)
+        if len(set(group["params"])) < len(names):
+            raise ValueError(f"a param group holds a parameter more than once: {', '.join(names)}")
+        for name, param in zip(names, group["params"], strict=True):
+            check_param(param, f"parameter {name!r}")
+            self.precision.main_params_for(param.dtype)
+            if param.device != first.device:
+                raise ValueError(
+                    f"ShardedLion expects parameters on one device, got {first.device} and {param.device} (first: "
+                    f"{name!r}). Move the model before constructing the optimizer."
+                )
+            if hasattr(param, "_local_tensor"):
+                raise TypeError(
+                    f"parameter {name!r} is a DTensor: it is sharded already. Use lion_dist.Lion, which updates local "
+                    "shards in place."
+                )
+
+    def add(self, group: dict) -> None:
+        """Name and number the parameters of a checked ``group``."""
+        for name, param in zip(self.names_of(group), group["params"], strict=True):
+            self.names[param] = name
+            self.canonical_starts[param] = self._numel
+            self._numel += param.numel()
+
+    def described(self, groups: list[dict]) -> list[tuple[str, tuple]]:
+        """What has to be the same on all ranks, as entries for ``check_ranks_agree``."""
+        entries = []
+        for i, group in enumerate(groups):
+            settings = [str(_number(group[key])) for key in ("lr", "betas", "weight_decay")]
+            entries.append((f"param group {i}: lr, betas, weight_decay", tuple(settings)))
+            for name, param in zip(self.names_of(group), group["params"], strict=True):
+                entries.append((name, (tuple(param.shape), str(param.dtype), param.requires_grad)))
+        return entries
+
+
+def _number(value):
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what torch.compile and checkpoint wrappers put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")

@@ -1,0 +1,94 @@
+"""What becomes of a step's gradients as a whole: one verdict that all ranks share, and one factor for all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lion_dist.sharding.bucket import Bucket
+from lion_dist.sharding.grad_norm import GradNorm
+from lion_dist.sharding.process_groups import ShardGroups
+
+
+@dataclass
+class Verdict:
+    """What all ranks know about the gradients of the step that is about to be taken; on the device."""
+
+    sum_of_squares: Tensor  # [] fp64, of the summed gradients as backward left them (scaled, not averaged)
+    skip: Tensor  # [] fp32, 1 when a gradient is not finite
+    used: dict[Bucket, Tensor]  # [params] fp32
+    grad_version: int  # of the gradients that were judged; a later backward outdates the verdict
+    clip_coefficient: Tensor | None = None  # [] fp32
+
+
+class Judge:
+    """Keeps the verdict of a step, and what its gradients are multiplied by: averaging, unscaling, clipping.
+
+    Args:
+        divisor: of the summed gradients, unless a step has its own.
+    """
+
+    def __init__(self, groups: ShardGroups, device: torch.device, divisor: int):
+        self.verdict: Verdict | None = None
+        self.inverse_loss_scale: Tensor | None = None  # of a GradScaler that has unscaled already
+        self._grad_norm, self._device, self._default_divisor = GradNorm(groups, device), device, divisor
+        self._divisor: float | Tensor | None = None
+
+    def forget_step(self) -> None:
+        self.verdict = self._divisor = self.inverse_loss_scale = None
+
+    def drop_outdated(self, grad_version: int) -> None:
+        """Of gradients that a later backward pass has added to."""
+        if self.verdict is None or self.verdict.grad_version == grad_version:
+            return
+        if self.verdict.clip_coefficient is not None:
+            raise RuntimeError(
+                "a backward pass ran after clip_grad_norm_(), which did not see its gradients. Clip after the last "
+                "backward of the step; grad_norm() may be read at any time."
+            )
+        self.verdict = None
+
+    def decide(self, buckets: Sequence[Bucket], grad_version: int) -> None:
+        """Ask all ranks, once, about the reduced gradients of ``buckets``."""
+        total, used = self._grad_norm(buckets)
+        self.verdict = Verdict(total, (~total.isfinite()).float(), used, grad_version)
+
+    def set_divisor(self, count: float | Tensor) -> None:
+        """Of this step's summed gradients."""
+        if not isinstance(count, Tensor) and not (math.isfinite(count) and count > 0):
+            raise ValueError(f"the gradient divisor must be finite and above 0, got {count!r}")
+        if self.verdict is not None and self.verdict.clip_coefficient is not None:
+            raise RuntimeError("set_grad_divisor() comes before clip_grad_norm_(), which has used the old one")
+        self._divisor = count
+
+    def unscaling(self, loss_scale: Tensor | None) -> Tensor:
+        """[] fp64: what turns a sum of scaled gradients into the gradient."""
+        divisor = self._default_divisor if self._divisor is None else self._divisor
+        if isinstance(divisor, Tensor):
+            divisor = divisor.to(self._device, torch.float64)
+        else:
+            divisor = torch.full((), divisor, dtype=torch.float64, device=self._device)  # a copy would wait
+        if loss_scale is not None:
+            divisor = divisor * loss_scale.double()
+        factor = divisor.reciprocal()
+        return factor if self.inverse_loss_scale is None else factor * self.inverse_loss_scale.double()
+
+    def grad_scale(self, loss_scale: Tensor | None) -> Tensor:
+        """[] fp32: the one factor that the update multiplies gradients by."""
+        scale = self.unscaling(loss_scale).float()
+        clips = self.verdict is not None and self.verdict.clip_coefficient is not None
+        return scale * self.verdict.clip_coefficient if clips else scale
+
+    def norm(self, loss_scale: Tensor | None) -> Tensor:
+        """[] fp32: the global norm, averaged and unscaled, before clipping."""
+        return (self.verdict.sum_of_squares.sqrt() * self.unscaling(loss_scale)).float()
+
+    def clip(self, max_norm: float, loss_scale: Tensor | None) -> Tensor:
+        """Let ``grad_scale`` bring the norm down to ``max_norm``; returns :meth:`norm`."""
+        norm = self.norm(loss_scale)
+        self.verdict.clip_coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm
