@@ -6,6 +6,7 @@ FSDP1 that does not help: its plugin refuses to be made without an accelerator.)
 """
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -116,6 +117,10 @@ def main() -> None:
     }
     if dist.get_rank() == 0:
         (out / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the frameworks leave process groups behind, whose threads now and then abort the interpreter's end
 
 
 if __name__ == "__main__":

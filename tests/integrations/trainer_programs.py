@@ -5,6 +5,7 @@ It knows nothing of lion_dist (but for ``client``, whose own optimizer is a ``Li
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -94,6 +95,10 @@ def main() -> None:
     }
     if dist.get_rank() == 0:
         (out / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the frameworks leave process groups behind, whose threads now and then abort the interpreter's end
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 import engines
 import resuming
 import train
-from lion_dist import sharded_optimizer
+from lion_dist import sharded_optimizer, sharded_params
 from lion_dist.sharding import collectives
 
 Act = Callable[[], object]
@@ -89,7 +89,7 @@ def construction_error() -> None:
 
 OTHERS: dict[str, tuple[Callable[[Act], None], Act]] = {
     "nan": (with_a_nan_gradient, lambda: True),
-    "error": (lambda act: before(sharded_optimizer, "check_param", act), construction_error),
+    "error": (lambda act: before(sharded_params, "check_param", act), construction_error),
     "stuck": (before_the_step, lambda: time.sleep(3600)),
     "slow": (before_the_step, lambda: time.sleep(0.25)),
     "SIGTERM": (before_the_step, lambda: os.kill(os.getpid(), signal.SIGTERM)),
