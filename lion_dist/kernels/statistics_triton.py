@@ -32,12 +32,13 @@ from lion_dist.kernels.triton_kernels import (
     _bits,
     _find_tensor,
     _from_bf16,
-    _load_fp32,
     _pointers,
     _quiet_bits,
     _random_bits,
     _random_keys,
+    _read_block,
     _read_scalars,
+    _step_param,
     _takes_part,
     _upper_half,
 )
@@ -77,8 +78,6 @@ def _add_piece(
     scalars,
 ):
     lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, grad_scale = scalars
-    SPLIT: tl.constexpr = main is not None and main.dtype.element_ty == tl.int16
-    FP32_MAIN: tl.constexpr = main is not None and main.dtype.element_ty == tl.float32
     ALIGNED: tl.constexpr = mask is None
     param = _pointers(param, start, offsets, ALIGNED)
     exp_avg = _pointers(exp_avg, start, offsets, ALIGNED)
@@ -86,24 +85,11 @@ def _add_piece(
     if main is not None:
         main = _pointers(main, start, offsets, ALIGNED)
 
-    # Read.
-    g = _load_fp32(grad, mask)
-    m = _load_fp32(exp_avg, mask)
-    if FP32_MAIN:
-        p = tl.load(main, mask=mask)
-    elif SPLIT:
-        remainder = tl.load(main, mask=mask).to(tl.int32).to(tl.uint32, bitcast=True)
-        p = (_from_bf16(tl.load(param, mask=mask)) + remainder).to(tl.float32, bitcast=True)
-    else:
-        p = _load_fp32(param, mask)
-    g = g * grad_scale
-
     # Update, as in triton_kernels._update_block.
+    p, m, g = _read_block(param, main, exp_avg, grad, mask, grad_scale)
     finite = tl.abs(g) < float("inf")
     c = m * beta1 + g * one_minus_beta1
-    signed_lr = (_bits(lr) | (_bits(c) & 0x80000000)).to(tl.float32, bitcast=True)
-    new_p = p * decay - tl.where(tl.abs(c) > 0, signed_lr, 0.0)
-    new_p = tl.where(finite, new_p, p)
+    new_p = tl.where(finite, _step_param(p, c, lr, decay), p)
 
     # Measure.
     moves = finite & (tl.abs(c) > 0)

@@ -150,6 +150,28 @@ def _pointers(base, start, offsets, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _read_block(param, main, exp_avg, grad, mask, grad_scale):  # [n] pointers, main may be None; [n] bool or None; fp32
+    """fp32 p (what the update reads), m and the scaled g."""
+    g = _load_fp32(grad, mask)
+    m = _load_fp32(exp_avg, mask)
+    if main is None:
+        p = _load_fp32(param, mask)
+    elif main.dtype.element_ty == tl.int16:
+        remainder = tl.load(main, mask=mask).to(tl.int32).to(tl.uint32, bitcast=True)
+        p = (_from_bf16(tl.load(param, mask=mask)) + remainder).to(tl.float32, bitcast=True)
+    else:
+        p = tl.load(main, mask=mask)
+    return p, m, g * grad_scale
+
+
+@triton.jit
+def _step_param(p, c, lr, decay):
+    """The step is lr with the sign of c, and 0 where c is 0 or NaN."""
+    signed_lr = (_bits(lr) | (_bits(c) & 0x80000000)).to(tl.float32, bitcast=True)
+    return p * decay - tl.where(tl.abs(c) > 0, signed_lr, 0.0)
+
+
+@triton.jit
 def _update_block(
     param,  # pointers to fp32 | bf16 | fp16
     main,  # fp32 | int16, or None
@@ -174,23 +196,12 @@ def _update_block(
     if main is not None:
         main = _pointers(main, start, offsets, ALIGNED)
 
-    # Read.
-    g = _load_fp32(grad, mask)
-    m = _load_fp32(exp_avg, mask)
-    if FP32_MAIN:
-        p = tl.load(main, mask=mask)
-    elif SPLIT:
-        remainder = tl.load(main, mask=mask).to(tl.int32).to(tl.uint32, bitcast=True)
-        p = (_from_bf16(tl.load(param, mask=mask)) + remainder).to(tl.float32, bitcast=True)
-    else:
-        p = _load_fp32(param, mask)
-    g = g * grad_scale
+    p, m, g = _read_block(param, main, exp_avg, grad, mask, grad_scale)
     finite = tl.abs(g) < float("inf")
 
-    # Update. The step is lr with the sign of c, and 0 where c is 0 or NaN.
+    # Update.
     c = m * beta1 + g * one_minus_beta1
-    signed_lr = (_bits(lr) | (_bits(c) & 0x80000000)).to(tl.float32, bitcast=True)
-    new_p = p * decay - tl.where(tl.abs(c) > 0, signed_lr, 0.0)
+    new_p = _step_param(p, c, lr, decay)
     new_m = m * beta2 + g * one_minus_beta2
 
     # An element without a finite gradient keeps its values; rounding them again below gives their old bits.
