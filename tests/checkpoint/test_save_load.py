@@ -11,7 +11,7 @@ from lion_pytorch import Lion as PublishedLion
 from torch import nn
 
 from lion_dist import Lion, ShardedLion, ShardingConfig, checkpoint
-from tests.checkpoint.engines import POLICIES
+from tests.checkpoint.engines import POLICIES, train
 
 PLAIN = {"ranks": 1, "engine": "plain"}
 ONE = {"ranks": 1, "engine": "sharded"}
@@ -34,16 +34,6 @@ def build(policy, engine, zero_stage=2, bucket_numel=900):
         return model, Lion(groups, lr=1e-3, precision=precision)
     sharding = ShardingConfig(zero_stage=zero_stage, bucket_numel=bucket_numel)
     return model, ShardedLion(groups, lr=1e-3, module=model, precision=precision, sharding=sharding)
-
-
-def train(model, optimizer, steps):
-    """Every rank has the same batch, so that the mean over 1, 2 or 4 ranks is the same to the bit."""
-    dtype = next(model.parameters()).dtype
-    for step in steps:
-        x = torch.randn(4, 13, generator=torch.Generator().manual_seed(step)).to(dtype)
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
 
 
 def parameters_of(model):

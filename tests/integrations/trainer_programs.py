@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,19 @@ def by_accelerate(config: str, client: bool):
     return model, losses
 
 
+def leave(out: Path, found: dict) -> NoReturn:
+    """The first rank writes ``found`` to ``out/found.json``; every rank ends with exit code 0.
+
+    Past the interpreter's own end: the frameworks leave process groups behind, whose threads now and then abort it.
+    """
+    if dist.get_rank() == 0:
+        (out / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def main() -> None:
     framework, config, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     import deepspeed
@@ -93,12 +107,7 @@ def main() -> None:
         "state": sorted({f"{key} {value.dtype}" for state in states for key, value in state.items()}),
         "losses": losses,
     }
-    if dist.get_rank() == 0:
-        (out / "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # the frameworks leave process groups behind, whose threads now and then abort the interpreter's end
+    leave(out, found)
 
 
 if __name__ == "__main__":

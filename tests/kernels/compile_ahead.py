@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -65,10 +66,20 @@ def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype):
         types |= dict.fromkeys(["lr", "decay", "grad_scale", "skip", "active"], "*fp32")
         constants |= {f"{name}_DTYPE": ty for name, ty in tl_types.items()}
         constants["STRIDE"] = triton_kernels.SEARCH_STRIDE
-    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
-    constants |= {name: None for name in function.arg_names if name not in types and name not in constants}
-    options = {"num_warps": shape.num_warps, "enable_fp_fusion": False}
-    return triton.compile(ASTSource(function, signature, constants), target=HOPPER, options=options)
+    return compile_for_hopper(function, types, constants, shape.num_warps)
+
+
+def compile_for_hopper(function, types: dict[str, str], constants: dict, num_warps: int, aligned: Sequence[str] = ()):
+    """``function`` with arguments of ``types``, ``constants``, and None for all others.
+
+    ``aligned``: arguments that a launch finds divisible by 16.
+    """
+    names = function.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constants = constants | {name: None for name in names if name not in types and name not in constants}
+    found = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name in aligned}
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    return triton.compile(ASTSource(function, signature, constants, found), target=HOPPER, options=options)
 
 
 def main() -> None:

@@ -9,12 +9,9 @@ import json
 import re
 from collections import Counter
 
-import triton
-from triton.compiler import ASTSource
-
 from lion_dist.kernels import codes_triton
 from lion_dist.kernels.codes import SENARY, TERNARY
-from tests.kernels.compile_ahead import HOPPER
+from tests.kernels.compile_ahead import compile_for_hopper
 
 VARIANTS = {  # storage: (kind, integer type, layout)
     "main params under bf16": (codes_triton.BF16, "i16", SENARY),
@@ -39,12 +36,7 @@ def compile_kernel(kernel: str, name: str):
         types["keys"] = "*i32"
     constants = {"KIND": kind.value, "RADIX": layout.radix, "PER_BYTE": layout.per_byte}
     constants["GROUPS"] = 8 if integer == "i32" else 16
-    signature = {argument: types.get(argument, "constexpr") for argument in function.arg_names}
-    constants |= {a: None for a in function.arg_names if a not in types and a not in constants}
-    named = [(i, argument) for i, argument in enumerate(function.arg_names) if argument in types]
-    aligned = {(i,): [["tt.divisibility", 16]] for i, argument in named if argument in ALIGNED}
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    return triton.compile(ASTSource(function, signature, constants, aligned), target=HOPPER, options=options)
+    return compile_for_hopper(function, types, constants, num_warps=4, aligned=ALIGNED)
 
 
 def main() -> None:

@@ -10,13 +10,11 @@ import re
 from collections import Counter
 
 import torch
-import triton
-from triton.compiler import ASTSource
 
 from lion_dist.kernels import statistics_triton, triton_kernels
 from lion_dist.kernels.triton_kernels import TL_DTYPES
 from tests.kernels.cases import Storage
-from tests.kernels.compile_ahead import HOPPER, SCALARS, VARIANTS
+from tests.kernels.compile_ahead import SCALARS, VARIANTS, compile_for_hopper
 
 TABLES = {"rows": "*i64", "grads": "*i64", "first_blocks": "*i32", "search_table": "*i32", "sums_of_blocks": "*fp64"}
 
@@ -36,10 +34,7 @@ def compile_kernel(storage: Storage, grad_dtype: torch.dtype, all_arguments: boo
         "BLOCK": shape.block,
         "PIECE": shape.piece,
     }
-    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
-    constants |= {name: None for name in function.arg_names if name not in types and name not in constants}
-    options = {"num_warps": shape.num_warps, "enable_fp_fusion": False}
-    return triton.compile(ASTSource(function, signature, constants), target=HOPPER, options=options)
+    return compile_for_hopper(function, types, constants, shape.num_warps)
 
 
 def main() -> None:
