@@ -20,7 +20,7 @@ import train
 from lion_dist import sharded_optimizer, sharded_params
 from lion_dist.sharding import collectives
 
-Act = Callable[[], object]
+Act = Callable[..., object]  # may be told the step that it belongs to; else it is the present one
 now = {"step": 0}
 
 
@@ -61,8 +61,15 @@ def in_backward(act: Act) -> None:
 
 
 def in_save(act: Act) -> None:
-    """When a file of a checkpoint is written but not yet durable."""
-    before(resuming.Checkpoints, "save", lambda: before(os, "fsync", act))
+    """When a file of a checkpoint is written but not yet durable: in the background, maybe during a later step."""
+    original = resuming.Checkpoints.save
+
+    def save(self, step):
+        self.finish()  # the checkpoint before it has its files made durable
+        before(os, "fsync", lambda: act(step))
+        original(self, step)
+
+    resuming.Checkpoints.save = save
 
 
 def with_a_nan_gradient(act: Act) -> None:
@@ -106,8 +113,8 @@ def install(drill: str) -> None:
     else:
         where, act = OTHERS[name]
 
-    def at_its_step():
-        if step not in ("any", str(now["step"])):
+    def at_its_step(of: int | None = None):
+        if step not in ("any", str(now["step"] if of is None else of)):
             return False
         if step != "any":
             print(f"drill: rank {rank}, {name}, step {step}", flush=True)
