@@ -9,6 +9,7 @@ ranks, and the pool starts anew.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -137,6 +138,7 @@ def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
     faulthandler.register(signal.SIGUSR1, file=stacks_file)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     connection.send_bytes(b"ready")
+    gc.freeze()  # what has been imported need not be looked through after each task
     while True:
         try:
             task = connection.recv_bytes()
@@ -158,3 +160,4 @@ def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
+        gc.collect()  # optimizers are cycles, and keep a process group and its threads, which wake a hundred times a second

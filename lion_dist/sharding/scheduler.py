@@ -14,6 +14,7 @@ waited for at the root); everybody else calls ``finish_param_sync()``.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -34,6 +35,22 @@ def not_traced(function: Callable) -> Callable:
     return torch.compiler.disable(function, recursive=False)
 
 
+def held_weakly(method: Callable[[Parameter], None]) -> Callable[[Parameter], None]:
+    """``method`` as a hook on parameters that does not keep its object alive; without it, it does nothing.
+
+    Python's garbage collector does not see through post-accumulate-grad hooks (torch 2.13): a cycle of parameter, hook,
+    scheduler, bucket and parameter would stay for good, and with it the memory of a model that is long forgotten.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def hook(param: Parameter) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(param)
+
+    return hook
+
+
 class GradScheduler:
     """Starts the reduction of each bucket from backward, in one order on every rank.
 
@@ -46,7 +63,7 @@ class GradScheduler:
 
     def __init__(self, keep_local_grads: bool):
         self.keep_local_grads = keep_local_grads
-        self._hook = not_traced(self._on_grad)
+        self._hook = not_traced(held_weakly(self._on_grad))
         self._start_ready = torch.compiler.disable(self._start_ready)
         self.in_no_sync = False
         self._order: list[Bucket] = []  # the order in which reductions start
