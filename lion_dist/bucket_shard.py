@@ -40,6 +40,7 @@ class BucketShard:
         params, dtype = bucket.param_shard, bucket.param_shard.dtype
         self.exp_avg = torch.zeros_like(params, dtype=precision.momentum_dtype_for(dtype))
         self.main_param = main_for(params, precision.main_params_for(dtype))
+        self.stochastic_momentum = precision.momentum_rounding == "stochastic" and self.exp_avg.dtype == torch.bfloat16
         self.steps = None
         if precision.is_stochastic(dtype):
             self.steps = torch.zeros(len(bucket.slices), dtype=torch.int64, device=params.device)
@@ -54,9 +55,7 @@ class BucketShard:
                 mains=None if self.main_param is None else self.slices_of(self.main_param),
                 index_starts=[canonical_starts[s.param] + s.param_start for s in bucket.slices],
                 steps=self.steps,
-                stochastic_momentum=(
-                    precision.momentum_rounding == "stochastic" and self.exp_avg.dtype == torch.bfloat16
-                ),
+                stochastic_momentum=self.stochastic_momentum,
             )
 
     def make_codec(self, precision: PrecisionPolicy, canonical_starts: list[int], backend: str) -> ShardCodec:
@@ -89,14 +88,37 @@ class BucketShard:
         cautious_lrs: Tensor | None,  # [slices] fp32
     ) -> None:
         """Before the update: what the codes of this step are relative to."""
+        rates = self._rates(scalars, moves.index_select(0, self.slice_params), cautious_lrs)
+        codec.begin(*rates, self.steps, self.bucket.param_shard)
+
+    def update_and_encode(self, codec: ShardCodec, scalars: StepScalars, moves: Tensor, grad_scale: Tensor) -> None:
+        """The update of this shard and its codes in one launch. ``moves``: as for :meth:`begin_codes`."""
         moves = moves.index_select(0, self.slice_params)
+        codec.begin(*self._rates(scalars, moves, None), self.steps, None)
+        codec.update_and_encode(
+            self.bucket.param_shard,
+            self.main_param,
+            self.exp_avg,
+            self.bucket.finish_grad_sync(),
+            scalars,
+            grad_scale=grad_scale,
+            moves=moves,
+            steps=self.steps,
+            stochastic_momentum=self.stochastic_momentum,
+        )
+        if self.steps is not None:
+            self.steps += moves
+
+    @staticmethod
+    def _rates(scalars: StepScalars, moves: Tensor, cautious_lrs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """lr and decay of each slice, [slices] fp32; 0 and 1 where nothing moves. ``moves``: [slices] bool."""
         rates = torch.empty(2, len(moves), dtype=torch.float32, device=moves.device)
         for rate, value in zip(rates, (scalars.lr, scalars.decay), strict=True):
             rate.fill_(value)
         lr, decay = rates
         if cautious_lrs is not None:
             lr = cautious_lrs
-        codec.begin(self.bucket.param_shard, torch.where(moves, lr, 0.0), torch.where(moves, decay, 1.0), self.steps)
+        return torch.where(moves, lr, 0.0), torch.where(moves, decay, 1.0)
 
     def grad_slices(self) -> list[Tensor]:
         """The reduced gradients of ``tensors``; views, made once where they can be."""

@@ -253,10 +253,7 @@ class ShardedLion(Optimizer):
             cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
         with self._meter.clock.phase("update"):
             for batch in self._batches:
-                for shard in batch.shards:
-                    self._begin_codes(shard, verdict, scalars[id(shard.group)], cautious_lrs.get(shard))
-                if batch.tensors is not None:
-                    self._update(batch, verdict, scalars[id(batch.group)], grad_scale, cautious_lrs)
+                self._update(batch, verdict, scalars[id(batch.group)], grad_scale, cautious_lrs)
                 for shard in batch.shards:
                     shard.bucket.reset_grad()
                     self._param_sync.after_update(shard.bucket)  # the next forward waits, not this line
@@ -309,13 +306,6 @@ class ShardedLion(Optimizer):
         warn_if_decay_vanishes(group["lr"], weight_decay)
         return StepScalars.from_group(group["lr"], group["betas"], weight_decay)
 
-    def _begin_codes(
-        self, shard: BucketShard, verdict: Verdict, scalars: StepScalars, cautious_lrs: Tensor | None
-    ) -> None:
-        if isinstance(self._param_sync, SendCodes) and shard.bucket.groups.shard_group is not None:
-            moves = (verdict.used[shard.bucket] != 0) & (verdict.skip == 0)
-            shard.begin_codes(self._param_sync.codecs[shard.bucket], scalars, moves, cautious_lrs)
-
     def _update(
         self,
         batch: ShardBatch,
@@ -324,18 +314,29 @@ class ShardedLion(Optimizer):
         grad_scale: Tensor,  # [] fp32
         cautious_lrs: dict[BucketShard, Tensor],  # [slices] fp32
     ) -> None:
-        grads = batch.grads()
-        arguments = {
-            "grad_scale": grad_scale,
-            "active": batch.active(verdict.used),
-            "seed": self.precision.seed,
-            "cautious_lrs": torch.cat([cautious_lrs[shard] for shard in batch.owning]) if cautious_lrs else None,
-            "backend": choose_backend(self._device, self.use_triton),
-        }
-        if self._meter.is_measuring and batch.groups.replicate_rank == 0:  # each element once
-            with self._meter.clock.phase("measure"):
-                self._meter.add(measure(batch.tensors, grads, scalars, **arguments))
-        lion_update_(batch.tensors, grads, scalars, skip=verdict.skip, **arguments)
+        backend = choose_backend(self._device, self.use_triton)
+        sends_codes = isinstance(self._param_sync, SendCodes) and batch.groups.shard_group is not None
+        encodes = sends_codes and backend == "triton" and not self.cautious  # in the update's own launch
+        if batch.owning:
+            arguments = {
+                "grad_scale": grad_scale,
+                "active": batch.active(verdict.used),
+                "seed": self.precision.seed,
+                "cautious_lrs": torch.cat([cautious_lrs[shard] for shard in batch.owning]) if cautious_lrs else None,
+                "backend": backend,
+            }
+            if self._meter.is_measuring and batch.groups.replicate_rank == 0:  # each element once
+                with self._meter.clock.phase("measure"):
+                    self._meter.add(measure(batch.tensors, batch.grads(), scalars, **arguments))
+        for shard in batch.shards if sends_codes else ():
+            codec = self._param_sync.codecs[shard.bucket]
+            moves = (verdict.used[shard.bucket] != 0) & (verdict.skip == 0)
+            if encodes:
+                shard.update_and_encode(codec, scalars, moves, grad_scale)
+            else:
+                shard.begin_codes(codec, scalars, moves, cautious_lrs.get(shard))
+        if batch.owning and not encodes:
+            lion_update_(batch.tensors, batch.grads(), scalars, skip=verdict.skip, **arguments)
 
     def _cautious_lrs(self, scalars: dict[int, StepScalars], grad_scale: Tensor) -> dict[BucketShard, Tensor]:
         """[slices] fp32 for each shard, from counts over whole parameters: one small all-reduce a group of ranks."""

@@ -153,6 +153,19 @@ def test_codes_of_the_fused_kernels_arrive_at_the_bits_of_a_gather(gloo, name, d
     gloo.run(2, compare_strategies, case)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, dtype", [("split", BF16), ("none", BF16), ("auto", FP32)])
+def test_so_they_do_with_skipped_steps_clipping_unused_parameters_and_stochastic_momentum(gloo, name, dtype):
+    precision = policy(name, BF16, "stochastic")
+    case = Case(f"triton-{name}", dtype, precision, use_triton=True, bucket_numel=None, clip=0.3, skipped_step=2)
+    gloo.run(2, compare_strategies, case)
+
+
+@pytest.mark.slow
+def test_cautious_steps_are_encoded_after_the_update(gloo):
+    gloo.run(2, compare_strategies, Case("triton-cautious", cautious=True, use_triton=True, bucket_numel=None))
+
+
 def compare_with_a_codec_that_forgets_escapes(case: Case) -> None:
     ShardCodec._restore_escapes, original = (lambda *_: None), ShardCodec._restore_escapes
     try:

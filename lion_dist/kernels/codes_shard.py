@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lion_dist.kernels import codes, codes_native
 from lion_dist.kernels.codes import GROUP, INTEGER, TERNARY, DigitLayout
-from lion_dist.kernels.reference import random_bits
+from lion_dist.kernels.reference import StepScalars, random_bits
 
 CHUNK = 1 << 16  # elements; what the definition works on at once stays in the cache
 LARGEST_SHARD = 2**31 - 2**20
@@ -64,8 +64,9 @@ class ShardCodec:
         seed: of the random bits.
         backend: as ``kernels.update.choose_backend`` says.
 
-    One step: ``begin`` before the update, ``encode`` after it; ``message`` when all ranks have agreed on the number of
-    escapes; ``replay`` when the messages are there. ``abandon`` when the parameters travel by themselves.
+    One step: ``begin`` before the update, ``encode`` after it (or ``update_and_encode`` in its place); ``message`` when all
+    ranks have agreed on the number of escapes; ``replay`` when the messages are there. ``abandon`` when the parameters
+    travel by themselves.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class ShardCodec:
         self._packed_start = -(-(self._rates_nbytes + self._steps_nbytes) // GROUP) * GROUP
         self._packed_stop = self._packed_start + self.layout.num_bytes(shard_numel)
         self.tables = None  # the Triton backend's
-        self.old: Tensor | None = None  # [shard_numel]
+        self.old: Tensor | None = None  # [shard_numel], between begin and encode
+        self.count: Tensor | None = None  # [] int32, escapes of this step's update
         self.fixed: Tensor | None = None  # [_packed_stop] uint8, the message but for its escapes
         self.escape_index: Tensor | None = None  # [capacity] int32
         self.escape_bits: Tensor | None = None  # [capacity] int16 | int32
@@ -123,33 +125,64 @@ class ShardCodec:
 
     # ---- the owner's side
 
-    def begin(self, params: Tensor, lr: Tensor, decay: Tensor, steps: Tensor | None) -> None:
-        """Remember the shard as it is, and what this step's update does with it.
+    def begin(self, lr: Tensor, decay: Tensor, steps: Tensor | None, params: Tensor | None) -> None:
+        """Note what this step's update does with the shard, and the shard as it is.
 
         Args:
-            params: [shard_numel], before the update.
             lr, decay: [slices] fp32 on the device; 0 and 1 for a slice that the update leaves as it is.
             steps: [slices] int64 on the device, completed steps; read where the parameters are rounded stochastically.
+            params: [shard_numel], before the update; None when ``update_and_encode`` is to follow.
         """
-        self.old = params.clone()
+        self.old = None if params is None else params.clone()
         self.fixed = torch.zeros(self._packed_stop, dtype=torch.uint8, device=self.device)
         rates = self.rates_of(self.fixed)[: len(lr)]
         rates[:, 0], rates[:, 1] = lr, decay
         if self.draws_bits:
             self.steps_of(self.fixed)[: len(steps)] = steps
+        self.escape_index = torch.full((self.capacity,), self.shard_numel, dtype=torch.int32, device=self.device)
+        self.escape_bits = torch.zeros(self.capacity, dtype=INTEGER[self.dtype], device=self.device)
+        self.count = torch.zeros((), dtype=torch.int32, device=self.device)
 
     def encode(self, params: Tensor) -> Tensor:
-        """Compare [shard_numel] updated parameters with those remembered.
+        """Compare [shard_numel] updated parameters with those noted, unless the update has done so.
 
         Returns:
             [] int32 on the device: the escapes there are; more than ``capacity``: the message would not be whole.
         """
-        self.escape_index = torch.full((self.capacity,), self.shard_numel, dtype=torch.int32, device=self.device)
-        self.escape_bits = torch.zeros(self.capacity, dtype=INTEGER[self.dtype], device=self.device)
-        count = torch.zeros((), dtype=torch.int32, device=self.device)
-        self._backend.encode(self, params, count)
-        self.old = None
-        return count
+        if self.old is not None:
+            self._backend.encode(self, params, self.count)
+            self.old = None
+        return self.count
+
+    def update_and_encode(
+        self,
+        params: Tensor,  # [shard_numel], as everything up to the gradient
+        main: Tensor | None,
+        exp_avg: Tensor,
+        grad: Tensor,
+        scalars: StepScalars,
+        *,
+        grad_scale: Tensor,  # [] fp32
+        moves: Tensor,  # [slices] bool on the device, False: the slice keeps its values
+        steps: Tensor | None,  # [slices] int64 on the device, completed steps; where anything is rounded stochastically
+        stochastic_momentum: bool,
+    ) -> None:
+        """The update of the shard, ``kernels.update.lion_update_``'s bits, and its codes in one launch (Triton)."""
+        from lion_dist.kernels import coded_update_triton
+
+        coded_update_triton.update_and_encode(
+            self,
+            params,
+            main,
+            exp_avg,
+            grad,
+            scalars,
+            grad_scale=grad_scale,
+            moves=moves.view(torch.uint8),
+            steps=steps,
+            stochastic_momentum=stochastic_momentum,
+            count=self.count,
+        )
 
     def message(self, escapes: int) -> Tensor:
         """[message_nbytes(escapes)] uint8 for the other ranks. ``escapes``: at least as many as any rank has."""
@@ -160,7 +193,7 @@ class ShardCodec:
 
     def abandon(self) -> None:
         """Forget this step's codes."""
-        self.old = self.fixed = self.escape_index = self.escape_bits = None
+        self.old = self.fixed = self.count = self.escape_index = self.escape_bits = None
 
     # ---- the replica's side
 

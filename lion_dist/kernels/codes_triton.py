@@ -17,12 +17,19 @@ from torch import Tensor
 from lion_dist.kernels import codes
 from lion_dist.kernels.codes import INTEGER
 from lion_dist.kernels.reference import as_int32, seed_key_int
-from lion_dist.kernels.triton_kernels import INTERPRETED, INTERPRETER_BLOCK, _quiet_bits, _random_bits, _random_keys
+from lion_dist.kernels.triton_kernels import (
+    INTERPRETED,
+    INTERPRETER_BLOCK,
+    _quiet_bits,
+    _random_bits,
+    _random_keys,
+    launch_on,
+)
 
 GROUP = tl.constexpr(codes.GROUP)
 FP32, BF16, FP16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
-GROUPS = {torch.float32: 8, torch.bfloat16: 16, torch.float16: 16}  # a program: with 4 warps, 16 bytes a thread
+GROUPS = {4: 8, 2: 16}  # of a program, by the widest element: with 4 warps, 16 bytes a thread
 ESCAPE_BLOCK = 1024
 # numel, num_bytes and strides are: they are multiples of 16 always, which makes accesses wide.
 NOT_SPECIALIZED = ["rows_a_shard", "own_shard", "seed_key", "capacity", "num_escapes"]
@@ -130,6 +137,15 @@ def _encode(old, new, lr, decay, random, KIND: tl.constexpr, RADIX: tl.constexpr
 
 
 @triton.jit
+def _write_escapes(escapes, element, word, escape_index, escape_bits, count, capacity):
+    """Counted beyond the capacity too. The order is the GPU's, and of no consequence."""
+    place = tl.atomic_add(count + tl.zeros_like(element), 1, mask=escapes)
+    stored = escapes & (place < capacity)
+    tl.store(escape_index + place, element, mask=stored)
+    tl.store(escape_bits + place, word.to(escape_bits.dtype.element_ty), mask=stored)
+
+
+@triton.jit
 def _rates_and_bits(
     group_rows,
     rates,
@@ -138,8 +154,6 @@ def _rates_and_bits(
     stops,
     group,  # [GROUPS, 1] int32, in the shard
     exists,  # [GROUPS, 1] bool
-    KIND: tl.constexpr,
-    RADIX: tl.constexpr,
 ):
     """The elements [GROUPS, GROUP] of some groups: (which, in a group that has a slice, in it, lr, decay, bits).
 
@@ -152,7 +166,7 @@ def _rates_and_bits(
     element = group * GROUP + tl.arange(0, GROUP)[None, :]
     mask = exists & (element >= 0)
     random = row  # not read; Triton returns no None in a tuple
-    if RADIX == 3 and KIND == BF16:
+    if keys is not None:
         index = tl.load(index_bases + row, mask=exists, other=0) + element
         key_1 = tl.load(keys + 2 * row, mask=exists, other=0).to(tl.uint32, bitcast=True)
         key_2 = tl.load(keys + 2 * row + 1, mask=exists, other=0).to(tl.uint32, bitcast=True)
@@ -212,15 +226,11 @@ def _encode_kernel(
     for reverse in tl.static_range(PER_BYTE):
         group = first + (PER_BYTE - 1 - reverse) * (num_bytes // GROUP)
         element, mask, inside, lr, decay, random = _rates_and_bits(
-            group_rows, rates, keys, index_bases, stops, group, in_bytes & (group < numel // GROUP), KIND, RADIX
+            group_rows, rates, keys, index_bases, stops, group, in_bytes & (group < numel // GROUP)
         )
         now = tl.load(new + element, mask=mask, other=0).to(tl.int32)
         digit = _encode(tl.load(old + element, mask=mask, other=0).to(tl.int32), now, lr, decay, random, KIND, RADIX)
-        escapes = inside & (digit == RADIX)
-        place = tl.atomic_add(count + tl.zeros_like(byte), 1, mask=escapes)
-        stored = escapes & (place < capacity)
-        tl.store(escape_index + place, element, mask=stored)
-        tl.store(escape_bits + place, now.to(escape_bits.dtype.element_ty), mask=stored)
+        _write_escapes(inside & (digit == RADIX), element, now, escape_index, escape_bits, count, capacity)
         total = total * RADIX + tl.where(inside & (digit < RADIX), digit, 0)
     tl.store(packed + byte, total.to(tl.uint8), mask=in_bytes & (byte >= 0))
 
@@ -263,7 +273,7 @@ def _replay_kernel(
             rest = rest // RADIX
             group = first + stream * (num_bytes // GROUP)
             element, mask, inside, lr, decay, random = _rates_and_bits(
-                group_rows, rates, keys, index_bases, stops, group, in_bytes & (group < numel // GROUP), KIND, RADIX
+                group_rows, rates, keys, index_bases, stops, group, in_bytes & (group < numel // GROUP)
             )
             old = tl.load(flat + element, mask=mask, other=0).to(tl.int32)
             new = _replay(old, digit, lr, decay, random, KIND, RADIX)
@@ -317,15 +327,16 @@ class _Tables:
         return cls(*(table.to(codec.device) for table in (group_rows, index_bases, stops)))
 
 
-def _tables(codec) -> _Tables:
+def tables_of(codec) -> _Tables:
     if codec.tables is None:
         codec.tables = _Tables.build(codec)
     return codec.tables
 
 
-def _shape_of(codec) -> dict:
+def shape_of(codec, widest: int) -> dict:
+    """``widest``: bytes of the largest element that the kernel reads or writes."""
     num_bytes = codec.layout.num_bytes(codec.shard_numel)
-    groups = GROUPS[codec.dtype]
+    groups = GROUPS[widest]
     if INTERPRETED.value:
         groups = min(triton.next_power_of_2(num_bytes // codes.GROUP), INTERPRETER_BLOCK // codes.GROUP)
     return {
@@ -340,27 +351,25 @@ def _shape_of(codec) -> dict:
     }
 
 
-def _keys(codec, messages: Tensor) -> Tensor | None:
-    """[shards, rows, 2] int32 of ``messages`` [shards, bytes]."""
-    if not codec.draws_bits:
-        return None
+def keys_of(codec, messages: Tensor) -> Tensor | None:
+    """[shards, rows, 2] int32 of ``messages`` [shards, bytes], where replaying them draws random bits."""
+    return keys_from(codec, codec.steps_of(messages[0]), messages) if codec.draws_bits else None
+
+
+def keys_from(codec, steps: Tensor, messages: Tensor) -> Tensor:
+    """[shards, rows, 2] int32; ``steps``: [rows] int64 of the first of ``messages``, the others' a message further."""
     keys = torch.empty(len(messages), codec.rows, 2, dtype=torch.int32, device=codec.device)
     _keys_kernel[(triton.cdiv(codec.rows, 128), len(messages))](
-        codec.steps_of(messages[0]),
-        keys,
-        codec.rows,
-        as_int32(seed_key_int(codec.seed)),
-        messages.stride(0) // 8,
-        BLOCK=128,
+        steps, keys, len(steps), as_int32(seed_key_int(codec.seed)), messages.stride(0) // 8, BLOCK=128
     )
     return keys
 
 
 def encode(codec, params: Tensor, count: Tensor) -> None:
-    """See ``codes_shard.ShardCodec.encode``. The order of the escapes is the GPU's, and of no consequence."""
-    tables, shape, integer = _tables(codec), _shape_of(codec), INTEGER[codec.dtype]
-    with torch.cuda.device(codec.device if codec.device.type == "cuda" else -1):
-        keys = _keys(codec, codec.fixed[None])
+    """See ``codes_shard.ShardCodec.encode``."""
+    tables, shape, integer = tables_of(codec), shape_of(codec, codec.dtype.itemsize), INTEGER[codec.dtype]
+    with launch_on(codec.device):
+        keys = keys_of(codec, codec.fixed[None])
         _encode_kernel[(triton.cdiv(shape["num_bytes"], shape["GROUPS"] * codes.GROUP),)](
             codec.old.view(integer),
             params.view(integer),
@@ -380,17 +389,17 @@ def encode(codec, params: Tensor, count: Tensor) -> None:
 
 def replay(codec, params: Tensor, messages: Tensor) -> None:
     """See ``codes_shard.ShardCodec.replay``."""
-    tables, shape, integer = _tables(codec), _shape_of(codec), INTEGER[codec.dtype]
+    tables, shape, integer = tables_of(codec), shape_of(codec, codec.dtype.itemsize), INTEGER[codec.dtype]
     first, stride = messages[0], messages.stride(0)
     escape_index, escape_bits = codec.escapes_of(first)
     common = {"own_shard": codec.shard, "stride": stride}
-    with torch.cuda.device(codec.device if codec.device.type == "cuda" else -1):
+    with launch_on(codec.device):
         _replay_kernel[(triton.cdiv(shape["num_bytes"], shape["GROUPS"] * codes.GROUP), len(messages))](
             params.view(integer),
             codec.packed_of(first),
             tables.group_rows,
             codec.rates_of(first),
-            _keys(codec, messages),
+            keys_of(codec, messages),
             tables.index_bases,
             tables.stops,
             rows_a_shard=codec.rows,

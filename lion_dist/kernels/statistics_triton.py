@@ -41,6 +41,7 @@ from lion_dist.kernels.triton_kernels import (
     _step_param,
     _takes_part,
     _upper_half,
+    launch_on,
 )
 
 
@@ -200,7 +201,7 @@ def measure(tensors, grads, scalars: StepScalars, *, grad_scale, active, seed) -
     if table is None:
         table = tensors.launch_cache[shape.block] = _AddressTable.build(tensors, shape.block)
     sums_of_blocks = torch.empty(table.num_blocks, 9, dtype=torch.float64, device=tensors.device)
-    with torch.cuda.device(tensors.device if tensors.device.type == "cuda" else -1):
+    with launch_on(tensors.device):
         _statistics_kernel[(table.num_blocks,)](
             table.rows,
             table.grads_on_device(grads),

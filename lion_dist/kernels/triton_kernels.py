@@ -172,6 +172,56 @@ def _step_param(p, c, lr, decay):
 
 
 @triton.jit
+def _step_block(p, m, g, scalars):  # [n] fp32, g scaled
+    """New p and m, and where the gradient is finite. An element without a finite gradient keeps its values; rounding
+    them again gives their old bits."""
+    lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, _ = scalars
+    finite = tl.abs(g) < float("inf")
+    c = m * beta1 + g * one_minus_beta1
+    new_p = _step_param(p, c, lr, decay)
+    new_m = m * beta2 + g * one_minus_beta2
+    return tl.where(finite, new_p, p), tl.where(finite, new_m, m), finite
+
+
+@triton.jit
+def _store_exp_avg(exp_avg, new_m, mask, random, STOCHASTIC: tl.constexpr):
+    if exp_avg.dtype.element_ty == tl.float32:
+        tl.store(exp_avg, new_m, mask=mask)
+    elif STOCHASTIC:
+        tl.store(exp_avg, _upper_half(_quiet_bits(new_m) + (random >> 16)), mask=mask)
+    else:
+        tl.store(exp_avg, _round_nearest_even(new_m), mask=mask)
+
+
+@triton.jit
+def _store_param(param, main, new_p, finite, mask, random):
+    """Returns what ``param`` holds now."""
+    PARAM_DTYPE: tl.constexpr = param.dtype.element_ty
+    if main is None:
+        if PARAM_DTYPE == tl.float32:
+            stored = new_p
+        else:
+            stored = _upper_half(_quiet_bits(new_p) + (random & 0xFFFF))
+    elif main.dtype.element_ty == tl.int16:
+        word = _quiet_bits(new_p)
+        tl.store(main, word.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
+        stored = _upper_half(word + 0x8000)
+    else:
+        if PARAM_DTYPE == tl.bfloat16:
+            low_precision = _upper_half(_quiet_bits(new_p) + 0x8000)
+        else:
+            low_precision = new_p.to(tl.float16)
+        # The param may differ from its main param's rounding, and is kept as it is where the gradient is not finite.
+        # Everywhere else this load moves nothing.
+        kept = (finite == 0) if mask is None else (finite == 0) & mask
+        old_param = tl.load(param, mask=kept)
+        tl.store(main, new_p, mask=mask)
+        stored = tl.where(finite, low_precision, old_param)
+    tl.store(param, stored, mask=mask)
+    return stored
+
+
+@triton.jit
 def _update_block(
     param,  # pointers to fp32 | bf16 | fp16
     main,  # fp32 | int16, or None
@@ -184,57 +234,16 @@ def _update_block(
     scalars,  # from _read_scalars
     STOCHASTIC_MOMENTUM: tl.constexpr,
 ):
-    lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, grad_scale = scalars
-    PARAM_DTYPE: tl.constexpr = param.dtype.element_ty
-    SPLIT: tl.constexpr = main is not None and main.dtype.element_ty == tl.int16
-    FP32_MAIN: tl.constexpr = main is not None and main.dtype.element_ty == tl.float32
-
     ALIGNED: tl.constexpr = mask is None
     param = _pointers(param, start, offsets, ALIGNED)
     exp_avg = _pointers(exp_avg, start, offsets, ALIGNED)
     grad = _pointers(grad, start, offsets, ALIGNED)
     if main is not None:
         main = _pointers(main, start, offsets, ALIGNED)
-
-    p, m, g = _read_block(param, main, exp_avg, grad, mask, grad_scale)
-    finite = tl.abs(g) < float("inf")
-
-    # Update.
-    c = m * beta1 + g * one_minus_beta1
-    new_p = _step_param(p, c, lr, decay)
-    new_m = m * beta2 + g * one_minus_beta2
-
-    # An element without a finite gradient keeps its values; rounding them again below gives their old bits.
-    new_p = tl.where(finite, new_p, p)
-    new_m = tl.where(finite, new_m, m)
-
-    # Store.
-    if exp_avg.dtype.element_ty == tl.float32:
-        tl.store(exp_avg, new_m, mask=mask)
-    elif STOCHASTIC_MOMENTUM:
-        tl.store(exp_avg, _upper_half(_quiet_bits(new_m) + (random >> 16)), mask=mask)
-    else:
-        tl.store(exp_avg, _round_nearest_even(new_m), mask=mask)
-
-    if FP32_MAIN:
-        if PARAM_DTYPE == tl.bfloat16:
-            low_precision = _upper_half(_quiet_bits(new_p) + 0x8000)
-        else:
-            low_precision = new_p.to(tl.float16)
-        # The param may differ from its main param's rounding, and is kept as it is where the gradient is not finite.
-        # Everywhere else this load moves nothing.
-        kept = (finite == 0) if mask is None else (finite == 0) & mask
-        old_param = tl.load(param, mask=kept)
-        tl.store(main, new_p, mask=mask)
-        tl.store(param, tl.where(finite, low_precision, old_param), mask=mask)
-    elif SPLIT:
-        word = _quiet_bits(new_p)
-        tl.store(main, word.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
-        tl.store(param, _upper_half(word + 0x8000), mask=mask)
-    elif PARAM_DTYPE == tl.float32:
-        tl.store(param, new_p, mask=mask)
-    else:
-        tl.store(param, _upper_half(_quiet_bits(new_p) + (random & 0xFFFF)), mask=mask)
+    p, m, g = _read_block(param, main, exp_avg, grad, mask, scalars[6])
+    new_p, new_m, finite = _step_block(p, m, g, scalars)
+    _store_exp_avg(exp_avg, new_m, mask, random, STOCHASTIC_MOMENTUM)
+    _store_param(param, main, new_p, finite, mask, random)
 
 
 @triton.jit
@@ -544,6 +553,11 @@ def masked_block(shape: LaunchShape) -> int:
     return shape.block if INTERPRETED.value else min(shape.block, 4 * 32 * shape.num_warps)
 
 
+def launch_on(device: torch.device) -> torch.cuda.device:
+    """A context in which kernels start on ``device``; on the CPU, for the interpreter, it does nothing."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
 def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, seed) -> None:
     """Arguments as ``lion_update_``'s, on one GPU (or, in Triton's interpreter, on the CPU)."""
     if all(param.numel() == 0 for param in tensors.params):
@@ -568,7 +582,7 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
         "num_warps": shape.num_warps,
         "enable_fp_fusion": False,
     }
-    with torch.cuda.device(tensors.device if tensors.device.type == "cuda" else -1):
+    with launch_on(tensors.device):
         if len(tensors.params) == 1:
             _launch_flat(tensors, grads[0], shape, arguments)
         else:

@@ -70,13 +70,13 @@ def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype):
 
 
 def compile_for_hopper(function, types: dict[str, str], constants: dict, num_warps: int, aligned: Sequence[str] = ()):
-    """``function`` with arguments of ``types``, ``constants``, and None for all others.
+    """``function`` with those of its arguments that have ``types``, ``constants`` for others, and None for the rest.
 
     ``aligned``: arguments that a launch finds divisible by 16.
     """
     names = function.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
-    constants = constants | {name: None for name in names if name not in types and name not in constants}
+    constants = {name: constants.get(name) for name in names if name not in types}
     found = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types and name in aligned}
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
     return triton.compile(ASTSource(function, signature, constants, found), target=HOPPER, options=options)

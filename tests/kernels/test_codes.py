@@ -55,7 +55,7 @@ def codecs(dtype, has_main, slices, shard_numel, backend, seed=7) -> tuple[Shard
 
 def send(owner, replica, old, new, lr, decay, steps=None) -> tuple[Tensor, int]:
     """What the replica makes of ``old`` (bits; None when the codes do not fit) and the number of escapes."""
-    owner.begin(old, lr, decay, steps)
+    owner.begin(lr, decay, steps, old)
     escapes = int(owner.encode(new))
     if escapes > owner.capacity:
         owner.abandon()
@@ -264,7 +264,7 @@ def test_the_cpu_backends_send_the_same_bytes(storage):
     for backend in ("cpu", "cpu_native"):
         slices = [CodedSlice(0, 0, 70_000, 5), CodedSlice(1, 70_016, 1 << 17, 0)]
         owner, _ = codecs(dtype, has_main, slices, 1 << 17, backend)
-        owner.begin(old, torch.tensor([1e-3, 1e-3]), torch.tensor([0.9999, 0.9999]), torch.tensor([3, 4]))
+        owner.begin(torch.tensor([1e-3, 1e-3]), torch.tensor([0.9999, 0.9999]), torch.tensor([3, 4]), old)
         owner.encode(new)
         messages.append(owner.message(owner.capacity))
     assert torch.equal(*messages)

@@ -47,7 +47,7 @@ def one_step(dtype, has_main) -> tuple[torch.Tensor, torch.Tensor]:
 def encode(codec: ShardCodec, old: torch.Tensor, new: torch.Tensor) -> tuple[set[int], torch.Tensor, torch.Tensor]:
     """(places of the escapes, packed digits, the message)."""
     device = codec.device
-    codec.begin(old.to(device), LR.to(device), DECAY.to(device), STEPS.to(device))
+    codec.begin(LR.to(device), DECAY.to(device), STEPS.to(device), old.to(device))
     count = int(codec.encode(new.to(device)))
     assert 0 < count <= codec.capacity
     places = set(codec.escape_index[:count].tolist())

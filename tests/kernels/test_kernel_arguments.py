@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-from lion_dist.kernels import codes_triton, statistics_triton, triton_kernels
+from lion_dist.kernels import coded_update_triton, codes_triton, statistics_triton, triton_kernels
 
 KERNELS = {
     name: function.fn
-    for module in (triton_kernels, statistics_triton, codes_triton)
+    for module in (triton_kernels, statistics_triton, codes_triton, coded_update_triton)
     for name, function in vars(module).items()
     if name.endswith("_kernel") and hasattr(function, "fn")
 }
