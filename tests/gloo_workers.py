@@ -160,4 +160,4 @@ def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
-        gc.collect()  # optimizers are cycles, and keep a process group and its threads, which wake a hundred times a second
+        gc.collect()  # optimizers are cycles; they keep a process group and its threads, which wake 100 times a second

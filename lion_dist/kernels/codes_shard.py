@@ -64,9 +64,9 @@ class ShardCodec:
         seed: of the random bits.
         backend: as ``kernels.update.choose_backend`` says.
 
-    One step: ``begin`` before the update, ``encode`` after it (or ``update_and_encode`` in its place); ``message`` when all
-    ranks have agreed on the number of escapes; ``replay`` when the messages are there. ``abandon`` when the parameters
-    travel by themselves.
+    One step: ``begin``; the update (or ``update_and_encode`` in its place); ``encode``; ``message`` when all ranks have
+    agreed on the number of escapes; ``replay`` when the messages are there. ``abandon`` when the parameters travel by
+    themselves.
     """
 
     def __init__(
