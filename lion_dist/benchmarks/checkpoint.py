@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from lion_dist import Lion, checkpoint
-from lion_dist.benchmarks.report import environment, write_csv
+from lion_dist.benchmarks.report import Rows
 
 Action = Callable[[], None]
 
@@ -103,15 +103,13 @@ def main() -> None:
         pending = checkpoint.save_async(args.folder / "lion_dist", **both)
         times.setdefault(("lion_dist", "stage"), []).append(time.perf_counter() - start)
         pending.wait()
-    rows = []
+    rows = Rows(args.csv, device)
     for (name, what), measured in times.items():
         row = {"what": what, "name": name, "state_gb": round(nbytes / 1e9, 3)}
         for label, value in (("median", statistics.median(measured)), ("best", min(measured))):
             row |= {f"{label}_s": round(value, 3), f"{label}_gb_s": round(nbytes / value / 1e9, 2)}
-        rows.append(row | environment(device))
+        rows.add(row)
         print(f"{what}  {name:34}{row['median_s']:8.3f} s {row['median_gb_s']:6.2f} GB/s (best {row['best_gb_s']:.2f})")
-    if args.csv is not None:
-        write_csv(rows, args.csv)
 
 
 if __name__ == "__main__":

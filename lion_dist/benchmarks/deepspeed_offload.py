@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lion_dist.benchmarks.report import environment, version_of, write_csv
+from lion_dist.benchmarks.report import Rows, version_of
 from lion_dist.benchmarks.timing import time_on_cpu
 from lion_dist.integrations.deepspeed import DeepSpeedLion, check_version
 
@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     check_version()
-    rows = []
+    rows = Rows(args.csv, torch.device("cpu"))
     for threads in args.threads:
         torch.set_num_threads(threads)
         optimizers = contenders(args.numel)
@@ -65,13 +65,11 @@ def main() -> None:
                 "state_bytes_per_element": sum(t.nbytes for t in state.values() if torch.is_tensor(t)) / args.numel,
                 "deepspeed": version_of("deepspeed"),
             }
-            rows.append(row | environment(torch.device("cpu")))
+            rows.add(row)
             print(
                 f"{threads} threads  {name} ({momentum}): {timing.median:.1f} ms, {row['gb_per_s']} GB/s, "
                 f"{row['state_bytes_per_element']:.0f} B of state an element"
             )
-    if args.csv:
-        write_csv(rows, args.csv)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lion_dist.benchmarks.llama import SIZES, make_llama
-from lion_dist.benchmarks.report import environment, version_of, write_csv
+from lion_dist.benchmarks.report import Rows, version_of
 from lion_dist.benchmarks.timing import free_gpu_memory
 from lion_dist.integrations.deepspeed import lion_optimizer
 
@@ -137,7 +137,7 @@ def main() -> None:
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    rows = []
+    rows = Rows(args.csv if dist.get_rank() == 0 else None, torch.device("cuda"))
     for stage in args.stages:
         row = measure(args, stage)
         if dist.get_rank() == 0:
@@ -147,9 +147,7 @@ def main() -> None:
                 f"against {row['fused_lion_momentum_bytes']:,} bytes a rank",
                 flush=True,
             )
-        rows.append(row | environment(torch.device("cuda")))
-    if args.csv and dist.get_rank() == 0:
-        write_csv(rows, args.csv)
+        rows.add(row)
     dist.destroy_process_group()
 
 

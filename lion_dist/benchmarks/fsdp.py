@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from lion_dist.benchmarks.llama import SIZES, make_llama
-from lion_dist.benchmarks.report import environment, version_of, write_csv
+from lion_dist.benchmarks.report import Rows, version_of
 from lion_dist.benchmarks.timing import free_gpu_memory, time_on_cpu, time_on_gpu
 from lion_dist.benchmarks.update import (
     FP32,
@@ -84,12 +84,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    rows, ceiling = [], None
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    rows, ceiling = Rows(args.csv if dist.get_rank() == 0 else None, device), None
+    ranks = {"ranks": dist.get_world_size()}
     say(HEADER)
     if device.type == "cuda":
         ceiling = copy_row("ceiling", 2**33, device, args.repeats)
-        rows.append(ceiling | {"ratio": None})
+        rows.add(ceiling | {"ratio": None} | ranks)
         free_gpu_memory()
     own_ms = None
     for provider in providers(args.providers):
@@ -101,13 +102,11 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
         own_ms = own_ms or result["ms_median"]
         if ceiling is not None:
             result["percent_of_copy"] = round(100 * result["gb_per_s"] / ceiling["gb_per_s"], 1)
-        rows.append(result | {"ratio": round(result["ms_median"] / own_ms, 3)})
+        rows.add(result | {"ratio": round(result["ms_median"] / own_ms, 3)} | ranks)
         if dist.get_rank() == 0:
             show(result)
-    for result in rows[1:]:
-        if result["ratio"] is not None:
-            say(f"{result['provider']}, {result['precision']}: {result['ratio']:.2f} times lion_dist's, {FIRST}")
-    return [result | {"ranks": dist.get_world_size()} | environment(device) for result in rows]
+    for result in rows.rows[1:]:
+        say(f"{result['provider']}, {result['precision']}: {result['ratio']:.2f} times lion_dist's, {FIRST}")
 
 
 def start_process_group() -> torch.device:
@@ -130,9 +129,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="write the rows here")
     args = parser.parse_args()
     device = start_process_group()
-    rows = run(args, device)
-    if args.csv and dist.get_rank() == 0:
-        write_csv(rows, args.csv)
+    run(args, device)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -11,13 +11,13 @@ micro-batch 4 and 38 ms at micro-batch 1 (there a rank updates, and measures, a 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from lion_dist import Lion
-from lion_dist.benchmarks.report import environment, version_of, write_csv
+from lion_dist.benchmarks.report import Rows, version_of
 from lion_dist.benchmarks.timing import Timing, free_gpu_memory, time_on_cpu, time_on_gpu
 from lion_dist.benchmarks.update import BETAS, LR, PRECISIONS, WEIGHT_DECAY, llama_shapes, make_params
 from lion_dist.sharding.replicas import CHUNK, Holding, Piece, make_weights
@@ -70,29 +70,27 @@ def row(model: str, precision: str, what: str, timing: Timing, steps: int, witho
     return result | {"version": version_of("lion-dist")}
 
 
-def show(result: dict) -> dict:
+def show(result: dict) -> None:
     print("  ".join(f"{key} {value}" for key, value in result.items() if value is not None), flush=True)
-    return result
 
 
-def measure(model: str, precision: str, device: torch.device, repeats: int) -> list[dict]:
-    shapes, rows = SHAPES[model](), []
+def measure(model: str, precision: str, device: torch.device, repeats: int) -> Iterator[dict]:
+    shapes = SHAPES[model]()
     makers = {f"metrics_every={e}": lambda e=e: make_steps(shapes, precision, e, device) for e in INTERVALS}
     if device.type == "cpu":
         timings = time_on_cpu({what: make() for what, make in makers.items()}, repeats)
     else:
         timings = {}
         for what, make in makers.items():
-            timings[what] = time_on_gpu(make(), repeats, budget_s=10.0)
+            timings[what] = time_on_gpu(make(), repeats, budget_s=2.0)
             free_gpu_memory()
     without = timings["metrics_every=0"].median / STEPS
     for what, timing in timings.items():
-        rows.append(show(row(model, precision, what, timing, STEPS, without)))
+        yield row(model, precision, what, timing, STEPS, without)
     check = make_check(shapes, precision, device)
     timing = time_on_cpu({"": check}, repeats)[""] if device.type == "cpu" else time_on_gpu(check, repeats)
-    rows.append(show(row(model, precision, "one check of replicas", timing, 1, 0.0)))
+    yield row(model, precision, "one check of replicas", timing, 1, 0.0)
     free_gpu_memory()
-    return rows
 
 
 def parse_args() -> argparse.Namespace:
@@ -114,9 +112,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = torch.device(args.device)
-    rows = [r for precision in args.precisions for r in measure(args.model, precision, device, args.repeats)]
-    if args.csv:
-        write_csv([r | environment(device) for r in rows], args.csv)
+    rows = Rows(args.csv, device)
+    for precision in args.precisions:
+        for result in measure(args.model, precision, device, args.repeats):
+            show(rows.add(result))
 
 
 if __name__ == "__main__":

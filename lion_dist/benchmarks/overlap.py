@@ -5,8 +5,8 @@
 
 The step is the time line of the GPU, from the first kernel of the profiled steps to the last. At each moment it
 computes (a kernel of forward or backward runs), or is exposed. An exposed moment has one cause, the first that runs of
-``update`` (the Lion kernels), ``grad_sync`` (reduce-scatter and the packing before it), ``param_sync`` (all-gather),
-``norm`` (the verdict and its all-reduce); or none, and the device waits for the ``host``.
+``update`` (the Lion kernels), ``grad_sync`` (reduce-scatter and the packing before it), ``param_sync`` (all-gather, and
+replayed codes), ``norm`` (the verdict and its all-reduce); or none, and the device waits for the ``host``.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import torch
 import torch.distributed as dist
 
 from lion_dist.benchmarks.llama import SIZES, make_llama
-from lion_dist.benchmarks.report import environment, write_csv
+from lion_dist.benchmarks.report import Rows
 from lion_dist.benchmarks.step import sharded_lion
 
 CAUSES = ("update", "grad_sync", "param_sync", "norm")
 COMPUTE = "compute"
 # What kernels' names contain, by what they are there for; the first that fits. The rest computes.
 SIGNS = {
-    "update": ("_flat_kernel", "_list_kernel"),
+    "update": ("_flat_kernel", "_list_kernel", "_encode_kernel"),
     "grad_sync": ("ReduceScatter", "SendRecv", "multi_tensor_apply_kernel"),
-    "param_sync": ("AllGather",),
+    "param_sync": ("AllGather", "_replay_kernel", "_escape_kernel"),
     "norm": ("AllReduce", "lpnorm", "Norm"),
 }
 COMMUNICATION = ("ReduceScatter", "AllGather", "AllReduce", "SendRecv", "ncclDevKernel")
@@ -174,16 +174,14 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    rows = []
+    rows = Rows(args.csv, device)
     for micro_batch in args.micro_batch:
         row = measure(args, micro_batch, device)
         if dist.get_rank() == 0:
             show(f"micro-batch {micro_batch}, {dist.get_world_size()} ranks", row)
             rounded = {name: round(value, 4) for name, value in row.items()}
             shared = {"micro_batch": micro_batch, "ranks": dist.get_world_size()}
-            rows.append(shared | rounded | environment(device))
-    if args.csv and rows:
-        write_csv(rows, args.csv)
+            rows.add(shared | rounded)
     dist.destroy_process_group()
 
 

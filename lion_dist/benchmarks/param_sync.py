@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import Lion, ShardedLion, ShardingConfig
 from lion_dist.benchmarks.llama import Llama
-from lion_dist.benchmarks.report import environment, write_csv
+from lion_dist.benchmarks.report import Rows
 from lion_dist.sharding import collectives
 
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -137,16 +137,15 @@ def work(args) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    rows = [row | environment(device) for precision in DTYPES for row in measure(args, precision, device)]
-    if dist.get_rank() == 0:
-        for row in rows:
+    rows = Rows(args.csv if dist.get_rank() == 0 else None, device)
+    for row in (row for precision in DTYPES for row in measure(args, precision, device)):
+        rows.add(row)
+        if dist.get_rank() == 0:
             print(
                 f"{row['mbit'] or '':>5} Mbit/s  {row['parameters']:25} {row['ms_median']:9.1f} ms a step  "
                 f"{row['sent_bytes_per_param'] or '?':>6} bytes a parameter sent  {row['engine']}",
                 flush=True,
             )
-        if args.csv:
-            write_csv(rows, args.csv)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -34,10 +34,26 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def write_csv(rows: list[dict], path: Path) -> None:
-    """One line a row; columns in the order of the first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+class Rows:
+    """The rows of a run, each with the columns of :func:`environment`.
+
+    The CSV file, if any, is whole after every row: a run that is cut off keeps what it has measured. Its columns are in
+    the order of the first row.
+    """
+
+    def __init__(self, path: Path | None, device: torch.device):
+        self.path, self.device = path, device
+        self.rows: list[dict] = []
+
+    def add(self, row: dict) -> dict:
+        self.rows.append(row | environment(self.device))
+        if self.path is not None:
+            self._write()
+        return row
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
 from lion_dist.benchmarks.llama import SIZES, make_llama
-from lion_dist.benchmarks.report import environment, write_csv
+from lion_dist.benchmarks.report import Rows
 from lion_dist.benchmarks.timing import free_gpu_memory
 
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.99), 0.1, 1.0
@@ -264,7 +264,7 @@ def main() -> None:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    shared, rows = environment(device), []
+    rows = Rows(args.csv if dist.get_rank() == 0 else None, device)
     for micro_batch in args.micro_batch:
         for name, build in engines(args.micro_batches).items():
             if name != BASELINE and args.engines not in name:
@@ -276,16 +276,13 @@ def main() -> None:
             if row is None:
                 continue
             baseline = row["ms_median"] if name == BASELINE else baseline  # noqa: F821 (the first engine)
-            rows.append(row | {"ratio": round(row["ms_median"] / baseline, 3)} | shared)
+            row = rows.add(row | {"ratio": round(row["ms_median"] / baseline, 3)})
             say(
-                f"micro-batch {micro_batch}  {row['ms_median']:9.2f} ms  x{rows[-1]['ratio']:<6.3f} "
+                f"micro-batch {micro_batch}  {row['ms_median']:9.2f} ms  x{row['ratio']:<6.3f} "
                 f"[{row['ms_p10']:.2f}, {row['ms_p90']:.2f}]  {row['peak_gb']:6.2f} GB  {name}"
             )
-    if dist.get_rank() == 0:
-        if args.csv:
-            write_csv(rows, args.csv)
-        if args.png:
-            draw(rows, args.png)
+    if args.png and dist.get_rank() == 0:
+        draw(rows.rows, args.png)
     dist.barrier()
     dist.destroy_process_group()
 

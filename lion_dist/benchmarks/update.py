@@ -11,7 +11,7 @@ The ceiling is a device-to-device copy, bytes read plus bytes written. Tensors h
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_dist import Lion, PrecisionPolicy
-from lion_dist.benchmarks.report import environment, version_of, write_csv
+from lion_dist.benchmarks.report import Rows, version_of
 from lion_dist.benchmarks.timing import (
     Timing,
     free_gpu_memory,
@@ -300,7 +300,7 @@ HEADER = f"{'model':<12}{'provider':<28}{'precision':<33}{'mode':<6}{'ms':>9}{'p
 HEADER += f"{'% copy':>8}{'host ms':>9}{'moved':>7}{'extra MiB':>11}"
 
 
-def show(result: dict) -> dict:
+def show(result: dict) -> None:
     def number(key, digits, width):
         value = result[key]
         return " " * width if value is None else f"{value:{width}.{digits}f}"
@@ -312,39 +312,34 @@ def show(result: dict) -> dict:
         f"{number('extra_peak_mib', 3, 11)}",
         flush=True,
     )
-    return result
 
 
-def run_on_gpu(args, device: torch.device) -> list[dict]:
+def run_on_gpu(args, device: torch.device) -> Iterator[dict]:
     providers = [p for p in own_providers() + peer_providers() if args.providers in f"{p.name} {p.precision}"]
-    print(HEADER)
-    rows = [show(copy_row("ceiling", 2**33, device, args.repeats, mode="eager"))]
-    ceiling = rows[0]["gb_per_s"]
+    ceiling = copy_row("ceiling", 2**33, device, args.repeats, mode="eager")
+    yield ceiling
     free_gpu_memory()
     for model in args.models:
         if model == "4 MiB shard":
-            rows += map(show, measure_shard(providers, device, args.repeats))
+            yield from measure_shard(providers, device, args.repeats)
         else:
-            rows += map(show, measure_model(model, providers, device, args.repeats, ceiling))
-    return rows
+            yield from measure_model(model, providers, device, args.repeats, ceiling["gb_per_s"])
 
 
-def run_on_cpu(args, device: torch.device) -> list[dict]:
+def run_on_cpu(args, device: torch.device) -> Iterator[dict]:
     """The CPU path at ``--numel`` fp32 parameters, against lion-pytorch's plain and foreach steps."""
     makers = {"lion_dist list": lambda params: Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step}
     if version_of("lion-pytorch"):
         for variant in ("plain", "foreach"):
             makers[f"lion-pytorch {variant}"] = lambda params, v=variant: lion_pytorch_step(params, v)
     steps = {name: make(make_params([(args.numel,)], FP32, device)) for name, make in makers.items()}
-    rows = []
-    print(HEADER)
-    for name, timing in time_on_cpu(steps, args.repeats).items():
-        rows.append(row(f"{args.numel / 1e6:.0f} M", name, "fp32", "eager", 1, 20 * args.numel, timing))
-        rows[-1]["version"] = version_of("lion-dist" if name.startswith("lion_dist") else "lion-pytorch")
-        show(rows[-1])
-    for other in rows[1:]:
-        print(f"{other['provider']} takes {other['ms_median'] / rows[0]['ms_median']:.2f} times as long as lion_dist")
-    return rows
+    timings = time_on_cpu(steps, args.repeats)
+    for name, timing in timings.items():
+        result = row(f"{args.numel / 1e6:.0f} M", name, "fp32", "eager", 1, 20 * args.numel, timing)
+        yield result | {"version": version_of("lion-dist" if name.startswith("lion_dist") else "lion-pytorch")}
+    own, *others = timings
+    for other in others:
+        print(f"{other} takes {timings[other].median / timings[own].median:.2f} times as long as lion_dist")
 
 
 def sweep(device: torch.device, repeats: int, numel: int = 2**29) -> None:
@@ -423,12 +418,12 @@ def main() -> None:
     if args.sweep:
         sweep(device, args.repeats)
         return
-    rows = (run_on_gpu if device.type == "cuda" else run_on_cpu)(args, device)
-    rows = [result | environment(device) for result in rows]
-    if args.csv:
-        write_csv(rows, args.csv)
+    rows = Rows(args.csv, device)
+    print(HEADER)
+    for result in (run_on_gpu if device.type == "cuda" else run_on_cpu)(args, device):
+        show(rows.add(result))
     if args.png:
-        plot(rows, args.png)
+        plot(rows.rows, args.png)
 
 
 if __name__ == "__main__":
