@@ -22,7 +22,7 @@ from lion_dist.engine_state import is_flat_param, main_as, movable_state, share_
 from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, split_main
 from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
 from lion_dist.metrics import OFF, Meter, measure_batch, metrics_of_rank
-from lion_dist.param_batch import GroupBatches, ParamBatch, flat, local_tensor, local_tensors
+from lion_dist.param_batch import GroupBatches, ParamBatch, addresses, flat, local_tensor, local_tensors
 
 _grad, _version = map(operator.attrgetter, ("grad", "_version"))
 GROUP_KEYS = ("lr", "betas", "weight_decay")  # lion-pytorch's, so that param groups travel both ways
@@ -71,7 +71,7 @@ _warned_of_decay: set[float] = set()
 
 
 def warn_if_decay_vanishes(lr, weight_decay) -> None:
-    """``1 - lr * weight_decay`` is 1 in fp32 below about 6e-8: say so, once for each product."""
+    """``1 - lr * weight_decay`` is 1 in fp32 below about 6e-8: say so, once; a schedule passes many such products."""
     if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
         return
     product = lr * weight_decay
@@ -104,6 +104,11 @@ def refresh_main_(main: Tensor, param: Tensor) -> None:
         main.copy_(join_main(param, split_main(main)[1]))
     else:
         main.copy_(torch.where(main.to(param.dtype) == param, main, param.float()))
+
+
+def _marks(params: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """What changes when a parameter is written or given other memory: (version counter, address) of each."""
+    return list(zip(map(_version, params), addresses(params), strict=True))
 
 
 def has_fp32_main(tensors: LionTensors) -> bool:
@@ -155,7 +160,7 @@ class Lion(Optimizer):
         self.metrics_every = metrics_every
         self._meter: Meter = OFF  # until the first step, when parameters are where they will stay
         self._known_batches: dict[int, GroupBatches] = {}  # by id of the param group, from the last step
-        self._versions: dict[int, int] = {}  # by id, of params with fp32 main params beside them, after our last write
+        self._written: dict[int, tuple] = {}  # by id, of params with fp32 main params: _marks() after our last write
         super().__init__(params, defaults)
 
     shares_verdict = False  # lion_dist.GradScaler: every rank that holds a shard knows of every other's overflow
@@ -174,7 +179,7 @@ class Lion(Optimizer):
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict) -> None:
-        for cache in ("_known_batches", "_versions"):  # present when load_state_dict() calls this
+        for cache in ("_known_batches", "_written"):  # present when load_state_dict() calls this
             self.__dict__.setdefault(cache, {})
         self.__dict__.setdefault("_meter", OFF)
         super().__setstate__(state)
@@ -231,11 +236,12 @@ class Lion(Optimizer):
         batch.write_back()
         torch.autograd.graph.increment_version(params)  # the Triton kernel writes behind autograd's back
         if has_fp32_main(tensors):
-            self._versions.update(zip(map(id, params), map(_version, params), strict=True))
+            self._written.update(zip(map(id, params), _marks(params), strict=True))
 
     def _make_meter(self) -> None:
         if self._meter is OFF and self.metrics_every:
-            self._meter = Meter(self.metrics_every, local_tensor(self.param_groups[0]["params"][0]).device)
+            first = next(p for group in self.param_groups for p in group["params"])
+            self._meter = Meter(self.metrics_every, local_tensor(first).device)
 
     @torch.no_grad()
     def metrics(self, process_group: ProcessGroup | None = None) -> dict:
@@ -337,7 +343,7 @@ class Lion(Optimizer):
         main = main_for(param, precision.main_params_for(dtype))
         if main is not None:
             state["main_param"] = main.contiguous()
-            self._versions[id(param)] = param._version
+            self._written[id(param)] = _marks([param])[0]
         if precision.is_stochastic(dtype):
             state["step"] = torch.zeros((), dtype=torch.int64, device=local_tensor(param).device)
         return state
@@ -357,14 +363,15 @@ class Lion(Optimizer):
         return starts
 
     def _refresh_stale_main(self, params: list[Tensor], tensors: LionTensors) -> None:
-        """fp32 main params follow parameters that somebody else wrote since our last step (load_state_dict, EMA)."""
+        """fp32 main params follow parameters that somebody else has written since our last step, or put elsewhere
+        (load_state_dict, EMA, ``param.data = ...``)."""
         if not has_fp32_main(tensors):
             return
-        known = list(map(self._versions.get, map(id, params)))
-        if known == list(map(_version, params)):
+        known, marks = list(map(self._written.get, map(id, params))), _marks(params)
+        if known == marks:
             return
-        for param, version, low_precision, main in zip(params, known, tensors.params, tensors.mains, strict=True):
-            if version != param._version:
+        for before, now, low_precision, main in zip(known, marks, tensors.params, tensors.mains, strict=True):
+            if before != now:
                 refresh_main_(main, low_precision)
 
     # ---- state_dict, in the shape of torch's and lion-pytorch's

@@ -34,7 +34,8 @@ def flat(tensor: Tensor) -> Tensor:
     return local_tensor(tensor.detach()).reshape(-1)
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where the local memory of each begins."""
     return list(map(Tensor.data_ptr, local_tensors(tensors)))
 
 
@@ -59,16 +60,16 @@ class ParamBatch:
         self.grad_dtype = grad_dtype
         local = local_tensors(params)
         self._shapes = list(map(_shape, local))
-        self._memory = _addresses(params), self._state_addresses()
+        self._memory = addresses(params), self._state_addresses()
         # Non-contiguous parameters are updated in a copy, and the copy is made anew at each step.
         self.copied = [(p, copy) for p, copy in zip(local, tensors.params, strict=True) if not p.is_contiguous()]
 
     def _state_addresses(self) -> list[int]:
-        return _addresses([state["exp_avg"] for state in self.states])
+        return addresses([state["exp_avg"] for state in self.states])
 
     def still_holds(self) -> bool:
         """Parameters and momentum are where they were: a user may put others in their place."""
-        return not self.copied and (_addresses(self.params), self._state_addresses()) == self._memory
+        return not self.copied and (addresses(self.params), self._state_addresses()) == self._memory
 
     def accepts(self, grads: Sequence[Tensor]) -> bool:
         """Local gradients of the right dtype, shape and layout for these parameters."""

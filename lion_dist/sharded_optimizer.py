@@ -105,10 +105,13 @@ class ShardedLion(Optimizer):
         self._params = ShardedParams(module, self.groups, precision)
         self._frozen: dict[Parameter, dict] = {}  # parameters that have no bucket yet, and their groups
         self._versions: dict[Parameter, int] = {}
+        self._written: set[Bucket] = set()  # with parameters that somebody else has written since the last step
+        self._is_closed = False
         self._pools: dict[tuple, GradBufferPool] = {}
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
         self.param_scheduler: ParamScheduler | None = None
         self._backward_updates: BackwardUpdates | None = None
+        self._updates_mark: torch.cuda.Event | None = None  # behind the last of them
         self._param_sync = SendCodes() if sharding.param_sync == "coded" else GatherParams()
         self._is_built = False
         super().__init__(params, defaults)
@@ -151,6 +154,7 @@ class ShardedLion(Optimizer):
         group = self.param_groups[-1]
         try:
             self._params.check(group, next((p for g in self.param_groups for p in g["params"]), None))
+            GradScheduler.refuse_others(group["params"], self._params.names_of(group))
             if self._is_built:
                 self._check_agreement([group])
         except (TypeError, ValueError):
@@ -210,6 +214,8 @@ class ShardedLion(Optimizer):
         return shard
 
     def _adopt_unfrozen(self) -> None:
+        """Parameters that take gradients now get buckets. Every rank has started the reductions of the others, so that
+        ranks with and without a batch come to the new ones' broadcast at the same point."""
         unfrozen = [(p, g) for p, g in self._frozen.items() if p.requires_grad]
         for param, _ in unfrozen:
             del self._frozen[param]
@@ -238,6 +244,8 @@ class ShardedLion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_closed:
+            raise RuntimeError("this ShardedLion has been closed: its model is no longer hooked up. Construct another.")
         if self._backward_updates is not None:
             self._finish_backward_updates()
             return loss
@@ -247,7 +255,7 @@ class ShardedLion(Optimizer):
             with self._meter.clock.phase("measure"):
                 self._replicas.begin_step(self._copies)
         self._meter.begin_step()
-        written = self._refresh_stale_main(self.shards)
+        self._refresh_stale_main(self.shards)
         scalars = {id(group): self._scalars_of(group) for group in self.param_groups}
         with self._meter.clock.phase("norm"):
             cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
@@ -258,7 +266,9 @@ class ShardedLion(Optimizer):
                     shard.bucket.reset_grad()
                     self._param_sync.after_update(shard.bucket)  # the next forward waits, not this line
         with self._meter.clock.phase("param_sync"):
-            self._param_sync.after_updates(written)
+            self._param_sync.after_updates(self._written)
+            self._written.clear()
+        self._note_own_writes(param for shard in self.shards for param in shard.bucket.params)
         self._counters += torch.stack([verdict.skip == 0, verdict.skip != 0])
         self._forget_step()
         if self.param_scheduler is None:
@@ -273,22 +283,36 @@ class ShardedLion(Optimizer):
         (batch,) = [batch for batch in self._batches if batch.shards[0].bucket is bucket]
         bucket.finish_param_sync()  # one whose modules did not run forward since the last step
         self._refresh_stale_main(batch.shards)
+        trained = [param.requires_grad for param in bucket.params]
         if batch.tensors is not None:
-            scale = self._judge.grad_scale(None)
-            backend = choose_backend(self._device, self.use_triton)
-            scalars, seed = self._scalars_of(batch.group), self.precision.seed
-            lion_update_(batch.tensors, batch.grads(), scalars, grad_scale=scale, seed=seed, backend=backend)
+            lion_update_(
+                batch.tensors,
+                batch.grads(),
+                self._scalars_of(batch.group),
+                grad_scale=self._judge.grad_scale(None),
+                active=None if all(trained) else batch.active({bucket: self._on_device(trained)}),
+                seed=self.precision.seed,
+                backend=choose_backend(self._device, self.use_triton),
+            )
+        self._updates_mark = self._stream.mark()
+        self._note_own_writes(param for param in bucket.params if param.requires_grad)
         bucket.reset_grad()
         bucket.start_param_sync()
+
+    def _on_device(self, flags: list[bool]) -> Tensor:
+        return torch.tensor(flags, dtype=torch.float32).to(self._device, non_blocking=True)
 
     def _finish_backward_updates(self) -> None:
         if self.grad_scheduler.in_no_sync:
             raise RuntimeError("step() inside no_sync(): the step's last backward pass has to run outside of it")
         if self._loss_scale is not None:
             raise RuntimeError("a GradScaler judges gradients before the update: use update_in_backward=False with it")
+        self.grad_scheduler.start_all_but(self._backward_updates.begun)
         self._adopt_unfrozen()
         self.grad_scheduler.start_all_but(self._backward_updates.begun)
         self._backward_updates.finish()
+        # A learning rate or divisor on the device may be changed from here on; the updates have read it.
+        self._stream.join(self._updates_mark)
         self._counters[0] += 1
         self._forget_step()
         if self.param_scheduler is None:
@@ -368,15 +392,17 @@ class ShardedLion(Optimizer):
                     "step(), clip_grad_norm_() and grad_norm() inside no_sync() would use gradients that have not been "
                     "reduced. Leave the no_sync() block before the last backward of the step."
                 )
-            self._adopt_unfrozen()
             self.finish_param_sync()  # a step without a forward since the last
             self.grad_scheduler.finish_backward()
+            self._adopt_unfrozen()
+            self.grad_scheduler.start_added()
             with self._meter.clock.phase("norm"):
                 self._judge.decide(self.buckets, self.grad_scheduler.version)
         return self._judge.verdict
 
     def _refuse_blind_scaler(self) -> None:
         if isinstance(getattr(self, "found_inf", None), int):  # the sum of no checks at all
+            del self.found_inf, self.grad_scale  # which the scaler, interrupted here, would leave for later steps
             raise RuntimeError(
                 "torch.amp.GradScaler found no gradients to check, for ShardedLion keeps them in shards. Use "
                 "lion_dist.GradScaler, which finds them; everything else about it is torch's."
@@ -440,10 +466,10 @@ class ShardedLion(Optimizer):
         Needed only when ranks run different numbers of synchronized backward passes within one step; a rank that
         runs none just calls ``step()``.
         """
-        self.grad_scheduler.finish_pass()
+        self.grad_scheduler.finish_absent_pass()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget this step's gradients. It does not wait for parameters in flight: it touches none."""
+        """Forget this step's gradients and divisor. It does not wait for parameters in flight: it touches none."""
         if not set_to_none:
             raise ValueError("ShardedLion keeps no full gradients to zero: call zero_grad() with set_to_none=True")
         self._forget_step()
@@ -465,22 +491,36 @@ class ShardedLion(Optimizer):
         """
         self.finish_param_sync()
         for shard in self.shards:
+            shard.bucket.take_back_params()
             shard.refresh_main()
 
-    def _refresh_stale_main(self, shards: Iterable[BucketShard]) -> set[Bucket]:
-        """A parameter's version counter moves only when somebody else writes: our writes go through the flat buffer.
-
-        Returns:
-            The buckets that somebody else has written on this rank.
-        """
-        written = set()
+    def _refresh_stale_main(self, shards: Iterable[BucketShard]) -> None:
+        """Main params follow parameters that somebody else has written since our last update, or put elsewhere."""
         for shard in shards:
+            moved = shard.bucket.take_back_params()
             stale = [p for p in shard.bucket.params if self._versions[p] != p._version]
-            if stale:
+            if moved or stale:
                 shard.refresh_main()
                 self._versions.update((p, p._version) for p in stale)
-                written.add(shard.bucket)
-        return written
+                self._written.add(shard.bucket)
+
+    def _note_own_writes(self, params: Iterable[Parameter]) -> None:
+        """Updates go through the flat buffer, behind autograd's back: a graph that still needs the old values must say
+        so when it runs backward."""
+        params = list(params)
+        torch.autograd.graph.increment_version(params)
+        self._versions.update((p, p._version) for p in params)
+
+    def close(self) -> None:
+        """Let go of the model: parameters are whole, hooks are removed, gradients stay with autograd.
+
+        The optimizer takes no step afterwards; another can be constructed over the same parameters.
+        """
+        self.finish_param_sync()
+        if self.param_scheduler is not None:
+            self.param_scheduler.close()
+        self.grad_scheduler.close()
+        self._is_closed = True
 
     # ---- what there is
 
@@ -510,6 +550,7 @@ class ShardedLion(Optimizer):
             ReplicaError: on every rank, naming who differs from the owner in which bucket and parameters.
         """
         self.finish_param_sync()
+        self._refresh_stale_main(self.shards)
         self._replicas.check(*self._copies())
 
     def _copies(self) -> tuple[list[Bucket], list[Frozen]]:
@@ -527,6 +568,7 @@ class ShardedLion(Optimizer):
         Where shards have replicas (hybrid sharding), momentum and main params become the first replica's too.
         """
         self.finish_param_sync()
+        self._refresh_stale_main(self.shards)
         for shard in self.shards:
             shard.resync()
         for _, param, groups in self._copies()[1]:
@@ -557,6 +599,7 @@ class ShardedLion(Optimizer):
         of which this rank owns nothing is not listed; ``param_groups`` list all, by name.
         """
         self.finish_param_sync()
+        self._refresh_stale_main(self.shards)
         state: dict[str, dict] = {}
         for shard in self.shards:
             for name, kinds in shard.state().items():

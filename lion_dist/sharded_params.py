@@ -55,6 +55,14 @@ class ShardedParams:
         names = self.names_of(group)
         if len(set(group["params"])) < len(names):
             raise ValueError(f"a param group holds a parameter more than once: {', '.join(names)}")
+        taken = set(self.names.values())
+        for name in names:
+            if name in taken:
+                raise ValueError(
+                    f"two parameters are called {name!r}, and checkpoints go by name. Pass names that differ, such as "
+                    "('actor.' + name, parameter), or parameters without names."
+                )
+            taken.add(name)
         for name, param in zip(names, group["params"], strict=True):
             check_param(param, f"parameter {name!r}")
             self.precision.main_params_for(param.dtype)

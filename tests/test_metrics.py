@@ -74,6 +74,14 @@ def test_metrics_of_an_optimizer_that_does_not_measure_are_refused():
         Lion(mlp(4, 4).parameters()).metrics()
 
 
+def test_a_first_group_without_parameters_is_no_obstacle():
+    param = nn.Parameter(torch.ones(3))
+    opt = Lion([{"params": []}, {"params": [param]}], metrics_every=1)
+    param.grad = torch.ones(3)
+    opt.step()
+    assert opt.metrics()["grad_norm"] == pytest.approx(3**0.5)
+
+
 @pytest.mark.parametrize("every", [-1, 1.5, True])
 def test_an_interval_that_is_no_number_of_steps_is_refused(every):
     with pytest.raises(ValueError, match="metrics_every must be a whole number of steps"):

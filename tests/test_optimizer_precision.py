@@ -303,6 +303,17 @@ def test_gradients_of_another_dtype_are_taken():
     assert opt.state[param]["exp_avg"][0].item() == 1 + 2**-20
 
 
+def test_fp32_main_params_follow_a_parameter_that_is_given_other_memory():
+    """``param.data = ...`` moves no version counter; the main param would bring the old value back."""
+    param = nn.Parameter(torch.ones(3, dtype=BF16))
+    opt = Lion([param], 2**-10, precision=PrecisionPolicy("fp32"))
+    for value in (1.0, 5.0):
+        param.data = torch.full((3,), value, dtype=BF16)
+        param.grad = torch.ones(3, dtype=BF16)
+        opt.step()
+        assert (opt.state[param]["main_param"] - value).abs().max() < 2**-6  # the 16 bits below the parameter's stay
+
+
 def test_parameters_of_several_dtypes_in_one_group():
     params = [param_of(5), param_of(5, dtype=BF16), param_of(5, dtype=FP16)]
     opt = Lion(params, 1e-2)

@@ -117,6 +117,26 @@ def run_out_of_batches(stage: int, given_divisor: bool) -> None:
     assert_same_on_all_ranks(model)
 
 
+def run_out_of_batches_inside_no_sync(stage: int) -> None:
+    """One loop for both stages: the rank without the first micro-batch says so inside no_sync()."""
+    model = GivenGradients((5,), (70,))
+    opt = ShardedLion(model.parameters(), lr=1e-2, sharding=ShardingConfig(stage, bucket_numel=64))
+    with opt.no_sync():
+        if dist.get_rank() == 0:
+            model.loss([torch.ones(5), torch.ones(70)]).backward()
+        else:
+            opt.backward_without_batch()
+    model.loss([torch.ones(5), torch.ones(70)]).backward()
+    assert opt.grad_norm().item() == pytest.approx(3 / 2 * 75**0.5)
+    opt.step()
+    assert_same_on_all_ranks(model)
+
+
+@STAGES
+def test_a_rank_without_a_batch_inside_no_sync_sends_what_the_others_send(gloo, stage):
+    gloo.run(2, run_out_of_batches_inside_no_sync, stage, timeout=30)
+
+
 @STAGES
 @pytest.mark.parametrize("given_divisor", [False, True])
 @pytest.mark.parametrize("world_size", [2, 4])

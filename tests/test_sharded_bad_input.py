@@ -450,3 +450,16 @@ def fail_in_backward(stage: int) -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_training_goes_on_after_an_exception_in_backward(gloo, stage):
     gloo.run(2, fail_in_backward, stage)
+
+
+def sparse_gradient() -> str:
+    model = nn.Embedding(5, 3, sparse=True)
+    opt = ShardedLion(model.parameters())
+    with pytest.raises(TypeError) as raised:
+        model(torch.tensor([1])).sum().backward()
+        opt.step()
+    return str(raised.value)
+
+
+def test_sparse_gradient_is_refused_with_the_remedy(gloo):
+    assert "the gradient of 'param.0' is sparse" in gloo.run(1, sparse_gradient)[0]

@@ -94,6 +94,8 @@ def use_torchs_scaler(unscale: bool) -> None:
     with pytest.raises(RuntimeError, match="Use\\s+lion_dist.GradScaler"):
         scaler.step(opt)
     assert torch.equal(model.weights[0], before)
+    opt.step()  # without a scaler, as if nothing had been: its gradients are still there
+    assert not torch.equal(model.weights[0], before)
 
 
 @pytest.mark.parametrize("unscale", [False, True])

@@ -122,6 +122,27 @@ def test_parameters_freeze_and_unfreeze_in_the_middle_of_a_run(gloo, stage, unfr
     gloo.run(2, freeze_and_unfreeze, stage, unfreeze_with)
 
 
+def unfreeze_where_one_rank_has_no_batch(update_in_backward: bool) -> list[float]:
+    model = given((70,), (70,), (3,))
+    model.weights[1].requires_grad_(False)
+    sharding = ShardingConfig(bucket_numel=64, update_in_backward=update_in_backward)
+    opt = ShardedLion(model.parameters(), lr=LR, sharding=sharding)
+    for step in range(3):
+        if step == 1:
+            model.weights[1].requires_grad_(True)
+        if dist.get_rank() == 0 or step != 1:
+            model.loss(ones(model, without=(1,) if step == 0 else ())).backward()
+        opt.step()
+    opt.finish_param_sync()
+    return values(model)
+
+
+@pytest.mark.parametrize("update_in_backward", [False, True])
+def test_parameters_unfreeze_in_a_step_in_which_one_rank_has_no_batch(gloo, update_in_backward):
+    """Ranks must come to the new bucket's broadcast after the same reductions, whoever ran a backward pass."""
+    assert gloo.run(2, unfreeze_where_one_rank_has_no_batch, update_in_backward, timeout=30) == [[3.0, 2.0, 3.0]] * 2
+
+
 def unfreeze_with_accumulation(stage: int) -> None:
     """The first step after unfreezing averages the micro-batches of all ranks, as any other step."""
     model = given((3,), (5,))

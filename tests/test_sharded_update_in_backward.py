@@ -176,3 +176,48 @@ def test_what_needs_the_whole_step_is_refused(gloo, arguments):
 def test_what_needs_a_moment_between_old_and_new_is_refused(arguments):
     with pytest.raises(ValueError, match="update_in_backward=False"):
         ShardingConfig(update_in_backward=True, **arguments)
+
+
+def freeze_in_the_middle() -> None:
+    """A frozen layer shares its bucket with one that trains; it stays, and so do the gradients that pass through it."""
+    models = [make_model(), make_model()]
+    optimizers = [
+        ShardedLion(model.parameters(), lr=1e-2, weight_decay=0.1, module=model, sharding=sharding)
+        for model, sharding in zip(models, (ShardingConfig(update_in_backward=True), ShardingConfig()), strict=True)
+    ]
+    assert len(optimizers[0].buckets) == 1
+    for step in range(4):
+        if step == 1:
+            for model in models:
+                model[0].requires_grad_(False)
+        before = models[0][0].weight.detach().clone()
+        for model, optimizer in zip(models, optimizers, strict=True):
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.finish_param_sync()
+        assert torch.equal(models[0][0].weight, before) == (step > 0)
+    for mine, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_parameter_that_is_frozen_after_construction_stays(gloo, ranks):
+    """It has momentum and weight decay, and its bucket is updated."""
+    gloo.run(ranks, freeze_in_the_middle)
+
+
+def zero_grad_between_backward_and_step() -> None:
+    """What backward has begun to update is finished, not left for the next backward to trip over."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    for step in range(3):
+        backward(model, step)
+        optimizer.zero_grad()
+    backward(model, 3)
+    optimizer.step()
+    optimizer.finish_param_sync()
+
+
+def test_zero_grad_between_backward_and_step_leaves_whole_updates(gloo):
+    gloo.run(2, zero_grad_between_backward_and_step)

@@ -51,20 +51,6 @@ class DigitLayout:
     def num_bytes(self, numel: int) -> int:
         return -(-numel // (self.per_byte * GROUP)) * GROUP
 
-    def pack(self, digits: Tensor) -> Tensor:
-        """[numel] uint8 -> [num_bytes] uint8."""
-        streams = digits.new_zeros(self.per_byte, self.num_bytes(digits.numel()))
-        streams.view(-1)[: digits.numel()] = digits
-        packed = streams[-1].clone()
-        for stream in streams[:-1].flip(0):
-            packed.mul_(self.radix).add_(stream)
-        return packed
-
-    def unpack(self, packed: Tensor, numel: int) -> Tensor:
-        """[num_bytes] uint8 -> [numel] uint8."""
-        powers = torch.tensor([self.radix**i for i in range(self.per_byte)], dtype=torch.uint8).to(packed.device)
-        return (packed.div(powers[:, None], rounding_mode="floor") % self.radix).view(-1)[:numel]
-
 
 TERNARY = DigitLayout(radix=3, per_byte=5)
 SENARY = DigitLayout(radix=6, per_byte=3)

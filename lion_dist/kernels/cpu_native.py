@@ -12,10 +12,12 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,9 +54,9 @@ def _machine() -> str:
     return "".join(sorted({line for line in text.splitlines() if line.startswith(("flags", "model name", "Features"))}))
 
 
-def build(compiler: str, source: Path, *included: Path) -> Path:
+def build(compiler: Sequence[str], source: Path, *included: Path) -> Path:
     """The compiled library, from the cache or made now. Ranks that build at once each put a whole file in place."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     texts = [path.read_text() for path in (source, *included)]
     key = hashlib.sha256("\n".join([*texts, *FLAGS, version, _machine()]).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lion_dist"
@@ -63,13 +65,15 @@ def build(compiler: str, source: Path, *included: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             made = Path(folder) / library.name
-            subprocess.run([compiler, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True, check=True)
+            command = [*compiler, *FLAGS, str(source), "-o", str(made)]
+            subprocess.run(command, capture_output=True, text=True, check=True)
             made.replace(library)
     return library
 
 
-def find_compiler() -> str | None:
-    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+def find_compiler() -> list[str]:
+    """The command, which may be several words (``CC="ccache gcc"``); empty where there is none."""
+    return shlex.split(os.environ.get("CC", "")) or [c for c in ("cc", "gcc", "clang") if shutil.which(c)][:1]
 
 
 @functools.cache
@@ -81,7 +85,7 @@ def library() -> ctypes.CDLL | None:
         try:
             loaded = ctypes.CDLL(str(build(compiler, SOURCE)))
         except (OSError, subprocess.CalledProcessError) as error:
-            problem = f"{compiler} did not compile it ({getattr(error, 'stderr', None) or error})"
+            problem = f"{shlex.join(compiler)} did not compile it ({getattr(error, 'stderr', None) or error})"
         else:
             loaded.lion_update.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 5
             loaded.lion_update.argtypes += [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64]

@@ -41,4 +41,5 @@ class BackwardUpdates:
             self._update(self._waiting.pop(0))
 
     def forget_step(self) -> None:
+        self.finish()  # what has begun is not half a step
         self.begun.clear()

@@ -167,3 +167,6 @@ class BoxedTensor(torch.Tensor):
 def _rebuild(shape, boxes, dtype, device) -> BoxedTensor:
     boxes = {Box(offsets, sizes): local for offsets, sizes, local in boxes}
     return BoxedTensor(shape, boxes, dtype=dtype, device=device)
+
+
+torch.serialization.add_safe_globals([_rebuild])  # torch.load's default, weights_only=True, takes a state_dict back

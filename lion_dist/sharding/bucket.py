@@ -49,6 +49,12 @@ _PARAM_TRANSITIONS = {
 }
 
 
+@torch.no_grad()
+def _move_in(param: Parameter, place: Tensor) -> None:
+    place.copy_(param)
+    param.data = place
+
+
 class Bucket:
     """Parameters alike in group, dtype, device and ranks, in one flat buffer.
 
@@ -81,10 +87,10 @@ class Bucket:
         self.shapes = [p.shape for p in self.params]
 
         self.flat_params = torch.zeros(self.layout.numel, dtype=params[0].dtype, device=params[0].device)
-        with torch.no_grad():
-            for param, view in zip(params, views_of(self.flat_params, self.layout, self.shapes), strict=True):
-                view.copy_(param)
-                param.data = view
+        self._places = views_of(self.flat_params, self.layout, self.shapes)
+        self._addresses = [place.data_ptr() for place in self._places]
+        for param, place in zip(params, self._places, strict=True):
+            _move_in(param, place)
         start, stop = self.layout.shard_range(groups.shard_rank)
         self.param_shard = self.flat_params[start:stop]
 
@@ -98,7 +104,7 @@ class Bucket:
         self._ready = [False] * len(params)  # which have one in this backward pass
         self._finish_reduce: Finish = nothing
         self._finish_gather: Finish = nothing
-        self._grad_mark = self._param_mark = None
+        self._grad_mark = self._param_mark = self._param_stream = None
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +168,7 @@ class Bucket:
     def _pack(self, buffer: GradBuffer) -> None:
         places, gaps = self._views_of(buffer)
         grads = [p.grad for p in self.params]
-        self._check_grad_shapes(grads)
+        self._check_grads(grads)
         present = [i for i, grad in enumerate(grads) if grad is not None]
         zeros = gaps
         if len(present) < len(grads):
@@ -182,14 +188,20 @@ class Bucket:
             buffer.views[self] = views_of(flat, self.layout, self.shapes), gaps_of(flat, self.layout)
         return buffer.views[self]
 
-    def _check_grad_shapes(self, grads: Sequence[Tensor | None]) -> None:
+    def _check_grads(self, grads: Sequence[Tensor | None]) -> None:
         """Autograd gives a gradient its parameter's shape; ``.grad.data`` takes any, and copying would broadcast it."""
         for name, grad, shape in zip(self.names, grads, self.shapes, strict=True):
-            if grad is not None and grad.shape != shape:
-                raise ValueError(
-                    f"the gradient of {name!r} has shape {tuple(grad.shape)}, the parameter {tuple(shape)}. "
-                    "Call zero_grad() and run backward again; do not assign to .grad.data."
+            if grad is None or (grad.shape == shape and grad.layout is torch.strided):
+                continue
+            if grad.layout is not torch.strided:
+                raise TypeError(
+                    f"the gradient of {name!r} is sparse, and Lion has no sparse update. Use "
+                    "nn.Embedding(sparse=False): untouched rows stay where they are without it too."
                 )
+            raise ValueError(
+                f"the gradient of {name!r} has shape {tuple(grad.shape)}, the parameter {tuple(shape)}. "
+                "Call zero_grad() and run backward again; do not assign to .grad.data."
+            )
 
     def complete_reduction(self) -> None:
         """Bring a reduction under way to its end. On a CUDA stream it is queued already and this costs nothing."""
@@ -245,7 +257,7 @@ class Bucket:
         ``start`` is called where communication is queued; None: an all-gather.
         """
         self._set_param_state(ParamState.GATHERING)
-        with self.stream.fork():
+        with self.stream.fork() as self._param_stream:
             self._finish_gather = self._gather() if start is None else start()
             self._param_mark = self.stream.mark()
 
@@ -260,7 +272,36 @@ class Bucket:
             finish, self._finish_gather = self._finish_gather, nothing
             finish()
             self.stream.join(self._param_mark)
+            self.stream.join(self._param_mark, self._param_stream)  # whoever asks first may be on a stream of its own
         self._set_param_state(ParamState.FULL)
+
+    def take_back_params(self) -> list[int]:
+        """Parameters that were given other memory since (``param.data = ...``) become views of ``flat_params`` again,
+        with the values that they have there. Not while a gather is under way.
+
+        Returns:
+            Their positions.
+
+        Raises:
+            RuntimeError: one of another dtype, device or shape, which only a new optimizer can train.
+        """
+        if list(map(Tensor.data_ptr, self.params)) == self._addresses:
+            return []
+        moved = [
+            i
+            for i, (param, address) in enumerate(zip(self.params, self._addresses, strict=True))
+            if param.data_ptr() != address and param.numel()
+        ]
+        for i in moved:
+            param, place = self.params[i], self._places[i]
+            if (param.dtype, param.device, param.shape) != (place.dtype, place.device, place.shape):
+                raise RuntimeError(
+                    f"parameter {self.names[i]!r} is {param.dtype} {tuple(param.shape)} on {param.device} now and was "
+                    f"{place.dtype} {tuple(place.shape)} on {place.device} when ShardedLion was made. Convert or move "
+                    "the model first, and construct the optimizer after."
+                )
+            _move_in(param, place)
+        return moved
 
     def grad_shard_nbytes(self) -> int:
         return self._grad_shard.nbytes + (0 if self._accumulator is None else self._accumulator.nbytes)

@@ -30,34 +30,41 @@ def gaps_of(flat: Tensor, layout: BucketLayout) -> list[Tensor]:
 class CommStream:
     """Where communication is queued: a CUDA stream of its own, or on the CPU the order of the program.
 
-    ``fork()`` is a context in which operations run behind everything queued so far, beside what follows. ``mark()``
-    remembers the present end of the queue; ``join(mark)`` lets what follows wait for it, never the host.
+    ``fork()`` is a context in which operations run behind everything queued so far, beside what follows; it yields the
+    stream that it leaves, and one within another changes nothing. ``mark()`` remembers the present end of the queue;
+    ``join(mark)`` lets what follows wait for it, never the host.
 
     (``torch.cuda.stream()`` would ask for the current stream three times, 10 us each, twice a bucket and step.)
     """
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._left: torch.cuda.Stream | None = None  # by the fork that is open
 
     def fork(self):
         return contextlib.nullcontext() if self.stream is None else self._on_stream()
 
     @contextlib.contextmanager
-    def _on_stream(self) -> Iterator[None]:
+    def _on_stream(self) -> Iterator[torch.cuda.Stream]:
         outer = torch.cuda.current_stream(self.stream.device)
+        if outer == self.stream:
+            yield self._left
+            return
+        self._left = outer
         self.stream.wait_event(outer.record_event())
         torch.cuda.set_stream(self.stream)
         try:
-            yield
+            yield outer
         finally:
             torch.cuda.set_stream(outer)
 
     def mark(self) -> torch.cuda.Event | None:
         return None if self.stream is None else self.stream.record_event()
 
-    def join(self, mark: torch.cuda.Event | None) -> None:
+    def join(self, mark: torch.cuda.Event | None, stream: torch.cuda.Stream | None = None) -> None:
+        """``stream``: the one that waits; None: the current one."""
         if mark is not None:
-            torch.cuda.current_stream(self.stream.device).wait_event(mark)
+            (stream or torch.cuda.current_stream(self.stream.device)).wait_event(mark)
 
 
 class GradBuffer:
@@ -85,8 +92,10 @@ class GradBufferPool:
         self._turn = 0
 
     def fit(self, numel: int) -> None:
-        """Make room for buckets of ``numel`` elements; between steps only."""
+        """Make room for buckets of ``numel`` elements."""
         if numel > self._numel:
+            for buffer in self._buffers:
+                buffer.release()  # a reduction may read it yet: its memory must not be given to others
             self._numel, self._buffers = numel, []
 
     def take(self, numel: int) -> tuple[GradBuffer, Tensor]:

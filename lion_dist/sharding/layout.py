@@ -113,15 +113,6 @@ class BucketLayout:
                 yield ParamSlice(param, low - offset, high - offset, low)
 
 
-def canonical_starts(numels: Sequence[int]) -> list[int]:
-    """The canonical index of each parameter's first element; ``numels`` in registration order."""
-    starts, total = [], 0
-    for numel in numels:
-        starts.append(total)
-        total += numel
-    return starts
-
-
 def choose_bucket_numel(total_numel: int, shard_world_size: int) -> int:
     """Elements per bucket: about 24 buckets a model, and none so small that only its latency counts.
 

@@ -50,8 +50,11 @@ class ShardGroups:
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """The first rank's ``tensor`` becomes that of all ranks: along the shard axis, then the replicate axis."""
+        whole = tensor.contiguous()  # gloo would take the wrong elements of another
         for axis in self.axes:
-            collectives.broadcast(tensor, axis)
+            collectives.broadcast(whole, axis)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.copy_(whole)
 
 
 def resolve_groups(where: DeviceMesh | ProcessGroup | None) -> ShardGroups:

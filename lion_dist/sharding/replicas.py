@@ -183,6 +183,9 @@ class ReplicaCheck:
             if bucket not in self._known:
                 self._known[bucket] = Holding.of_bucket(f"bucket {i}", bucket)
             by_groups.setdefault(bucket.groups, []).append(self._known[bucket])
+        names = {name for name, *_ in frozen}
+        for name in [key for key in self._known if isinstance(key, str) and key not in names]:
+            del self._known[name]  # trained again, in the memory of a bucket
         for name, tensor, groups in frozen:
             known = self._known.get(name)
             if known is None or known.words.data_ptr() != tensor.data_ptr():

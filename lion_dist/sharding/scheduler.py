@@ -14,6 +14,7 @@ waited for at the root); everybody else calls ``finish_param_sync()``.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Collection, Sequence
 
@@ -21,6 +22,8 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lion_dist.sharding.bucket import Bucket, GradState, ParamState
 
@@ -33,6 +36,10 @@ def not_traced(function: Callable) -> Callable:
     not decorators, which would import torch._dynamo together with this module: 0.6 s.)
     """
     return torch.compiler.disable(function, recursive=False)
+
+
+# Whose hook takes a parameter's gradients. Not an attribute of the parameter: that would be pickled with the model.
+_scheduler_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> weak reference to its GradScheduler
 
 
 def held_weakly(method: Callable[[Parameter], None]) -> Callable[[Parameter], None]:
@@ -66,6 +73,7 @@ class GradScheduler:
         self._hook = not_traced(held_weakly(self._on_grad))
         self._start_ready = torch.compiler.disable(self._start_ready)
         self.in_no_sync = False
+        self._handles: list[RemovableHandle] = []
         self._order: list[Bucket] = []  # the order in which reductions start
         self._place: dict[Parameter, tuple[Bucket, int]] = {}
         self._next = 0  # position in _order of the bucket to start next
@@ -81,11 +89,29 @@ class GradScheduler:
         for bucket in buckets:
             for position, param in enumerate(bucket.params):
                 self._place[param] = (bucket, position)
-                # A frozen parameter takes no hook; it keeps the one it got while it briefly took gradients.
-                frozen = not param.requires_grad
-                param.requires_grad_(True)
-                param.register_post_accumulate_grad_hook(self._hook)
-                param.requires_grad_(not frozen)
+                self._handles.append(param.register_post_accumulate_grad_hook(self._hook))
+                _scheduler_of[param] = weakref.ref(self)
+
+    @staticmethod
+    def refuse_others(params: Sequence[Parameter], names: Sequence[str]) -> None:
+        """Raise ValueError when another scheduler would take the gradients of one of ``params``."""
+        for param, name in zip(params, names, strict=True):
+            other = _scheduler_of.get(param)
+            if other is not None and other() is not None:
+                gc.collect()  # it may be waiting for no more than that
+                if other() is not None:
+                    raise ValueError(
+                        f"parameter {name!r} belongs to another ShardedLion, whose hooks would take its gradients: "
+                        "this one would train nothing. Call the other's close() first."
+                    )
+
+    def close(self) -> None:
+        """Gradients stay with autograd from here on."""
+        for handle in self._handles:
+            handle.remove()
+        for param in self._place:
+            _scheduler_of.pop(param, None)
+        self._handles.clear()
 
     def bucket_of(self, param: Parameter) -> Bucket:
         return self._place[param][0]
@@ -133,11 +159,9 @@ class GradScheduler:
 
     def start_all_but(self, begun: Collection[Bucket]) -> None:
         """Start the reductions of a step that backward has not started: of a rank without a batch, of new buckets."""
-        if not begun:
-            self.finish_pass()
-        for bucket in self._order:
-            if bucket not in begun:
-                self._start(bucket)
+        for bucket in [bucket for bucket in self._order if bucket not in begun]:
+            self._start(bucket)
+        self._close_pass()
 
     def finish_pass(self) -> None:
         """Start the reductions that this pass has not started yet: parameters without a gradient count as zeros."""
@@ -158,9 +182,17 @@ class GradScheduler:
         nothing_reduced = all(bucket.grad_state is GradState.EMPTY for bucket in self._order)
         if nothing_reduced or self._pass_is_open or self._pending_local:
             self.finish_pass()
-        for bucket in self._order:  # of parameters unfrozen since the last step
+
+    def start_added(self) -> None:
+        """Start the reductions of buckets that have come since backward ran: of parameters unfrozen in this step."""
+        for bucket in self._order:
             if bucket.grad_state is GradState.EMPTY:
                 bucket.start_grad_sync()
+
+    def finish_absent_pass(self) -> None:
+        """This rank has no micro-batch where others run one: it takes part with zeros, where anything is sent."""
+        if not (self.in_no_sync and self.keep_local_grads):
+            self.finish_pass()
 
     def reset(self) -> None:
         """Forget the gradients of this step, local ones too."""
@@ -234,19 +266,34 @@ class ParamScheduler:
         self._strangers: list[Bucket] = []
         self._at_root: list[Bucket] = []  # buckets of owners whose forward did not run last time
         self._in_forward = False  # of the root
+        self._handles: list[RemovableHandle] = []
         self._finish = torch.compiler.disable(Bucket.finish_param_sync)
         owners, others = self._owner_modules()
         for owner in owners:
             if not _is_compiled(owner):
                 owner._parameters = AwaitedParameters(owner._parameters, self._bucket_of)
-            owner.register_forward_pre_hook(OwnModelHook(self._before_forward), prepend=True)
+            self._before(owner, self._before_forward)
         for other in others:
-            other.register_forward_pre_hook(OwnModelHook(self._before_forward_without_params), prepend=True)
-        module.register_forward_pre_hook(OwnModelHook(self._before_root_forward), prepend=True)
-        module.register_forward_hook(OwnModelHook(self._after_root_forward), always_call=True)
+            self._before(other, self._before_forward_without_params)
+        self._before(module, self._before_root_forward)
+        after = OwnModelHook(self._after_root_forward)
+        self._handles.append(module.register_forward_hook(after, always_call=True))
         for child in module.modules():
-            child.register_state_dict_pre_hook(OwnModelHook(self._wait_for_all))
-            child.register_load_state_dict_pre_hook(OwnModelHook(self._wait_for_all))
+            self._handles.append(child.register_state_dict_pre_hook(OwnModelHook(self._wait_for_all)))
+            self._handles.append(child.register_load_state_dict_pre_hook(OwnModelHook(self._wait_for_all)))
+
+    def _before(self, module: nn.Module, function: Callable) -> None:
+        self._handles.append(module.register_forward_pre_hook(OwnModelHook(function), prepend=True))
+
+    def close(self) -> None:
+        """The module is as it was before; nothing waits for parameters any more, so all are waited for now."""
+        self.finish_all()
+        for handle in self._handles:
+            handle.remove()
+        for module in self.module.modules():
+            if isinstance(module._parameters, AwaitedParameters):
+                module._parameters = dict(module._parameters)
+        self._handles.clear()
 
     def add_buckets(self, buckets: Sequence[Bucket]) -> None:
         self.buckets += buckets

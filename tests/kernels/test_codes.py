@@ -97,15 +97,6 @@ def test_least_main_rounds_to_its_parameter_and_what_lies_below_does_not(dtype):
     assert (codes.round_main(below, dtype) < magnitude).all()
 
 
-@given(st.integers(0, 2000), st.sampled_from([TERNARY, SENARY]), st.integers(0, 2**32))
-def test_unpacking_undoes_packing(numel, layout, seed):
-    generator = torch.Generator().manual_seed(seed)
-    digits = torch.randint(layout.radix, (numel,), dtype=torch.uint8, generator=generator)
-    packed = layout.pack(digits)
-    assert len(packed) == layout.num_bytes(numel) and len(packed) % 64 == 0
-    assert torch.equal(layout.unpack(packed, numel), digits)
-
-
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("lr", LRS)
 def test_every_step_of_every_bf16_parameter_is_coded_exactly_or_escapes(lr, weight_decay):

@@ -154,6 +154,16 @@ def test_pool_completes_the_last_use_of_a_buffer_before_it_is_taken_again():
     assert pool.nbytes == GradBufferPool.DEPTH * 10 * 4
 
 
+def test_pool_completes_the_uses_of_buffers_that_it_gives_up():
+    """A collective on another stream may read them yet; their memory goes to whoever asks next."""
+    pool, released = GradBufferPool(torch.float32, CPU), []
+    pool.fit(10)
+    for i in range(2):
+        pool.take(10)[0].release = lambda i=i: released.append(i)
+    pool.fit(20)
+    assert released == [0, 1]
+
+
 def test_pool_grows_with_the_largest_bucket():
     pool = GradBufferPool(torch.bfloat16, CPU)
     pool.fit(10)

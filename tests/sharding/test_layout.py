@@ -12,7 +12,6 @@ from lion_dist.sharding.layout import (
     ALIGNMENT,
     BucketLayout,
     ParamSlice,
-    canonical_starts,
     choose_bucket_numel,
     pack_into_buckets,
     round_up,
@@ -116,16 +115,6 @@ def test_4096_ranks_share_every_element():
             end[piece.param] = piece.param_stop
             owned[piece.param] += piece.numel
     assert tuple(owned) == numels
-
-
-# ---- canonical index
-
-
-@given(numels=st.lists(st.integers(0, 50), max_size=10))
-def test_canonical_starts_number_elements_without_gaps(numels):
-    starts = canonical_starts(numels)
-    indices = [i for start, numel in zip(starts, numels, strict=True) for i in range(start, start + numel)]
-    assert indices == list(range(sum(numels)))
 
 
 # ---- packing
