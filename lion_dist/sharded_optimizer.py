@@ -36,6 +36,7 @@ from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
 from lion_dist.sharding.param_sync import GatherParams, SendCodes
+from lion_dist.sharding.param_watch import ParamWatch
 from lion_dist.sharding.process_groups import ShardGroups, backend_for, resolve_groups
 from lion_dist.sharding.replicas import Frozen, ReplicaCheck
 from lion_dist.sharding.scheduler import GradScheduler, ParamScheduler
@@ -104,8 +105,8 @@ class ShardedLion(Optimizer):
         self._module = module
         self._params = ShardedParams(module, self.groups, precision)
         self._frozen: dict[Parameter, dict] = {}  # parameters that have no bucket yet, and their groups
-        self._versions: dict[Parameter, int] = {}
-        self._written: set[Bucket] = set()  # with parameters that somebody else has written since the last step
+        self._watch = ParamWatch()
+        self._changed: set[Bucket] = set()  # by somebody else, since the last step
         self._is_closed = False
         self._pools: dict[tuple, GradBufferPool] = {}
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
@@ -192,8 +193,7 @@ class ShardedLion(Optimizer):
             self._batches += [ShardBatch([shard]) for shard in new]
         else:
             self._batches += make_batches(new)
-        for param in (p for shard in new for p in shard.bucket.params):
-            self._versions[param] = param._version
+        self._watch.add(p for shard in new for p in shard.bucket.params)
 
     def _make_bucket(self, params: list[Parameter], group: dict) -> BucketShard:
         groups = self._params.groups_for(group)
@@ -266,9 +266,9 @@ class ShardedLion(Optimizer):
                     shard.bucket.reset_grad()
                     self._param_sync.after_update(shard.bucket)  # the next forward waits, not this line
         with self._meter.clock.phase("param_sync"):
-            self._param_sync.after_updates(self._written)
-            self._written.clear()
-        self._note_own_writes(param for shard in self.shards for param in shard.bucket.params)
+            self._param_sync.after_updates(self._changed)
+            self._changed.clear()
+        self._watch.note_updates(param for shard in self.shards for param in shard.bucket.params)
         self._counters += torch.stack([verdict.skip == 0, verdict.skip != 0])
         self._forget_step()
         if self.param_scheduler is None:
@@ -295,7 +295,7 @@ class ShardedLion(Optimizer):
                 backend=choose_backend(self._device, self.use_triton),
             )
         self._updates_mark = self._stream.mark()
-        self._note_own_writes(param for param in bucket.params if param.requires_grad)
+        self._watch.note_updates(param for param in bucket.params if param.requires_grad)
         bucket.reset_grad()
         bucket.start_param_sync()
 
@@ -495,21 +495,11 @@ class ShardedLion(Optimizer):
             shard.refresh_main()
 
     def _refresh_stale_main(self, shards: Iterable[BucketShard]) -> None:
-        """Main params follow parameters that somebody else has written since our last update, or put elsewhere."""
+        """Main params follow parameters that somebody else has changed since our last update."""
         for shard in shards:
-            moved = shard.bucket.take_back_params()
-            stale = [p for p in shard.bucket.params if self._versions[p] != p._version]
-            if moved or stale:
+            if self._watch.find_changes(shard.bucket):
                 shard.refresh_main()
-                self._versions.update((p, p._version) for p in stale)
-                self._written.add(shard.bucket)
-
-    def _note_own_writes(self, params: Iterable[Parameter]) -> None:
-        """Updates go through the flat buffer, behind autograd's back: a graph that still needs the old values must say
-        so when it runs backward."""
-        params = list(params)
-        torch.autograd.graph.increment_version(params)
-        self._versions.update((p, p._version) for p in params)
+                self._changed.add(shard.bucket)
 
     def close(self) -> None:
         """Let go of the model: parameters are whole, hooks are removed, gradients stay with autograd.

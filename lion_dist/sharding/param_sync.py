@@ -57,7 +57,7 @@ class GatherParams:
     def after_update(self, bucket: Bucket) -> None:
         bucket.start_param_sync()
 
-    def after_updates(self, written: Collection[Bucket]) -> None:
+    def after_updates(self, changed: Collection[Bucket]) -> None:
         """Nothing is left to start."""
 
 
@@ -74,14 +74,14 @@ class SendCodes:
         else:
             self._escapes[bucket] = self.codecs[bucket].encode(bucket.param_shard)
 
-    def after_updates(self, written: Collection[Bucket]) -> None:
-        """``written``: buckets with parameters that somebody else has written on this rank."""
+    def after_updates(self, changed: Collection[Bucket]) -> None:
+        """``changed``: buckets with parameters that somebody else has written on this rank."""
         escapes, self._escapes = self._escapes, {}
         for groups in dict.fromkeys(bucket.groups for bucket in escapes):
             buckets = [bucket for bucket in escapes if bucket.groups == groups]
             counts = torch.stack([escapes[bucket] for bucket in buckets])
             for i, bucket in enumerate(buckets):
-                if bucket in written:
+                if bucket in changed:
                     counts[i].fill_(TOO_MANY)
             collectives.all_reduce_max(counts, groups.shard_group)
             for bucket, count in zip(buckets, counts.tolist(), strict=True):
