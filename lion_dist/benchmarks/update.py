@@ -344,7 +344,7 @@ def run_on_cpu(args, device: torch.device) -> Iterator[dict]:
 
 def sweep(device: torch.device, repeats: int, numel: int = 2**29) -> None:
     """Launch shapes of the flat kernel, GB/s of each precision."""
-    from lion_dist.kernels.triton_kernels import LAUNCH_SHAPES, LaunchShape
+    from lion_dist.kernels.triton_launch import LAUNCH_SHAPES, LaunchShape
 
     shapes = [(1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)]
     candidates = [LaunchShape(block, warps, vector) for vector in (4, 8) for block, warps in shapes]

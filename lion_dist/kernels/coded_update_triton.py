@@ -20,8 +20,8 @@ from lion_dist.kernels.triton_kernels import (
     _step_block,
     _store_exp_avg,
     _store_param,
-    launch_on,
 )
+from lion_dist.kernels.triton_launch import launch_on
 
 
 @triton.jit

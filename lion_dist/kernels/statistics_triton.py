@@ -1,6 +1,6 @@
 """``statistics.py`` on a GPU: one launch for a whole list of tensors, each byte read once, nothing written but sums.
 
-Tensors are found through the update's address table (``triton_kernels.py``). Each program goes over BLOCK elements in
+Tensors are found through the update's address table (``triton_launch.py``). Each program goes over BLOCK elements in
 pieces, keeps one running sum a lane and column, and writes one row of sums; the rows are added up in a fixed order, so
 the result is the same from run to run. Squares are exact in fp64; only the order of their sum differs from the
 definition's.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_dist.kernels import triton_kernels
+from lion_dist.kernels import triton_launch
 from lion_dist.kernels.reference import StepScalars, as_int32, seed_key_int
 from lion_dist.kernels.triton_kernels import (
     EXP_AVG,
@@ -27,8 +27,6 @@ from lion_dist.kernels.triton_kernels import (
     PARAM,
     ROW,
     STEP,
-    TL_DTYPES,
-    _AddressTable,
     _bits,
     _find_tensor,
     _from_bf16,
@@ -41,8 +39,8 @@ from lion_dist.kernels.triton_kernels import (
     _step_param,
     _takes_part,
     _upper_half,
-    launch_on,
 )
+from lion_dist.kernels.triton_launch import TL_DTYPES, AddressTable, launch_on
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def _statistics_kernel(
 def _launch_shape(tensors) -> LaunchShape:
     if INTERPRETED.value:  # which pays per block, not per element
         largest = triton.next_power_of_2(max(tensors.numels))
-        return LaunchShape(*2 * (min(triton_kernels.INTERPRETER_BLOCK, largest),), num_warps=4)
+        return LaunchShape(*2 * (min(triton_launch.INTERPRETER_BLOCK, largest),), num_warps=4)
     return LAUNCH_SHAPE
 
 
@@ -199,7 +197,7 @@ def measure(tensors, grads, scalars: StepScalars, *, grad_scale, active, seed) -
     shape = _launch_shape(tensors)
     table = tensors.launch_cache.get(shape.block)
     if table is None:
-        table = tensors.launch_cache[shape.block] = _AddressTable.build(tensors, shape.block)
+        table = tensors.launch_cache[shape.block] = AddressTable.build(tensors, shape.block)
     sums_of_blocks = torch.empty(table.num_blocks, 9, dtype=torch.float64, device=tensors.device)
     with launch_on(tensors.device):
         _statistics_kernel[(table.num_blocks,)](
@@ -222,7 +220,7 @@ def measure(tensors, grads, scalars: StepScalars, *, grad_scale, active, seed) -
             EXP_AVG_DTYPE=TL_DTYPES[tensors.exp_avgs[0].dtype],
             GRAD_DTYPE=TL_DTYPES[grads[0].dtype],
             SCALARS_ON_DEVICE=isinstance(scalars.lr, Tensor),
-            STRIDE=triton_kernels.SEARCH_STRIDE,
+            STRIDE=triton_launch.SEARCH_STRIDE,
             BLOCK=shape.block,
             PIECE=shape.piece,
             num_warps=shape.num_warps,

@@ -8,61 +8,27 @@ the device before it starts. ``_list_kernel`` takes T tensors by a table of thei
 by a binary search over the tensors' first blocks. A block of BLOCK elements takes the fast path (no masks, 128-bit
 accesses) when it is full and its tensors are aligned to 16 bytes; what is left, tails and unaligned views, takes masks.
 
-Never autotune these kernels: autotuning runs a kernel several times, and each run would be a step on live state.
-The launch constants below were chosen by a sweep (``python -m lion_dist.benchmarks.update --sweep``).
+Here is what runs on the GPU; ``triton_launch.py`` is the host's side.
 """
 
 from __future__ import annotations
 
 import os
-from array import array
-from dataclasses import dataclass, field
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from lion_dist.kernels import reference
-from lion_dist.kernels.reference import StepScalars
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-INTERPRETER_BLOCK = 1 << 16  # the interpreter pays per block, not per element
-
-
-@dataclass(frozen=True)
-class LaunchShape:
-    block: int  # elements per program, a power of two
-    num_warps: int
-    vector: int  # consecutive elements per thread
-
-
-# By the widest element that the kernel touches, in bytes, and whether it draws random bits. With 8 fp32 elements a
-# thread, stores would go through shared memory and a barrier: Triton stores at most 16 bytes a thread at once. Random
-# bits take registers: with 16 elements a thread the kernel needs up to 80 and reached 88 to 94% of the copy.
-LAUNCH_SHAPES = {
-    (2, False): LaunchShape(block=2048, num_warps=4, vector=8),
-    (2, True): LaunchShape(block=1024, num_warps=4, vector=8),
-    (4, False): LaunchShape(block=1024, num_warps=4, vector=4),
-    (4, True): LaunchShape(block=1024, num_warps=4, vector=4),
-}
 
 # Columns of the address table: one row of int64 a tensor.
 PARAM, MAIN, EXP_AVG, NUMEL, INDEX_START, STEP = (tl.constexpr(column) for column in range(6))
 ROW = tl.constexpr(8)  # padded to 64 bytes, so that a row lies in one cache line
-SEARCH_STRIDE = 64  # blocks per entry of the coarse search table
-IN_COMMAND = 2**16  # bytes
-CAPTURES = 8  # captured calls over gradients that no eager call has seen, per warm-up
 
 MIX_1, MIX_2, MIX_3 = (tl.constexpr(c) for c in (reference.MIX_1, reference.MIX_2, reference.MIX_3))
 GOLDEN = tl.constexpr(reference.GOLDEN)
 QUIET_NAN = tl.constexpr(reference.BF16_NAN << 16)
-TL_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.int16: tl.int16,
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -452,175 +418,3 @@ def _list_kernel(
             MASKED_BLOCK,
             VECTOR,
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The host's side.
-
-
-def _upload(values: Tensor, device: torch.device) -> Tensor:
-    """To ``device`` without waiting for it.
-
-    CUDA takes up to 64 KiB of pageable memory along with the command. More goes through pinned memory, which the
-    caching host allocator keeps until it has been read.
-    """
-    if device.type == "cuda" and values.nbytes > IN_COMMAND:
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
-
-
-@dataclass
-class _AddressTable:
-    """What ``_list_kernel`` looks up, on the device. Built once per (LionTensors, block).
-
-    The table of gradients is made anew when an address changes: T * 8 bytes, copied without waiting. It is never
-    overwritten, because a captured CUDA graph goes on reading the one it was captured with; and it belongs to one
-    stream, so that the caching allocators recycle it in that stream's order.
-    """
-
-    rows: Tensor  # [T, ROW] int64
-    first_blocks: Tensor  # [T] int32
-    search_table: Tensor  # int32
-    num_blocks: int
-    grad_key: tuple | None = None  # (stream, addresses) of ``grads``
-    grads: Tensor | None = None  # [T] int64
-    capture_staging: list[Tensor] = field(default_factory=list)  # pinned [T] int64, one per captured call
-    captured: list[Tensor] = field(default_factory=list)  # what captured graphs read: alive as long as this
-
-    @classmethod
-    def build(cls, tensors, block: int) -> _AddressTable:
-        numels = torch.tensor([param.numel() for param in tensors.params])
-        last_blocks = ((numels + block - 1) // block).cumsum(0)
-        num_blocks = int(last_blocks[-1])
-        first_blocks = torch.cat([last_blocks.new_zeros(1), last_blocks[:-1]])
-        searched = torch.arange(0, num_blocks, SEARCH_STRIDE)
-        search_table = torch.searchsorted(first_blocks, searched, right=True) - 1
-        search_table = torch.cat([search_table, torch.tensor([len(numels) - 1])])
-
-        rows = torch.zeros(len(numels), ROW.value, dtype=torch.int64)
-        columns = {PARAM: tensors.params, MAIN: tensors.mains, EXP_AVG: tensors.exp_avgs, STEP: tensors.steps}
-        for column, values in columns.items():
-            if values is not None:
-                rows[:, column.value] = torch.tensor([tensor.data_ptr() for tensor in values])
-        rows[:, NUMEL.value] = numels
-        if tensors.index_starts is not None:
-            rows[:, INDEX_START.value] = torch.tensor(list(tensors.index_starts))
-        tables = (rows, first_blocks.int(), search_table.int())
-        return cls(*(_upload(table, tensors.device) for table in tables), num_blocks)
-
-    def grads_on_device(self, grads) -> Tensor:
-        addresses = [grad.data_ptr() for grad in grads]
-        if not self.rows.is_cuda:
-            return torch.tensor(addresses)
-        if torch.cuda.is_current_stream_capturing():
-            return self._grads_for_capture(addresses)
-        key = (torch.cuda.current_stream().cuda_stream, addresses)
-        if key != self.grad_key:
-            table = torch.frombuffer(array("q", addresses), dtype=torch.int64)  # a quarter of torch.tensor()'s time
-            self.grads, self.grad_key = _upload(table, self.rows.device), key
-        if not self.capture_staging:
-            self.capture_staging = list(torch.empty(CAPTURES, len(addresses), dtype=torch.int64, pin_memory=True))
-        return self.grads
-
-    def _grads_for_capture(self, addresses: list[int]) -> Tensor:
-        """The eager table when it fits; else one that each replay fills itself, from pinned memory kept for it."""
-        if self.grad_key is not None and self.grad_key[1] == addresses:
-            self.captured.append(self.grads)
-            return self.grads
-        if not self.capture_staging:
-            raise RuntimeError(
-                "a CUDA graph is captured over gradients at addresses that no step has seen, and no pinned memory is "
-                "left for their table. Run a step over these gradients before the capture, as torch.cuda.graph's "
-                "warm-up does anyway."
-            )
-        staging = self.capture_staging.pop().copy_(torch.tensor(addresses))
-        table = staging.to(self.rows.device, non_blocking=True)
-        self.captured += [staging, table]
-        return table
-
-
-def _launch_shape(tensors, grads) -> LaunchShape:
-    if INTERPRETED.value:
-        largest = max(param.numel() for param in tensors.params)
-        return LaunchShape(min(INTERPRETER_BLOCK, triton.next_power_of_2(largest)), num_warps=4, vector=1)
-    columns = (tensors.params, tensors.exp_avgs, grads, tensors.mains)
-    widest = max(column[0].element_size() for column in columns if column is not None)
-    return LAUNCH_SHAPES[widest, tensors.is_stochastic]
-
-
-def masked_block(shape: LaunchShape) -> int:
-    """Elements of a masked piece: four per thread, which needs no more registers than the fast path."""
-    return shape.block if INTERPRETED.value else min(shape.block, 4 * 32 * shape.num_warps)
-
-
-def launch_on(device: torch.device) -> torch.cuda.device:
-    """A context in which kernels start on ``device``; on the CPU, for the interpreter, it does nothing."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
-
-
-def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, seed) -> None:
-    """Arguments as ``lion_update_``'s, on one GPU (or, in Triton's interpreter, on the CPU)."""
-    if all(param.numel() == 0 for param in tensors.params):
-        return
-    shape = _launch_shape(tensors, grads)
-    arguments = {
-        "lr": scalars.lr,
-        "decay": scalars.decay,
-        "beta1": scalars.beta1,
-        "one_minus_beta1": 1.0 - scalars.beta1,
-        "beta2": scalars.beta2,
-        "one_minus_beta2": 1.0 - scalars.beta2,
-        "grad_scale": grad_scale,
-        "skip": skip,
-        "active": active,
-        "seed_key": reference.as_int32(reference.seed_key_int(seed)),
-        "SCALARS_ON_DEVICE": isinstance(scalars.lr, Tensor),
-        "STOCHASTIC_MOMENTUM": tensors.stochastic_momentum,
-        "BLOCK": shape.block,
-        "MASKED_BLOCK": masked_block(shape),
-        "VECTOR": shape.vector,
-        "num_warps": shape.num_warps,
-        "enable_fp_fusion": False,
-    }
-    with launch_on(tensors.device):
-        if len(tensors.params) == 1:
-            _launch_flat(tensors, grads[0], shape, arguments)
-        else:
-            _launch_list(tensors, grads, shape, arguments)
-
-
-def _launch_flat(tensors, grad, shape: LaunchShape, arguments: dict) -> None:
-    param = tensors.params[0]
-    _flat_kernel[(triton.cdiv(param.numel(), shape.block),)](
-        param,
-        None if tensors.mains is None else tensors.mains[0],
-        tensors.exp_avgs[0],
-        grad,
-        param.numel(),
-        0 if tensors.index_starts is None else tensors.index_starts[0],
-        tensors.steps if tensors.is_stochastic else None,
-        **arguments,
-    )
-
-
-def _launch_list(tensors, grads, shape: LaunchShape, arguments: dict) -> None:
-    table = tensors.launch_cache.get(shape.block)
-    if table is None:
-        if tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a CUDA graph is captured over parameters that no step has seen: their table of addresses cannot be "
-                "uploaded now. Run a step before the capture, as torch.cuda.graph's warm-up does anyway."
-            )
-        table = tensors.launch_cache[shape.block] = _AddressTable.build(tensors, shape.block)
-    _list_kernel[(table.num_blocks,)](
-        table.rows,
-        table.grads_on_device(grads),
-        table.first_blocks,
-        table.search_table,
-        PARAM_DTYPE=TL_DTYPES[tensors.params[0].dtype],
-        MAIN_DTYPE=None if tensors.mains is None else TL_DTYPES[tensors.mains[0].dtype],
-        EXP_AVG_DTYPE=TL_DTYPES[tensors.exp_avgs[0].dtype],
-        GRAD_DTYPE=TL_DTYPES[grads[0].dtype],
-        STRIDE=SEARCH_STRIDE,
-        **arguments,
-    )

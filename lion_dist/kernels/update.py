@@ -1,7 +1,7 @@
 """``lion_update_``: one Lion step on the tensors of one homogeneous group, in place, by the backend that fits.
 
 Backends are translations of ``reference.py`` and take the same arguments: ``cpu_native.py`` (C), ``cpu.py`` (PyTorch
-operations, cache-blocked, where there is no C compiler), ``triton_kernels.py`` (one launch for the whole list) and the
+operations, cache-blocked, where there is no C compiler), ``triton_launch.py`` (one launch for the whole list) and the
 reference itself in chunks, for a GPU without Triton.
 """
 
@@ -165,9 +165,9 @@ def lion_update_(
     if cautious_lrs is not None:
         update = functools.partial(_update_by_reference, cautious_lrs=cautious_lrs)
     elif backend == "triton":
-        from lion_dist.kernels import triton_kernels
+        from lion_dist.kernels import triton_launch
 
-        update = triton_kernels.update
+        update = triton_launch.update
     else:
         update = UPDATES[backend]
     update(tensors, grads, scalars, grad_scale=grad_scale, skip=skip, active=active, seed=seed)

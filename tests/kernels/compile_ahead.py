@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lion_dist.kernels import triton_kernels
-from lion_dist.kernels.triton_kernels import TL_DTYPES, LaunchShape
+from lion_dist.kernels import triton_kernels, triton_launch
+from lion_dist.kernels.triton_launch import TL_DTYPES, LaunchShape
 from tests.kernels.cases import BF16, FP16, FP32, INT16, Storage
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -36,7 +36,7 @@ VARIANTS = {
 
 def launch_shape(storage: Storage, grad_dtype: torch.dtype) -> LaunchShape:
     dtypes = [storage.param, storage.exp_avg, grad_dtype, storage.main or storage.param]
-    return triton_kernels.LAUNCH_SHAPES[max(dtype.itemsize for dtype in dtypes), storage.is_stochastic]
+    return triton_launch.LAUNCH_SHAPES[max(dtype.itemsize for dtype in dtypes), storage.is_stochastic]
 
 
 def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype):
@@ -47,7 +47,7 @@ def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype):
         "SCALARS_ON_DEVICE": kernel == "list",
         "STOCHASTIC_MOMENTUM": storage.stochastic_momentum,
         "BLOCK": shape.block,
-        "MASKED_BLOCK": triton_kernels.masked_block(shape),
+        "MASKED_BLOCK": triton_launch.masked_block(shape),
         "VECTOR": shape.vector,
     }
     tl_types = {
@@ -65,7 +65,7 @@ def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype):
         types |= {"rows": "*i64", "grads": "*i64", "first_blocks": "*i32", "search_table": "*i32"}
         types |= dict.fromkeys(["lr", "decay", "grad_scale", "skip", "active"], "*fp32")
         constants |= {f"{name}_DTYPE": ty for name, ty in tl_types.items()}
-        constants["STRIDE"] = triton_kernels.SEARCH_STRIDE
+        constants["STRIDE"] = triton_launch.SEARCH_STRIDE
     return compile_for_hopper(function, types, constants, shape.num_warps)
 
 

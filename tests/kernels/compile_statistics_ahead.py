@@ -11,8 +11,8 @@ from collections import Counter
 
 import torch
 
-from lion_dist.kernels import statistics_triton, triton_kernels
-from lion_dist.kernels.triton_kernels import TL_DTYPES
+from lion_dist.kernels import statistics_triton, triton_launch
+from lion_dist.kernels.triton_launch import TL_DTYPES
 from tests.kernels.cases import Storage
 from tests.kernels.compile_ahead import SCALARS, VARIANTS, compile_for_hopper
 
@@ -30,7 +30,7 @@ def compile_kernel(storage: Storage, grad_dtype: torch.dtype, all_arguments: boo
         "EXP_AVG_DTYPE": TL_DTYPES[storage.exp_avg],
         "GRAD_DTYPE": TL_DTYPES[grad_dtype],
         "SCALARS_ON_DEVICE": all_arguments,
-        "STRIDE": triton_kernels.SEARCH_STRIDE,
+        "STRIDE": triton_launch.SEARCH_STRIDE,
         "BLOCK": shape.block,
         "PIECE": shape.piece,
     }

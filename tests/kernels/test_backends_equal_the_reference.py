@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lion_dist.kernels import cpu, triton_kernels, update
+from lion_dist.kernels import cpu, triton_kernels, triton_launch, update
 from lion_dist.kernels.reference import StepScalars, join_main, split_main
 from lion_dist.kernels.update import LionTensors, lion_update_
 from tests.kernels.cases import BF16, FP16, FP32, GRAD_DTYPES, INT16, STORAGES, Case, Storage, assert_same
@@ -21,8 +21,8 @@ BACKENDS = ["cpu", "cpu_native", "chunked_reference", "triton"]
 def backend(request, monkeypatch):
     if request.param == "triton" and not triton_kernels.INTERPRETED.value:
         pytest.skip("the kernels are compiled here: test_gpu.py compares them")
-    monkeypatch.setattr(triton_kernels, "INTERPRETER_BLOCK", BLOCK)
-    monkeypatch.setattr(triton_kernels, "SEARCH_STRIDE", 2)
+    monkeypatch.setattr(triton_launch, "INTERPRETER_BLOCK", BLOCK)
+    monkeypatch.setattr(triton_launch, "SEARCH_STRIDE", 2)
     monkeypatch.setattr(cpu, "CHUNK", BLOCK)
     monkeypatch.setattr(update, "REFERENCE_CHUNK", BLOCK)
     return request.param

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lion_dist.kernels import statistics, triton_kernels
+from lion_dist.kernels import statistics, triton_kernels, triton_launch
 from lion_dist.kernels.reference import StepScalars, read_main
 from lion_dist.kernels.statistics import COLUMNS, measure
 from tests.kernels.cases import BF16, FP32, STORAGES, Case, Storage
@@ -25,8 +25,8 @@ COUNTS = ("numel", "flipped", "agreement", "zero", "lost")
 def backend(request, monkeypatch):
     if request.param == "triton" and not triton_kernels.INTERPRETED.value:
         pytest.skip("the kernels are compiled here: test_statistics_gpu.py compares them")
-    monkeypatch.setattr(triton_kernels, "INTERPRETER_BLOCK", BLOCK)
-    monkeypatch.setattr(triton_kernels, "SEARCH_STRIDE", 2)
+    monkeypatch.setattr(triton_launch, "INTERPRETER_BLOCK", BLOCK)
+    monkeypatch.setattr(triton_launch, "SEARCH_STRIDE", 2)
     monkeypatch.setattr(statistics, "CPU_CHUNK", BLOCK)
     return request.param
 
