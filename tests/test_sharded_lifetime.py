@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
+from lion_dist.sharding.bucket import ParamState
 from tests.models import make_batch, make_model, mlp
 from tests.oracle import assert_same_on_all_ranks
 
@@ -160,6 +161,25 @@ def close() -> None:
 
 def test_closing_leaves_a_whole_model_without_hooks(gloo):
     gloo.run(2, close)
+
+
+def share_a_model() -> None:
+    """Half of the parameters each. Readers wait for both, until one lets go; then for the other."""
+    model = mlp(8, 8)
+    opts = [ShardedLion([param], lr=0.1, module=model) for param in model.parameters()]
+    for closed in ([], [0], [0, 1]):
+        for i in closed:
+            opts[i].close()
+        model(torch.ones(2, 8)).sum().backward()
+        for opt in opts[len(closed) :]:
+            opt.step()
+        [model[0].weight, model[0].bias]
+        assert all(bucket.param_state is ParamState.FULL for opt in opts for bucket in opt.buckets)
+    assert type(model[0]._parameters) is dict
+
+
+def test_two_optimizers_share_a_model(gloo):
+    gloo.run(2, share_a_model)
 
 
 def test_a_model_with_an_optimizer_is_copied_and_pickled_without_it(tmp_path):

@@ -84,7 +84,7 @@ def _add_piece(
     if main is not None:
         main = _pointers(main, start, offsets, ALIGNED)
 
-    # Update, as in triton_kernels._update_block.
+    # Update, as in triton_kernels._step_block.
     p, m, g = _read_block(param, main, exp_avg, grad, mask, grad_scale)
     finite = tl.abs(g) < float("inf")
     c = m * beta1 + g * one_minus_beta1

@@ -224,18 +224,36 @@ class AwaitedParameters(dict):
     """A module's ``_parameters``, whose readers wait: what they get is whole.
 
     A copy of the module (deepcopy, pickle) gets a plain dict, for the copy is not ours to wait for.
+
+    Attributes:
+        buckets_of: of each optimizer that has parameters in this model, the bucket of each.
     """
 
-    def __init__(self, params: dict[str, Parameter | None], bucket_of: dict[Parameter, Bucket]):
+    def __init__(self, params: dict[str, Parameter | None]):
         super().__init__(params)
-        self._bucket_of = bucket_of
+        self.buckets_of: list[dict[Parameter, Bucket]] = []
         self._finish = torch.compiler.disable(Bucket.finish_param_sync)
+
+    @classmethod
+    def install(cls, module: nn.Module, bucket_of: dict[Parameter, Bucket]) -> None:
+        if not isinstance(module._parameters, cls):
+            module._parameters = cls(module._parameters)
+        module._parameters.buckets_of.append(bucket_of)
+
+    @classmethod
+    def remove(cls, module: nn.Module, bucket_of: dict[Parameter, Bucket]) -> None:
+        params = module._parameters
+        if isinstance(params, cls):
+            params.buckets_of = [other for other in params.buckets_of if other is not bucket_of]
+            if not params.buckets_of:
+                module._parameters = dict(params)
 
     def __getitem__(self, name: str) -> Parameter | None:
         param = super().__getitem__(name)
-        bucket = self._bucket_of.get(param)
-        if bucket is not None and bucket.param_state is not ParamState.FULL:
-            self._finish(bucket)
+        for bucket_of in self.buckets_of:
+            bucket = bucket_of.get(param)
+            if bucket is not None and bucket.param_state is not ParamState.FULL:
+                self._finish(bucket)
         return param
 
     def items(self):
@@ -271,7 +289,7 @@ class ParamScheduler:
         owners, others = self._owner_modules()
         for owner in owners:
             if not _is_compiled(owner):
-                owner._parameters = AwaitedParameters(owner._parameters, self._bucket_of)
+                AwaitedParameters.install(owner, self._bucket_of)
             self._before(owner, self._before_forward)
         for other in others:
             self._before(other, self._before_forward_without_params)
@@ -291,8 +309,7 @@ class ParamScheduler:
         for handle in self._handles:
             handle.remove()
         for module in self.module.modules():
-            if isinstance(module._parameters, AwaitedParameters):
-                module._parameters = dict(module._parameters)
+            AwaitedParameters.remove(module, self._bucket_of)
         self._handles.clear()
 
     def add_buckets(self, buckets: Sequence[Bucket]) -> None:
