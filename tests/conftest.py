@@ -1,5 +1,6 @@
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported, here and in spawned workers
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of spawned workers
 torch.set_num_threads(1)  # several ranks share the cores
+hypothesis.settings.load_profile("ci")  # the same examples everywhere, and no deadline: the machine may be busy
 
 
 @pytest.fixture(scope="session")

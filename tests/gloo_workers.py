@@ -119,7 +119,10 @@ class GlooPool:
         ranks = list(ranks)
         for rank in ranks:
             os.kill(self._workers[rank][0].pid, signal.SIGUSR1)  # faulthandler writes the stacks
-        time.sleep(0.5)
+        deadline = time.monotonic() + GRACE
+        while any(not (self._stacks / str(rank)).stat().st_size for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)  # until the last line
         return {rank: (self._stacks / str(rank)).read_text() for rank in ranks}
 
     def stop(self) -> None:
@@ -129,6 +132,19 @@ class GlooPool:
         for process, _ in self._workers:
             process.join()
         self._workers.clear()
+
+
+def _meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
+    """A process group of all ranks. A rank that leaves early, before another has found its way in, breaks the other's
+    connection: so all wait for each other. One that does not get in dies, and the pool starts anew."""
+    try:
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout + 2 * GRACE)
+        )
+        dist.barrier()
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
@@ -146,13 +162,7 @@ def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
             return
         try:
             function, args, world_size, number, timeout = pickle.loads(task)
-            dist.init_process_group(
-                "gloo",
-                store=dist.PrefixStore(f"task{number}", store),
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=timeout + 2 * GRACE),
-            )
+            _meet(dist.PrefixStore(f"task{number}", store), rank, world_size, timeout)
             try:
                 answer = pickle.dumps((True, function(*args)))
             finally:

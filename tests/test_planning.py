@@ -300,7 +300,7 @@ def test_a_plan_of_70_b_parameters_on_4096_ranks_covers_every_element():
                 assert found.memory["exp_avg"] * 4096 <= 1.01 * model.numel * PRECISIONS[precision].momentum_bytes
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     rows=st.lists(st.integers(1, 3000), min_size=1, max_size=12),
     ranks=st.integers(1, 300),

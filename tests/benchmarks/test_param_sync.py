@@ -11,7 +11,7 @@ SMALL = ["--layers", "1", "--dim", "64", "--vocab", "512", "--seq-len", "8", "--
 def test_codes_send_less_than_a_gather_and_train_alike(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "lion_dist.benchmarks.param_sync", *SMALL, "--csv", str(tmp_path / "sync.csv")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = {(row["parameters"], row["engine"]): row for row in csv.DictReader((tmp_path / "sync.csv").open())}

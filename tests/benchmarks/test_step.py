@@ -12,7 +12,7 @@ def test_rows_carry_ratios_memory_and_versions(tmp_path):
     command += ["-m", "lion_dist.benchmarks.step", "--size", "tiny", "--seq-len", "16", "--steps", "3"]
     command += ["--micro-batch", "1", "--micro-batches", "2", "--warm-up", "1", "--engines", "stage"]
     command += ["--csv", str(tmp_path / "step.csv"), "--png", str(tmp_path / "step.png")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

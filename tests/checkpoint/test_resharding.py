@@ -99,7 +99,7 @@ def copied_once(shape, source, target):
 
 
 @given(layouts())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_n_ranks_to_m_ranks_and_back_is_the_identity(case):
     shapes, ((cut_n, n, bucket_n), (cut_m, m, bucket_m)) = case
     boxes_before, boxes.PIECE_BYTES = boxes.PIECE_BYTES, 64  # pieces of 8 elements

@@ -42,7 +42,7 @@ def test_every_storage(backend, storage, grad_dtype):
     check(Case.make(storage, grad_dtype, numels, index_start=1000, step=3, seed=7), backend)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(BLOCK), misalignment=st.sampled_from([0, 0, 1, 8]))
 def test_anything(backend, case, misalignment):
     check(case, backend, misalignment)

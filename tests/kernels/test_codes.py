@@ -198,7 +198,7 @@ def layouts(draw) -> Layout:
     return Layout(slices, start + 64 * draw(st.integers(0, 2)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     layout=layouts(),
     storage=st.sampled_from([(BF16, True), (FP16, True), (FP32, False), (BF16, False)]),

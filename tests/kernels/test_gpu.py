@@ -47,7 +47,7 @@ def test_every_storage(storage, grad_dtype, numels):
     check(case, "chunked_reference")
 
 
-@settings(max_examples=100, deadline=None)  # nearly each compiles its own combination of arguments
+@settings(max_examples=100)  # nearly each compiles its own combination of arguments
 @given(case=cases(BLOCK), misalignment=st.sampled_from([0, 0, 1, 8]))
 def test_anything(case, misalignment):
     check(case, misalignment=misalignment)

@@ -91,7 +91,7 @@ def test_they_are_those_of_the_step_that_is_taken(backend, storage):
     assert_same(measured(case, backend), wanted)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(BLOCK), misalignment=st.sampled_from([0, 0, 1, 8]))
 def test_anything(backend, case, misalignment):
     wanted = expected(case)

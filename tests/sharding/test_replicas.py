@@ -43,7 +43,7 @@ def test_weights_are_the_documented_sequence():
     assert all(weight % 2 for weight in weights) and len(set(weights)) == 100
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), dtype=st.sampled_from(list(INTEGERS)))
 def test_every_single_flipped_bit_changes_it(data, dtype):
     flat = torch.randn(data.draw(st.integers(1, 200)), generator=torch.Generator().manual_seed(0)).to(dtype)
