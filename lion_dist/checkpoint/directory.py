@@ -10,7 +10,8 @@ A save of ``path`` goes through these states; each arrow is one system call::
     path (new)  path.partial (the old one, going away)                      the new one
     path (new)                                                              the new one
 
-So a name ending in ``.partial`` is never a checkpoint, and ``path.old`` is one only while there is no ``path``.
+So a name ending in ``.partial`` is never a checkpoint, and ``path.old`` is one only while there is no ``path``. A
+symlink is another name of a checkpoint and never one of its own: nothing here follows, counts or removes it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def find(path: Path) -> Path:
 
 def begin(path: Path) -> Path:
     """An empty ``path.partial`` to write into, after putting right what a killed save left behind."""
+    _refuse_name(path)
     if path.exists() and not (path / manifest.NAME).is_file():
         if not path.is_dir() or any(path.iterdir()):
             raise CheckpointError(f"{path} exists and is no checkpoint: it would be replaced. Give another name.")
@@ -137,21 +139,41 @@ def _whole_ones(folder: Path) -> list[Path]:
     """Names to load from, oldest first."""
     names = set()
     for entry in folder.iterdir() if folder.is_dir() else ():
-        if not entry.name.endswith(".partial") and (entry / manifest.NAME).is_file():
+        if entry.name.endswith(".partial") or entry.is_symlink():
+            continue
+        if os.path.isfile(entry / manifest.NAME):  # Path.is_file raises for a directory that we may not look into
             names.add(entry.with_name(entry.name.removesuffix(".old")))
     saved = {}
     for path in names:
         try:
             entries = manifest.read(find(path))
             manifest.check_sizes(find(path), entries["files"])
-        except CheckpointError:
-            continue  # not whole: what this function is for
+        except (CheckpointError, OSError):
+            continue  # not whole, or not readable for us: not one to load
         saved[path] = entries["saved"]
     return sorted(saved, key=lambda path: (saved[path], path.name))
 
 
 def _is_ours(directory: Path) -> bool:
-    return directory.is_dir() and all(_OURS.fullmatch(entry.name) for entry in directory.iterdir())
+    if not directory.is_dir() or directory.is_symlink():
+        return False
+    try:
+        return all(_OURS.fullmatch(entry.name) for entry in directory.iterdir())
+    except PermissionError:
+        return False
+
+
+def _refuse_name(path: Path) -> None:
+    if path.name.endswith((".partial", ".old")):
+        raise CheckpointError(
+            f"{path.name} is no name for a checkpoint: .partial and .old are what unfinished and replaced ones end in, "
+            "and they are removed. Give another name."
+        )
+    if path.is_symlink():
+        raise CheckpointError(
+            f"{path} is a symlink (to {os.readlink(path)}), which the new checkpoint would replace. Save under a name "
+            "of its own and point the link there."
+        )
 
 
 def _refuse_foreign(directory: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from lion_dist import checkpoint
 from lion_dist.checkpoint import manifest
 from tests.checkpoint.engines import engine
-from tests.checkpoint.killed import loaded_step, save
+from tests.checkpoint.killed import forked, loaded_step, save
 
 
 def names(folder):
@@ -109,3 +111,73 @@ def save_thrice_keeping_one(folder):
 def test_keep_last_is_called_by_all_ranks_and_done_by_the_first(gloo, tmp_path):
     gloo.run(2, save_thrice_keeping_one, str(tmp_path))
     assert names(tmp_path) == ["2"]
+
+
+# ---- what else is in the folder
+
+
+def as_nobody(function):
+    """In a child process without root's rights, to whom permissions do not apply."""
+
+    def run():
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        function()
+
+    return forked(run)
+
+
+def test_a_directory_that_cannot_be_read_is_in_nobodys_way():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        folder = Path(folder)
+        folder.chmod(0o777)
+        save(folder / "step-0", 0)
+        for name in ("lost+found", "closed.partial", "closed.old"):
+            (folder / name).mkdir()
+            (folder / name).chmod(0)
+
+        def use():
+            save(folder / "step-1", 1)
+            assert checkpoint.newest(folder) == folder / "step-1"
+            checkpoint.keep_last(folder, 2)
+
+        assert as_nobody(use) == 0
+        assert names(folder) == ["closed.old", "closed.partial", "lost+found", "step-0", "step-1"]
+
+
+# ---- names that are not a checkpoint's own
+
+
+@pytest.mark.parametrize("link", ["a-link", "the-latest"])  # before and after step-2 in the order of names
+def test_keep_last_neither_counts_nor_removes_a_symlink(tmp_path, link):
+    for step in range(3):
+        save(tmp_path / f"step-{step}", step)
+    (tmp_path / link).symlink_to("step-2")
+    checkpoint.keep_last(tmp_path, 1)
+    assert names(tmp_path) == sorted([link, "step-2"])
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-2"
+    assert loaded_step(tmp_path / link) == 2
+
+
+def test_keep_last_leaves_a_symlink_in_partial_alone(tmp_path):
+    save(tmp_path / "c", 1)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "x.partial").symlink_to("elsewhere")
+    checkpoint.keep_last(tmp_path, 1)
+    assert names(tmp_path) == ["c", "elsewhere", "x.partial"]
+
+
+def test_a_save_over_a_symlink_is_refused(tmp_path):
+    save(tmp_path / "step-1", 1)
+    (tmp_path / "latest").symlink_to("step-1")
+    with pytest.raises(checkpoint.CheckpointError, match=r"latest is a symlink \(to step-1\)"):
+        save(tmp_path / "latest", 2)
+    assert names(tmp_path) == ["latest", "step-1"]
+    assert loaded_step(tmp_path / "latest") == 1
+
+
+@pytest.mark.parametrize("name", ["best.old", "best.partial"])
+def test_a_name_that_a_later_save_would_remove_is_refused(tmp_path, name):
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} is no name for a checkpoint"):
+        save(tmp_path / name, 1)
+    assert names(tmp_path) == []
