@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import threading
 import warnings
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from lion_dist.checkpoint import directory, manifest
+from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.named_state import collect
 from lion_dist.checkpoint.ranks import FAILURES, Ranks, describe
@@ -117,7 +117,8 @@ def wait_for_pending() -> None:
 def keep_last(folder: str | Path, count: int) -> None:
     """Keep the ``count`` newest whole checkpoints directly under ``folder``; remove the others and leftovers.
 
-    The first rank does it; others return at once. A save under way is left alone.
+    The first rank does it; others return at once. A save under way is left alone, another job's too: what dead saves
+    left goes an hour after they last wrote.
     """
     if count < 1:
         raise ValueError(f"keep_last keeps at least 1 checkpoint, got {count!r}")
@@ -160,10 +161,10 @@ def write(path: Path, snapshot: Snapshot, ranks: Ranks, progress: manifest.Progr
         writer = Writer(partial, progress)
         _write_tensors(snapshot.tensors, writer, ranks)
         written = {name: entry for files in ranks.gather(writer.written) for name, entry in files.items()}
-        ranks.on_first(lambda: _commit(path, snapshot.entries, written))
+        ranks.on_first(lambda: _commit(path, partial, snapshot.entries, written))
     except CheckpointError:
         if ranks.is_first:
-            shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back; the next save clears the rest
+            partial.abandon()
         raise
 
 
@@ -175,8 +176,9 @@ def _write_tensors(tensors: dict[str, BoxedTensor], writer: Writer, ranks: Ranks
         raise CheckpointError(describe(error)) from error
 
 
-def _commit(path: Path, entries: dict, written: dict[str, dict]) -> None:
-    saved, partial = {"saved": directory.next_order(path)}, directory.partial_of(path)
-    manifest.check_sizes(partial, written)  # on a file system that ranks do not share, theirs are missing here
-    manifest.write(partial, saved | entries | {"files": written})
-    directory.commit(path)
+def _commit(path: Path, partial: Partial, entries: dict, written: dict[str, dict]) -> None:
+    saved = {"saved": directory.next_order(path)}
+    partial.check()
+    manifest.check_sizes(partial.path, written)  # on a file system that ranks do not share, theirs are missing here
+    manifest.write(partial.path, saved | entries | {"files": written})
+    directory.commit(path, partial)

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,17 @@ def test_a_save_killed_between_its_two_renames_is_found_under_its_name(tmp_path)
     assert loaded_step(tmp_path / "c") == 1
 
 
+def half_a_save(partial, hours_ago):
+    partial.mkdir()
+    (partial / "__0_0.distcp").write_text("half")
+    for entry in (partial / "__0_0.distcp", partial):
+        os.utime(entry, (time.time() - 3600 * hours_ago,) * 2)
+
+
 def test_keep_last_keeps_the_newest_and_clears_what_dead_saves_left(tmp_path):
     for step in range(4):
         save(tmp_path / f"step-{step}", step)
-    (tmp_path / "step-4.partial").mkdir()
-    (tmp_path / "step-4.partial" / "__0_0.distcp").write_text("half")
+    half_a_save(tmp_path / "step-4.partial", hours_ago=2)
     (tmp_path / "notes.partial").mkdir()
     (tmp_path / "notes.partial" / "notes.txt").write_text("dear")
     (tmp_path / "metrics.jsonl").write_text("{}")
@@ -93,6 +100,16 @@ def test_keep_last_keeps_the_newest_and_clears_what_dead_saves_left(tmp_path):
     assert names(tmp_path) == ["metrics.jsonl", "notes.partial", "step-2", "step-3"]
     checkpoint.keep_last(tmp_path, 2)
     assert loaded_step(checkpoint.newest(tmp_path)) == 3
+
+
+def test_keep_last_leaves_what_may_be_another_jobs_save_alone(tmp_path):
+    for step in range(3):
+        save(tmp_path / f"step-{step}", step)
+    half_a_save(tmp_path / "step-3.partial", hours_ago=0.5)
+    half_a_save(tmp_path / "step-0.partial", hours_ago=0.5)  # about to replace an old one
+    (tmp_path / "step-0").rename(tmp_path / "step-0.old")
+    checkpoint.keep_last(tmp_path, 1)
+    assert names(tmp_path) == ["step-0.old", "step-0.partial", "step-2", "step-3.partial"]
 
 
 @pytest.mark.parametrize("count", [0, -1])
