@@ -11,7 +11,7 @@ A save of ``path`` goes through these states; each arrow is one system call::
     path (new)                                                              the new one
 
 So a name ending in ``.partial`` is never a checkpoint, and ``path.old`` is one only while there is no ``path``. A
-symlink is another name of a checkpoint and never one of its own: nothing here follows, counts or removes it.
+symlink is another name of a checkpoint: it can be loaded, but is never replaced, removed, or counted by ``keep_last``.
 
 Two jobs that save the same path at once share ``path.partial``: the one that began last owns it, by a token in it, and
 the other one fails. It is no lock (shared file systems have none that survives a kill), but no mixture gets the name.
@@ -158,7 +158,8 @@ def remove_older(folder: Path, count: int, in_use: Path | None) -> None:
     def is_free(partial: Path) -> bool:
         return partial != in_use and (not partial.exists() or _is_ours(partial) and _is_dead(partial))
 
-    for path in _whole_ones(folder)[:-count]:
+    own = [path for path in _whole_ones(folder) if not path.is_symlink()]
+    for path in own[:-count]:
         if is_free(partial_of(path)):
             remove(find(path), partial_of(path))
     for leftover in folder.glob("*.partial"):
@@ -180,12 +181,12 @@ def sync(directory: Path) -> None:
 
 
 def _whole_ones(folder: Path) -> list[Path]:
-    """Names to load from, oldest first."""
+    """Names to load from, oldest first; of symlinks only those to elsewhere, for others are second names."""
     names = set()
     for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.name.endswith(".partial") or entry.is_symlink():
-            continue
-        if os.path.isfile(entry / manifest.NAME):  # Path.is_file raises for a directory that we may not look into
+        # Not Path.is_file, which raises for a directory that we may not look into.
+        is_one = not entry.name.endswith(".partial") and os.path.isfile(entry / manifest.NAME)
+        if is_one and not (entry.is_symlink() and entry.resolve().parent == folder.resolve()):
             names.add(entry.with_name(entry.name.removesuffix(".old")))
     saved = {}
     for path in names:

@@ -176,6 +176,16 @@ def test_keep_last_neither_counts_nor_removes_a_symlink(tmp_path, link):
     assert loaded_step(tmp_path / link) == 2
 
 
+def test_a_symlink_to_a_checkpoint_elsewhere_can_be_the_newest_and_stays(tmp_path):
+    for step, name in enumerate(("there/a", "here/b", "here/c", "there/d")):
+        save(tmp_path / name, step)
+    (tmp_path / "here/a").symlink_to(tmp_path / "there/a")
+    (tmp_path / "here/d").symlink_to(tmp_path / "there/d")
+    assert checkpoint.newest(tmp_path / "here") == tmp_path / "here/d"
+    checkpoint.keep_last(tmp_path / "here", 1)
+    assert names(tmp_path / "here") == ["a", "c", "d"]
+
+
 def test_keep_last_leaves_a_symlink_in_partial_alone(tmp_path):
     save(tmp_path / "c", 1)
     (tmp_path / "elsewhere").mkdir()
