@@ -144,8 +144,7 @@ _METADATA_CLASSES = {
         "_MEM_FORMAT_ENCODING",
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch": ("Size", "bfloat16", "bool", "complex64", "float16", "float32", "float64")
-    + ("int8", "int16", "int32", "int64", "uint8", "float8_e4m3fn", "float8_e5m2"),
+    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
     "torch.serialization": ("_get_layout",),
     "pathlib": ("Path", "PosixPath", "PurePosixPath"),
     "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),  # where Python 3.13 keeps them
