@@ -46,7 +46,10 @@ def plan_routes(stored: Stored, state: NamedState) -> Routes:
         _direct(routes, stored, f"model.{name}", buffer)
     for name, param in state.params.items():
         if not param.state:
-            _direct(routes, stored, f"model.{name}", param.value)
+            if f"optimizer.{name}.main_param" in stored:
+                _route_value(routes, stored, name, param)  # the parameter in the file is its rounding
+            else:
+                _direct(routes, stored, f"model.{name}", param.value)
             if f"optimizer.{name}.exp_avg" in stored:
                 routes.notes["the saved state of parameters that this optimizer does not hold is left out"].append(name)
             continue
