@@ -204,7 +204,8 @@ def write(path: Path, snapshot: Snapshot, ranks: Ranks, progress: manifest.Progr
 def _write_tensors(tensors: dict[str, BoxedTensor], writer: Writer, ranks: Ranks) -> None:
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=ranks.group)
+        with ranks.exchanging():
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=ranks.group)
     except FAILURES as error:  # of any rank: torch's collectives bring it to all
         raise CheckpointError(describe(error)) from error
 
