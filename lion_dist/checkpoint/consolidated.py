@@ -176,7 +176,7 @@ def _check_form(source, model: object, optimizer: object) -> None:
         missing = sorted({"betas", "params"} - group.keys())
         if missing:
             raise CheckpointError(
-                f'{source}: param group {i} has {sorted(group)} but no {", ".join(missing)}: it is not a Lion\'s. Keep '
+                f"{source}: param group {i} has {sorted(group)} but no {', '.join(missing)}: it is not a Lion's. Keep "
                 "the model alone, and start with fresh optimizer state."
             )
         names = group.get("param_names")

@@ -130,7 +130,7 @@ def boxed_local(tensor: Tensor) -> BoxedTensor:
 
 # ---- what ranks must agree about
 
-_SAMPLE = 4096  # elements of a tensor
+_SAMPLE = 256  # elements of a tensor
 
 
 def descriptions(state: NamedState) -> dict[str, str]:

@@ -303,16 +303,16 @@ def errors_of_ranks_apart(path, what):
     return errors
 
 
-@pytest.mark.parametrize(
-    "what, difference",
-    [
-        ("expert", r"'bias' is \(200,\).*value \w+, exp_avg \w+ on rank 0, .* on rank 1\."),
-        ("momentum", r"'weight' is \(200, 300\)"),
-        ("shape", r"'weight' is \(200, 300\).*\(201, 300\).* on rank 1, and 1 more differ"),
-        ("stage", r"'layer0.weight' is \(200, 300\).* on rank 0, not there on rank 1, and 3 more differ"),
-        ("groups", r"'bias' is .* in param group 0, .* in param group 1"),
-    ],
-)
+APART = {
+    "expert": r"'bias' is \(200,\).*value \w+, exp_avg \w+ on rank 0, .* on rank 1\.",
+    "momentum": r"'weight' is \(200, 300\)",
+    "shape": r"'weight' is \(200, 300\).*\(201, 300\).* on rank 1, and 1 more differ",
+    "stage": r"'layer0.weight' is \(200, 300\).* on rank 0, not there on rank 1, and 3 more differ",
+    "groups": r"'bias' is .* in param group 0, .* in param group 1",
+}
+
+
+@pytest.mark.parametrize("what, difference", APART.items(), ids=APART)
 def test_ranks_that_hold_different_tensors_under_one_name_are_refused(gloo, tmp_path, what, difference):
     for errors in gloo.run(2, errors_of_ranks_apart, str(tmp_path / "c"), what):
         for error in errors:
