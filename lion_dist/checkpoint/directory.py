@@ -45,7 +45,7 @@ class Partial:
     def is_own(self) -> bool:
         try:
             return (self.path / _OWNER).read_text() == self.token
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def check(self) -> None:
@@ -113,8 +113,8 @@ def commit(path: Path, begun: Partial) -> None:
     """Give the whole ``path.partial`` its name, durably, and remove the one that had it."""
     partial, old = begun.path, old_of(path)
     begun.check()
-    (partial / _OWNER).unlink()
     sync(partial)
+    (partial / _OWNER).unlink()
     if path.exists():
         path.rename(old)
     partial.rename(path)
