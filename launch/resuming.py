@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from corpus import Corpus
 from engines import PlainEngine
+from lion_dist.checkpoint import CheckpointError
 from ranks import say
 
 # What a resumed run must share with the first one to land on the same losses.
@@ -21,14 +22,26 @@ class Checkpoints:
         self.folder, self.keep_last = args.out, args.keep_last
         self.engine, self.scheduler = engine, scheduler
         self.settings = {name: getattr(args, name) for name in TRAJECTORY}
+        self.last_failed = False
         self.settings |= {"text": corpus.fingerprint, "ranks": dist.get_world_size()}
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 
     def save(self, step: int) -> None:
-        """Starts the checkpoint of `step`, after the one before it is whole."""
-        self.finish()
+        """Starts the checkpoint of `step`, after the one before it has been written.
+
+        If that one failed (a disk that was full for a while) the run goes on, for this one will be newer. Two in a row
+        end the run: it would train on with nothing to resume from.
+        """
+        try:
+            self.finish()
+            self.last_failed = False
+        except CheckpointError as error:
+            if self.last_failed:
+                raise
+            self.last_failed = True
+            say(f"a checkpoint failed, training goes on and the next one is tried: {error}")
         extra = {"step": step, "scheduler": self.scheduler.state_dict(), "settings": self.settings}
         self.engine.save(self.path(step), extra)
 

@@ -95,7 +95,7 @@ def main_for(param: Tensor, kind: str) -> Tensor | None:
 
 @torch.no_grad()
 def refresh_main_(main: Tensor, param: Tensor) -> None:
-    """Let fp32 ``main`` follow a low-precision ``param`` that was changed from outside; both 1-D, in place.
+    """Let fp32 ``main`` follow a low-precision ``param`` that was changed from outside; of one shape, in place.
 
     The upper 16 bits become the parameter's and the remainder stays: exactly what happens to ``"split"`` main params,
     whose upper half *is* the parameter, and nothing at all where the parameter did not change.
@@ -418,6 +418,9 @@ class Lion(Optimizer):
             if key == "exp_avg" and value.dtype != fresh.dtype:
                 _warn_dtype(value.dtype, fresh.dtype)
             state[key] = local_copy_(fresh, value)
+        # The parameter may have been changed from outside just before the save. The next step lets fp32 main params
+        # follow it; not now, for the model may be loaded after its optimizer.
+        self._versions.pop(id(param), None)
         return state
 
 

@@ -10,8 +10,8 @@ Main params and step counts are in the state as well: lion-pytorch ignores them,
 
 from __future__ import annotations
 
-import mmap
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.named_state import whole
-from lion_dist.checkpoint.ranks import Ranks
+from lion_dist.checkpoint.ranks import Ranks, describe
 from lion_dist.checkpoint.save import Snapshot, write
 from lion_dist.checkpoint.storage import Reader, start_of_data
 from lion_dist.sharding.boxes import BoxedTensor
@@ -37,11 +37,13 @@ def consolidate(path: str | Path, target: str | Path, progress: manifest.Progres
         progress: told of bytes as they are done.
 
     Raises:
-        CheckpointError: a checkpoint that is damaged, or ``target`` exists.
+        CheckpointError: a checkpoint that is damaged, or ``target`` exists or cannot be written.
     """
     found, target = directory.find(Path(path)), Path(target)
     if target.exists():
         raise CheckpointError(f"{target} exists: give another name, or remove it first")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target.parent} is no folder: make it first, or give another one")
     entries = manifest.read(found)
     manifest.check_sizes(found, entries["files"])
     for name, entry in entries["files"].items():
@@ -53,15 +55,20 @@ def consolidate(path: str | Path, target: str | Path, progress: manifest.Progres
         for key, stored in reader.metadata.state_dict_metadata.items()
     }
     partial = target.with_name(target.name + ".partial")
-    with torch.serialization.skip_data():
-        torch.save(_as_one(empty, entries), partial)
-    with open(partial, "r+b") as file:
-        for key, start in _starts_in(partial, _order_in_file(empty, entries)).items():
-            if empty[key].numel():
-                _fill(file, start, empty[key], key, reader, progress)
-        os.fsync(file.fileno())
-    partial.rename(target)
-    directory.sync(target.parent)
+    try:
+        with torch.serialization.skip_data():
+            torch.save(_as_one(empty, entries), partial)
+        with open(partial, "r+b") as file:
+            for key, start in _starts_in(partial, _order_in_file(empty, entries)).items():
+                if empty[key].numel():
+                    _fill(file, start, empty[key], key, reader, progress)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(target)
+        directory.sync(target.parent)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{target} could not be written. {describe(error)}") from error
 
 
 def import_consolidated(source: str | Path, path: str | Path, progress: manifest.Progress | None = None) -> None:
@@ -75,11 +82,18 @@ def import_consolidated(source: str | Path, path: str | Path, progress: manifest
     """
     try:
         content = torch.load(source, mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))) or "an object"
+        raise CheckpointError(
+            f"{source} holds more than tensors and numbers ({found}), which could run code when it is unpickled. Save "
+            '{"model": model.state_dict(), "optimizer": optimizer.state_dict()} alone.'
+        ) from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         raise CheckpointError(f"{source} is no file of torch.save: {error}") from error
     if not isinstance(content, dict) or not {"model", "optimizer"} <= content.keys():
         raise CheckpointError(f'{source} is no consolidated checkpoint: it needs "model" and "optimizer"')
     model, optimizer = content["model"], content["optimizer"]
+    _check_form(source, model, optimizer)
     groups = _named_groups(source, model, optimizer)
     firsts: dict[tuple, str] = {}
     tied = {}
@@ -133,19 +147,44 @@ def _starts_in(path: Path, order: list[str]) -> dict[str, int]:
 
 
 def _fill(file, start: int, like: Tensor, key: str, reader: Reader, progress: manifest.Progress | None) -> None:
-    page = start - start % mmap.ALLOCATIONGRANULARITY
-    with mmap.mmap(file.fileno(), start + like.nbytes - page, offset=page) as memory:
-        there = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=start - page).view(like.shape)
-        boxed = whole(there)
-        for box, view in boxed.pieces.items():
-            reader.read_into({key: BoxedTensor(like.shape, {box: view}, dtype=like.dtype, device=like.device)})
-            if progress is not None:
-                progress(view.nbytes)
-        del there, boxed, view
-        memory.flush()
+    file.seek(start)
+    for box in whole(like).pieces:  # in row-major order: one follows the other in the file
+        piece = torch.empty(box.sizes, dtype=like.dtype)
+        reader.read_into({key: BoxedTensor(like.shape, {box: piece}, dtype=like.dtype, device=like.device)})
+        # Not through mmap, where a full disk is a SIGBUS: the file that skip_data leaves has no blocks here yet.
+        file.write(piece.view(-1).view(torch.uint8).numpy())
+        if progress is not None:
+            progress(piece.nbytes)
 
 
 # ---- from one file
+
+
+def _check_form(source, model: object, optimizer: object) -> None:
+    """Raise CheckpointError unless they are ``state_dict()`` of a model and of a Lion."""
+    if not isinstance(model, dict):
+        raise CheckpointError(f'{source}: "model" is a {type(model).__name__}. Save model.state_dict() there.')
+    others = [name for name, value in model.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(
+            f'{source}: "model" holds {others[0]!r}, a {type(model[others[0]]).__name__} and no tensor ({len(others)} '
+            "of them). Make extra state of modules buffers, or leave it out."
+        )
+    if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
+        raise CheckpointError(f'{source}: "optimizer" lacks "state" or "param_groups". Save its state_dict() there.')
+    for i, group in enumerate(optimizer["param_groups"]):
+        missing = sorted({"betas", "params"} - group.keys())
+        if missing:
+            raise CheckpointError(
+                f"{source}: param group {i} has {sorted(group)} but no {', '.join(missing)}: it is not a Lion's. Keep "
+                "the model alone, and start with fresh optimizer state."
+            )
+        names = group.get("param_names")
+        if names is not None and len(names) != len(group["params"]):
+            raise CheckpointError(
+                f'{source}: param group {i} has {len(names)} "param_names" for {len(group["params"])} parameters. '
+                "Write one for each, as in the model's state_dict()."
+            )
 
 
 def _named_groups(source, model: dict[str, Tensor], optimizer: dict) -> list[dict]:
@@ -162,7 +201,8 @@ def _named_groups(source, model: dict[str, Tensor], optimizer: dict) -> list[dic
 def _names_by_order(source, model: dict[str, Tensor], optimizer: dict) -> list[str]:
     """Without names: one group that holds every tensor of the model, in its order."""
     groups = optimizer["param_groups"]
-    shapes = [optimizer["state"][i]["exp_avg"].shape for i in groups[0]["params"] if i in optimizer["state"]]
+    states = [optimizer["state"].get(i, {}) for group in groups for i in group["params"]]
+    shapes = [state["exp_avg"].shape for state in states if "exp_avg" in state]
     if len(groups) == 1 and shapes == [tensor.shape for tensor in model.values()]:
         return list(model)
     raise CheckpointError(

@@ -28,12 +28,14 @@ class Routes:
     Attributes:
         direct: by name in the checkpoint, read in place.
         converted: parameters whose value is read piece by piece and stored in another form.
+        refreshed: parameters read in place whose fp32 main params must follow them.
         zeroed: state that the checkpoint does not have.
         notes: what the user should know: {fact: names}.
     """
 
     direct: dict[str, BoxedTensor] = field(default_factory=dict)
     converted: dict[str, OwnedParam] = field(default_factory=dict)
+    refreshed: dict[str, OwnedParam] = field(default_factory=dict)
     zeroed: list[Tensor] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -44,7 +46,10 @@ def plan_routes(stored: Stored, state: NamedState) -> Routes:
         _direct(routes, stored, f"model.{name}", buffer)
     for name, param in state.params.items():
         if not param.state:
-            _direct(routes, stored, f"model.{name}", param.value)
+            if f"optimizer.{name}.main_param" in stored:
+                _route_value(routes, stored, name, param)  # the parameter in the file is its rounding
+            else:
+                _direct(routes, stored, f"model.{name}", param.value)
             if f"optimizer.{name}.exp_avg" in stored:
                 routes.notes["the saved state of parameters that this optimizer does not hold is left out"].append(name)
             continue
@@ -89,6 +94,8 @@ def _route_value(routes: Routes, stored: Stored, name: str, param: OwnedParam) -
         routes.direct[f"model.{name}"] = param.value
         if main is not None:
             routes.direct[f"optimizer.{name}.main_param"] = main
+            if main.dtype == torch.float32:
+                routes.refreshed[name] = param
         return
     routes.converted[name] = param
     loses = main is None and param.value.dtype != torch.float32 and (saved_main or saved[0] != param.value.dtype)
@@ -137,13 +144,23 @@ def _batches(converted: dict[str, OwnedParam]) -> Iterator[list[tuple[str, Box, 
         yield batch
 
 
+def refresh_mains(refreshed: dict[str, OwnedParam]) -> None:
+    """A parameter that was changed from outside just before the save leads: the main params saved with it are older.
+
+    The optimizer that saved would have noticed at its next step; the one that loads cannot.
+    """
+    for batch in _batches(refreshed):
+        for _, _, value, main in batch:
+            refresh_main_(main, value)
+
+
 def exact_value(param: Tensor, main: Tensor | None = None) -> Tensor:
     """fp32: what a saved parameter and its main param (fp32 or int16 remainder) stand for."""
     if main is None:
         return param.float()
     if main.dtype == torch.int16:
         return join_main(param, main)
-    refresh_main_(main, param)  # a parameter that was changed from outside just before the save leads
+    refresh_main_(main, param)  # as in refresh_mains
     return main
 
 

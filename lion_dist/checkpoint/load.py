@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lion_dist.checkpoint import directory, manifest
-from lion_dist.checkpoint.conversion import Routes, Stored, convert, plan_routes
+from lion_dist.checkpoint.conversion import Routes, Stored, convert, plan_routes, refresh_mains
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.named_state import NamedState, collect
 from lion_dist.checkpoint.ranks import Ranks, describe
@@ -83,6 +83,7 @@ class _Loading:
                 f"reading {self.found} failed half-way, so model and optimizer hold parts of it: load another "
                 f"checkpoint or stop. {describe(error)}"
             ) from error
+        refresh_mains(self.routes.refreshed)
         for tensor in self.routes.zeroed:
             tensor.zero_()
 

@@ -10,6 +10,7 @@ The names are those of the unwrapped model, whatever engine holds it::
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -36,11 +37,13 @@ class OwnedParam:
         value: of the parameter, which every engine cuts into the same boxes as its state.
         state: ``exp_avg`` and, with main params, ``main_param``; empty when the optimizer does not hold the parameter.
         step: [] int64 with stochastic rounding, where this rank owns elements: nobody counts for others.
+        is_plain: every rank holds all of it, in ordinary tensors, and a save takes a part from each.
     """
 
     value: BoxedTensor
     state: dict[str, BoxedTensor] = field(default_factory=dict)
     step: Tensor | None = None
+    is_plain: bool = False
 
 
 @dataclass
@@ -80,20 +83,21 @@ def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> NamedState:
             f"the optimizer is a {type(optimizer).__name__}, not lion_dist's Lion or ShardedLion. Of a wrapper, pass "
             "the one inside; for another optimizer's file see lion-dist checkpoint convert."
         )
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    model = _unwrapped(model)
     _refuse_extra_state(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after a forward without backward its parameters are full ones, not the optimizer's
     flats = fsdp1.flat_params(model)
     names = _names_by_param(model, flats)
+    _refuse_strangers(optimizer, names)
     if isinstance(optimizer, ShardedLion):
         params, finish = _of_sharded_lion(optimizer, names), lambda: _gather_params(optimizer)
     else:
         params, finish = _of_lion(model, optimizer, flats)
     groups = _param_groups(optimizer, names, flats)
     for name, param in _plain_params(model, flats):
-        params.setdefault(name, OwnedParam(boxed_local(param.detach())))
+        params.setdefault(name, OwnedParam(boxed_local(param.detach()), is_plain=_is_plain(param)))
     return NamedState(
         params,
         {name: boxed_local(buffer) for name, buffer in _persistent_buffers(model)},
@@ -124,6 +128,36 @@ def boxed_local(tensor: Tensor) -> BoxedTensor:
     return BoxedTensor(tensor.shape, boxes, dtype=local.dtype, device=local.device)
 
 
+# ---- what ranks must agree about
+
+_SAMPLE = 256  # elements of a tensor
+
+
+def descriptions(state: NamedState) -> dict[str, str]:
+    """Of each parameter, what must be the same on all ranks for what they save under its name to be one tensor.
+
+    Of parameters that every rank holds whole that is the contents too, but only a sample of them is looked at: it finds
+    tensors that ranks train apart (experts, stages, hand-made tensor parallel), not a flipped bit.
+    """
+    groups = {name: i for i, group in enumerate(state.param_groups) for name in group["params"]}
+    result = {}
+    for name, param in state.params.items():
+        where = f"in param group {groups[name]}" if name in groups else "in no param group"
+        words = [f"{tuple(param.value.shape)} {param.value.dtype} {where}"]
+        if param.is_plain:
+            for kind, boxed in {"value": param.value, **param.state}.items():
+                words += [f"{kind} {_checksum(local)}" for local in boxed.boxes.values()]
+        result[name] = ", ".join(words)
+    return result
+
+
+def _checksum(tensor: Tensor) -> str:
+    """CRC-32 of evenly spaced elements."""
+    each = int(_SAMPLE ** (1 / max(1, tensor.ndim)))
+    sample = tensor[tuple(slice(None, None, max(1, size // each)) for size in tensor.shape)]
+    return f"{zlib.crc32(sample.cpu().contiguous().view(-1).view(torch.uint8).numpy()):08x}"
+
+
 # ---- engines
 
 
@@ -136,7 +170,7 @@ def _of_lion(model: nn.Module, optimizer: Lion, flats: list[fsdp1.FlatParam]):
             state = optimizer.state_of(param)
             boxed = {kind: boxed_local(tensor) for kind, tensor in state.items() if kind != "step"}
             step = state.get("step") if local_tensor(param).numel() else None
-            params[name] = OwnedParam(boxed_local(param.detach()), boxed, step)
+            params[name] = OwnedParam(boxed_local(param.detach()), boxed, step, _is_plain(param))
     finishes = []
     for flat in flats:
         owned, finish = _of_flat_param(flat, optimizer, optimized)
@@ -148,6 +182,10 @@ def _of_lion(model: nn.Module, optimizer: Lion, flats: list[fsdp1.FlatParam]):
             finish()
 
     return params, finish_load
+
+
+def _is_plain(param: Tensor) -> bool:
+    return local_tensor(param) is param
 
 
 def _has_state(param: Tensor, optimizer: Lion, optimized: set) -> bool:
@@ -254,13 +292,7 @@ def _param_groups(
     keys = ("lr", "betas", "weight_decay", "initial_lr")
     places = {piece.name: piece.place for flat in flats for piece in flat.pieces}
     groups = []
-    for i, group in enumerate(optimizer.param_groups):
-        strangers = [p for p in group["params"] if p not in names]
-        if strangers:
-            raise CheckpointError(
-                f"param group {i} holds a parameter of shape {tuple(strangers[0].shape)} that the model does not have. "
-                "Pass save() and load() the model whose parameters the optimizer was given."
-            )
+    for group in optimizer.param_groups:
         settings = {key: _plain(group[key]) for key in keys if key in group}
         members = [name for p in group["params"] for name in names[p]]
         if all(name in places for name in members):  # flat parameters do not come in the order of the model
@@ -271,6 +303,27 @@ def _param_groups(
 
 def _plain(value):
     return value.item() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without DDP and torch.compile around it, in whatever order."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _refuse_strangers(optimizer: Lion | ShardedLion, names: dict[Parameter, list[str]]) -> None:
+    for i, group in enumerate(optimizer.param_groups):
+        strangers = [p for p in group["params"] if p not in names]
+        if strangers:
+            raise CheckpointError(
+                f"param group {i} holds a parameter of shape {tuple(strangers[0].shape)} that the model does not have. "
+                "Pass save() and load() the model whose parameters the optimizer was given."
+            )
 
 
 def _refuse_extra_state(model: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -30,13 +31,19 @@ class Ranks:
 
     @classmethod
     def here(cls) -> Ranks:
-        """The first call in a process group makes the gloo group: every rank takes part."""
+        """The first call in a process group makes the gloo group: every rank takes part.
+
+        So does the first one after a failed exchange, which leaves a gloo group broken for good. Its time-out is
+        torch's default (30 minutes), not that of training's group: ranks wait in it while others write, and a slow file
+        system must not fail a save.
+        """
         global _group_of_world
         if not dist.is_initialized():
             return cls(None)
         world = dist.group.WORLD
         if _group_of_world is None or _group_of_world[0] is not world:
-            _group_of_world = world, dist.new_group(backend="gloo")
+            with _explained():
+                _group_of_world = world, dist.new_group(backend="gloo")
         return cls(_group_of_world[1])
 
     @property
@@ -56,8 +63,21 @@ class Ranks:
         if self.group is None:
             return [value]
         values: list = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        with self.exchanging():
+            dist.all_gather_object(values, value, group=self.group)
         return values
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Around collectives: a failure of theirs comes out as CheckpointError, and the next save makes a new group."""
+        global _group_of_world
+        try:
+            with _explained():
+                yield
+        except CheckpointError:
+            if _group_of_world is not None and _group_of_world[1] is self.group:
+                _group_of_world = None
+            raise
 
     def agree(self, function: Callable[[], T]) -> T:
         """Call ``function`` on every rank; it must not communicate.
@@ -81,6 +101,18 @@ class Ranks:
         """Call ``function`` on the first rank; every rank gets its (small, picklable) result, or its error."""
         result = self.agree(lambda: function() if self.is_first else None)
         return self.gather(result)[0]
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what torch.distributed raises
+        raise CheckpointError(
+            "the ranks lost each other while they saved or loaded: one of them died, came too late or did not come. "
+            "Look at the log of the one that says something else. If all of them go on, the next save connects them "
+            f"anew; if it fails too, restart from the newest checkpoint. {describe(error)}"
+        ) from error
 
 
 def describe(failure: BaseException) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import shutil
 import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,8 +17,9 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from lion_dist.checkpoint import directory, manifest
+from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError
-from lion_dist.checkpoint.named_state import collect
+from lion_dist.checkpoint.named_state import NamedState, collect, descriptions
 from lion_dist.checkpoint.ranks import FAILURES, Ranks, describe
 from lion_dist.checkpoint.storage import Writer
 from lion_dist.optimizer import Lion
@@ -44,12 +46,14 @@ def save(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion, e
 
     Raises:
         CheckpointError: on every rank, when one could not write (a full disk); what was written is removed, older
-            checkpoints are as they were, and training can go on. Also the error of an earlier :func:`save_async`
-            that nobody waited for.
+            checkpoints are as they were, and training can go on. When ranks hold different parameters under one name
+            (of those that every rank holds whole, a sample of the elements is compared). Also the error of an earlier
+            :func:`save_async` that nobody waited for.
     """
     finish_pending()
     ranks = Ranks.here()
-    write(Path(path), ranks.agree(lambda: Snapshot.of(model, optimizer, extra, ranks)), ranks)
+    state = _agreed_state(model, optimizer, ranks)
+    write(Path(path), ranks.agree(lambda: Snapshot.of(state, extra, ranks)), ranks)
 
 
 def save_async(
@@ -65,7 +69,8 @@ def save_async(
     """
     finish_pending()
     ranks = Ranks.here()
-    snapshot = ranks.agree(lambda: Snapshot.of(model, optimizer, extra, ranks).copy())
+    state = _agreed_state(model, optimizer, ranks)
+    snapshot = ranks.agree(lambda: Snapshot.of(state, extra, ranks).copy())
     return PendingSave(Path(path), snapshot, ranks)
 
 
@@ -117,7 +122,8 @@ def wait_for_pending() -> None:
 def keep_last(folder: str | Path, count: int) -> None:
     """Keep the ``count`` newest whole checkpoints directly under ``folder``; remove the others and leftovers.
 
-    The first rank does it; others return at once. A save under way is left alone.
+    The first rank does it; others return at once. A save under way is left alone, another job's too: what dead saves
+    left goes an hour after they last wrote.
     """
     if count < 1:
         raise ValueError(f"keep_last keeps at least 1 checkpoint, got {count!r}")
@@ -129,6 +135,35 @@ def keep_last(folder: str | Path, count: int) -> None:
 # ---- one save
 
 
+def _agreed_state(model: nn.Module, optimizer: Lion | ShardedLion, ranks: Ranks) -> NamedState:
+    """This rank's state, after all ranks have found that what they hold under one name is one tensor."""
+
+    def described() -> tuple[NamedState, dict[str, str]]:
+        state = collect(model, optimizer)
+        return state, {} if ranks.size == 1 else descriptions(state)
+
+    state, mine = ranks.agree(described)
+    digest = hashlib.blake2b(json.dumps(mine, sort_keys=True).encode()).digest()
+    if len(set(ranks.gather(digest))) > 1:
+        _refuse_mixture(ranks.gather(mine))
+    return state
+
+
+def _refuse_mixture(described: list[dict[str, str]]) -> NoReturn:
+    """``described``: of each rank; at least one differs from the first."""
+    first = described[0]
+    differing = [[name for name in first | other if first.get(name) != other.get(name)] for other in described]
+    rank = next(rank for rank, names in enumerate(differing) if names)
+    name, more = differing[rank][0], len(differing[rank]) - 1
+    here, there = first.get(name, "not there"), described[rank].get(name, "not there")
+    raise CheckpointError(
+        f"ranks hold different tensors under one name, of which a checkpoint would be a mixture: {name!r} is {here} on "
+        f"rank 0, {there} on rank {rank}{f', and {more} more differ' if more else ''}. Parts of a model that ranks "
+        "train apart (pipeline stages, experts, tensor parallel by hand) must be DTensors, or be saved by yourself; "
+        "replicas that have drifted apart must be made equal first."
+    )
+
+
 @dataclass
 class Snapshot:
     """What goes into a checkpoint: this rank's tensors by name, and what is not a tensor."""
@@ -137,8 +172,7 @@ class Snapshot:
     entries: dict
 
     @classmethod
-    def of(cls, model: nn.Module, optimizer: Lion | ShardedLion, extra: dict | None, ranks: Ranks) -> Snapshot:
-        state = collect(model, optimizer)
+    def of(cls, state: NamedState, extra: dict | None, ranks: Ranks) -> Snapshot:
         if not ranks.is_first:
             state.buffers.clear()  # they may differ between ranks: all are the first one's, not a mixture
         entries = {"param_groups": state.param_groups, "extra": extra or {}, "tied": state.tied}
@@ -160,23 +194,25 @@ def write(path: Path, snapshot: Snapshot, ranks: Ranks, progress: manifest.Progr
         writer = Writer(partial, progress)
         _write_tensors(snapshot.tensors, writer, ranks)
         written = {name: entry for files in ranks.gather(writer.written) for name, entry in files.items()}
-        ranks.on_first(lambda: _commit(path, snapshot.entries, written))
+        ranks.on_first(lambda: _commit(path, partial, snapshot.entries, written))
     except CheckpointError:
         if ranks.is_first:
-            shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back; the next save clears the rest
+            partial.abandon()
         raise
 
 
 def _write_tensors(tensors: dict[str, BoxedTensor], writer: Writer, ranks: Ranks) -> None:
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=ranks.group)
+        with ranks.exchanging():
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=ranks.group)
     except FAILURES as error:  # of any rank: torch's collectives bring it to all
         raise CheckpointError(describe(error)) from error
 
 
-def _commit(path: Path, entries: dict, written: dict[str, dict]) -> None:
-    saved, partial = {"saved": directory.next_order(path)}, directory.partial_of(path)
-    manifest.check_sizes(partial, written)  # on a file system that ranks do not share, theirs are missing here
-    manifest.write(partial, saved | entries | {"files": written})
-    directory.commit(path)
+def _commit(path: Path, partial: Partial, entries: dict, written: dict[str, dict]) -> None:
+    saved = {"saved": directory.next_order(path)}
+    partial.check()
+    manifest.check_sizes(partial.path, written)  # on a file system that ranks do not share, theirs are missing here
+    manifest.write(partial.path, saved | entries | {"files": written})
+    directory.commit(path, partial)

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.manifest import Progress
 from lion_dist.sharding.boxes import BoxedTensor
@@ -71,12 +72,13 @@ class ChecksummedFile:
 
 
 class _ChecksummingFileSystem(FileSystem):
-    def __init__(self, progress: Progress | None):
+    def __init__(self, partial: Partial, progress: Progress | None):
         self.written: dict[str, dict] = {}
-        self.progress = progress
+        self.partial, self.progress = partial, progress
 
     @contextmanager
     def create_stream(self, path, mode: str) -> Iterator[ChecksummedFile]:
+        self.partial.check()
         with open(path, mode) as file:
             stream = ChecksummedFile(file, self.progress)
             try:
@@ -86,6 +88,10 @@ class _ChecksummingFileSystem(FileSystem):
                     raise stream.error from error
                 raise
         self.written[Path(path).name] = {"bytes": stream.nbytes, "crc32": f"{stream.checksum:08x}"}
+
+    def mkdir(self, path) -> None:
+        """``directory.begin`` made it; where it is not, ranks see different file systems."""
+        self.partial.check()
 
     def rename(self, path, new_path) -> None:
         super().rename(path, new_path)
@@ -98,9 +104,9 @@ class Writer(FileSystemWriter):
     The base class keeps a copy of the last piece of every tensor until the file is whole: a copy of the state.
     """
 
-    def __init__(self, path: Path, progress: Progress | None = None):
-        super().__init__(path, sync_files=True)
-        self.fs = _ChecksummingFileSystem(progress)
+    def __init__(self, partial: Partial, progress: Progress | None = None):
+        super().__init__(partial.path, sync_files=True)
+        self.fs = _ChecksummingFileSystem(partial, progress)
 
     @property
     def written(self) -> dict[str, dict]:
@@ -138,8 +144,7 @@ _METADATA_CLASSES = {
         "_MEM_FORMAT_ENCODING",
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch": ("Size", "bfloat16", "bool", "complex64", "float16", "float32", "float64")
-    + ("int8", "int16", "int32", "int64", "uint8", "float8_e4m3fn", "float8_e5m2"),
+    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
     "torch.serialization": ("_get_layout",),
     "pathlib": ("Path", "PosixPath", "PurePosixPath"),
     "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),  # where Python 3.13 keeps them

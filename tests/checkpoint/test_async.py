@@ -1,7 +1,10 @@
 """A save in the background: training goes on, and what it does later is not in the checkpoint."""
 
+import functools
 import os
 import threading
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -123,3 +126,37 @@ def keep_last_while_saving(folder, saved, under_way):
 def test_keep_last_leaves_a_save_under_way_alone(tmp_path, saved, under_way):
     assert keep_last_while_saving(tmp_path, saved, under_way) == {"step": 2}
     assert checkpoint.newest(tmp_path) == tmp_path / under_way
+
+
+# ---- a rank that comes too late
+
+
+def saves_around_a_time_out(folder):
+    model, optimizer = engine("ddp", "split")
+    new_group, errors = torch.distributed.new_group, []
+    torch.distributed.new_group = functools.partial(new_group, timeout=timedelta(seconds=2))
+    try:
+        for name in ("before", "late", "after"):
+            if name == "late" and torch.distributed.get_rank() == 1:
+                storage.open = slow_open
+            try:
+                checkpoint.save(f"{folder}/{name}", model=model, optimizer=optimizer)
+            except checkpoint.CheckpointError as error:
+                errors.append((name, str(error)))
+            vars(storage).pop("open", None)
+            train(model, optimizer, range(1))  # training's own group works
+    finally:
+        torch.distributed.new_group = new_group
+    return errors
+
+
+def slow_open(path, mode):
+    time.sleep(5)
+    return open(path, mode)
+
+
+def test_a_time_out_is_explained_on_every_rank_and_costs_one_save(gloo, tmp_path):
+    for errors in gloo.run(2, saves_around_a_time_out, str(tmp_path)):
+        assert [name for name, _ in errors] == ["late"]
+        assert "the ranks lost each other while they saved or loaded" in errors[0][1]
+    assert checkpoint.newest(tmp_path) == tmp_path / "after"

@@ -1,11 +1,15 @@
 """One file for lion-pytorch, and back."""
 
+import argparse
+import io
+
 import pytest
 import torch
 from lion_pytorch import Lion as PublishedLion
 from torch import nn
 
 from lion_dist import Lion, PrecisionPolicy, checkpoint
+from lion_dist.checkpoint import consolidated
 from lion_dist.checkpoint.consolidated import consolidate, import_consolidated
 from tests.checkpoint.engines import POLICIES, assert_same_tensors, engine, new_model, tensors_in, train
 
@@ -124,6 +128,43 @@ def test_a_file_of_something_else_is_refused(tmp_path, content):
         import_consolidated(tmp_path / "one.pt", tmp_path / "c")
 
 
+BETAS = {"betas": (0.9, 0.99)}
+UNFIT = {
+    "a namespace": ({"args": argparse.Namespace(lr=1)}, r"holds more than tensors and numbers \(argparse.Namespace\)"),
+    "no model": ({"model": [1]}, '"model" is a list. Save model.state_dict'),
+    "extra state": (
+        {"model": {"0.weight": torch.ones(2), "0._extra_state": {"a": 1}}},
+        "holds '0._extra_state', a dict and no tensor",
+    ),
+    "a list for a state": ({"optimizer": [1]}, 'lacks "state" or "param_groups"'),
+    "no groups": ({"optimizer": {"state": {}}}, 'lacks "state" or "param_groups"'),
+    "another optimizer": (
+        {"optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "momentum": 0, "params": [0, 1]}]}},
+        r"param group 0 has \['lr', 'momentum', 'params'\] but no betas: it is not a Lion's",
+    ),
+    "too few names": (
+        {"optimizer": {"state": {}, "param_groups": [BETAS | {"params": [0, 1], "param_names": ["bias"]}]}},
+        'param group 0 has 1 "param_names" for 2 parameters',
+    ),
+    "state of another kind": (
+        {"optimizer": {"state": {0: {"x": torch.ones(2)}}, "param_groups": [BETAS | {"params": [0]}]}},
+        "does not say which optimizer state belongs to which",
+    ),
+}
+
+
+@pytest.mark.parametrize("content, message", UNFIT.values(), ids=UNFIT)
+def test_a_file_that_is_not_of_a_model_and_a_lion_is_refused_by_what_is_wrong(tmp_path, content, message):
+    model = nn.Linear(2, 2)
+    fit = {"model": model.state_dict(), "optimizer": Lion(model.named_parameters()).state_dict()}
+    torch.save(fit, tmp_path / "fit.pt")
+    import_consolidated(tmp_path / "fit.pt", tmp_path / "c")
+    torch.save(fit | content, tmp_path / "one.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        import_consolidated(tmp_path / "one.pt", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
 def test_an_existing_file_is_not_overwritten(tmp_path):
     save_after_two_steps(tmp_path / "c", "plain", "split")
     (tmp_path / "one.pt").write_text("dear")
@@ -140,3 +181,26 @@ def test_fp32_main_params_survive_in_the_file_beside_what_lion_pytorch_reads(tmp
     state = torch.load(tmp_path / "one.pt", weights_only=True)["optimizer"]["state"]
     assert state[0]["main_param"].dtype == torch.float32
     PublishedLion(model.parameters()).load_state_dict(torch.load(tmp_path / "one.pt")["optimizer"])
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path):
+    save_after_two_steps(tmp_path / "c", "plain", "split")
+    with pytest.raises(checkpoint.CheckpointError, match="nowhere is no folder: make it first"):
+        consolidate(tmp_path / "c", tmp_path / "nowhere" / "one.pt")
+
+
+def test_a_disk_without_room_for_the_file_is_an_error_and_nothing_is_left(tmp_path, monkeypatch):
+    model = nn.Linear(300, 200)
+    checkpoint.save(tmp_path / "c", model=model, optimizer=Lion(model.parameters()))
+
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    def open_full(path, mode):
+        return FullDisk(path, mode) if "+" in mode else open(path, mode)
+
+    monkeypatch.setattr(consolidated, "open", open_full, raising=False)
+    with pytest.raises(checkpoint.CheckpointError, match="one.pt could not be written. OSError: .* No space left"):
+        consolidate(tmp_path / "c", tmp_path / "one.pt")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]

@@ -1,5 +1,6 @@
 """Nothing is ever lost: kills, full disks and damage."""
 
+import importlib
 import io
 import json
 import os
@@ -17,12 +18,13 @@ import torch
 from torch import nn
 
 from lion_dist import Lion, checkpoint
-from lion_dist.checkpoint import manifest, storage
+from lion_dist.checkpoint import directory, manifest, storage
 from lion_dist.checkpoint.storage import read_metadata
 from tests.checkpoint.engines import engine, train
 from tests.checkpoint.killed import loaded_step, save
 
 ROOT = Path(__file__).parents[2]
+save_module = importlib.import_module("lion_dist.checkpoint.save")  # as an attribute, the name is the function's
 
 
 def run_killed(*args):
@@ -135,6 +137,41 @@ def test_a_directory_of_other_things_is_not_replaced(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="holds other files than a checkpoint's"):
         save(tmp_path / "c", 1)
     assert (tmp_path / "c.partial" / "chapter-1").read_text() == "dear"
+
+
+# ---- two jobs, one path
+
+
+def meanwhile(monkeypatch, module, name, function):
+    """Call ``function`` once, right before ``module.name`` is called."""
+    original = getattr(module, name)
+
+    def first(*args, **kwargs):
+        monkeypatch.setattr(module, name, original)
+        function()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, first)
+
+
+@pytest.mark.parametrize("moment", ["before it writes", "before it is committed"])
+def test_a_save_that_another_job_overtakes_fails_and_damages_nothing(tmp_path, monkeypatch, moment):
+    name = {"before it writes": "_write_tensors", "before it is committed": "_commit"}[moment]
+    meanwhile(monkeypatch, save_module, name, lambda: save(tmp_path / "c", 2))
+    with pytest.raises(checkpoint.CheckpointError, match="another job saves under the same name"):
+        save(tmp_path / "c", 1)
+    assert os.listdir(tmp_path) == ["c"]
+    assert loaded_step(tmp_path / "c") == 2
+
+
+def test_a_save_that_another_job_overtakes_leaves_that_ones_files_and_the_older_checkpoint_alone(tmp_path, monkeypatch):
+    save(tmp_path / "c", 1)
+    others = []
+    meanwhile(monkeypatch, save_module, "_commit", lambda: others.append(directory.begin(tmp_path / "c")))
+    with pytest.raises(checkpoint.CheckpointError, match="another job saves under the same name"):
+        save(tmp_path / "c", 2)
+    others[0].check()
+    assert loaded_step(tmp_path / "c") == 1
 
 
 # ---- damage

@@ -71,7 +71,31 @@ def test_variants_of_the_engines_move_to_plain_and_back(gloo, tmp_path, variant)
     assert_moves(gloo, tmp_path / "back", "plain", variant, "split")
 
 
-def go_on_in_other_main_params(folder, old, new, name, policy):
+# ---- a parameter that was changed from outside (EMA swap, surgery) between the last step and the save
+
+
+def change_save_and_go_on(folder, name):
+    model, optimizer = engine(name, "fp32 main params")
+    train(model, optimizer, range(3))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.5)
+    checkpoint.save(f"{folder}/saved", model=model, optimizer=optimizer)
+    train(model, optimizer, range(3, 5))
+    checkpoint.save(f"{folder}/never stopped", model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_parameter_changed_before_the_save_leads_its_main_params_after_the_load(gloo, tmp_path, name):
+    gloo.run(ENGINES[name], change_save_and_go_on, str(tmp_path), name)
+    gloo.run(ENGINES[name], go_on_with, str(tmp_path), "saved", "resumed", name, "fp32 main params")
+    assert_same_tensors(tmp_path / "never stopped", tmp_path / "resumed")
+
+
+# ---- engine, ranks and kind of main params at once
+
+
+def go_on_with(folder, old, new, name, policy):
     model, optimizer = engine(name, policy)
     checkpoint.load(f"{folder}/{old}", model=model, optimizer=optimizer)
     train(model, optimizer, range(3, 5))
@@ -89,7 +113,7 @@ def test_engine_ranks_and_kind_of_main_params_change_at_once_and_exactly(gloo, t
     fp32, split = "fp32 main params", "split, fp32 momentum"
     folder, ranks = str(tmp_path), ENGINES[loaded_by]
     gloo.run(2, save_and_go_on, folder, "sharded", fp32)
-    gloo.run(ranks, go_on_in_other_main_params, folder, "saved", "resumed", loaded_by, split)
+    gloo.run(ranks, go_on_with, folder, "saved", "resumed", loaded_by, split)
     gloo.run(1, load_and_save, folder, "resumed", "back", "plain", fp32)
     assert tensors_in(tmp_path / "resumed")["optimizer.0.weight.main_param"].dtype == torch.int16
     assert_same_tensors(tmp_path / "never stopped", tmp_path / "back")

@@ -2,6 +2,9 @@
 
 import json
 import os
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from lion_dist import checkpoint
 from lion_dist.checkpoint import manifest
 from tests.checkpoint.engines import engine
-from tests.checkpoint.killed import loaded_step, save
+from tests.checkpoint.killed import forked, loaded_step, save
 
 
 def names(folder):
@@ -79,11 +82,17 @@ def test_a_save_killed_between_its_two_renames_is_found_under_its_name(tmp_path)
     assert loaded_step(tmp_path / "c") == 1
 
 
+def half_a_save(partial, hours_ago):
+    partial.mkdir()
+    (partial / "__0_0.distcp").write_text("half")
+    for entry in (partial / "__0_0.distcp", partial):
+        os.utime(entry, (time.time() - 3600 * hours_ago,) * 2)
+
+
 def test_keep_last_keeps_the_newest_and_clears_what_dead_saves_left(tmp_path):
     for step in range(4):
         save(tmp_path / f"step-{step}", step)
-    (tmp_path / "step-4.partial").mkdir()
-    (tmp_path / "step-4.partial" / "__0_0.distcp").write_text("half")
+    half_a_save(tmp_path / "step-4.partial", hours_ago=2)
     (tmp_path / "notes.partial").mkdir()
     (tmp_path / "notes.partial" / "notes.txt").write_text("dear")
     (tmp_path / "metrics.jsonl").write_text("{}")
@@ -91,6 +100,16 @@ def test_keep_last_keeps_the_newest_and_clears_what_dead_saves_left(tmp_path):
     assert names(tmp_path) == ["metrics.jsonl", "notes.partial", "step-2", "step-3"]
     checkpoint.keep_last(tmp_path, 2)
     assert loaded_step(checkpoint.newest(tmp_path)) == 3
+
+
+def test_keep_last_leaves_what_may_be_another_jobs_save_alone(tmp_path):
+    for step in range(3):
+        save(tmp_path / f"step-{step}", step)
+    half_a_save(tmp_path / "step-3.partial", hours_ago=0.5)
+    half_a_save(tmp_path / "step-0.partial", hours_ago=0.5)  # about to replace an old one
+    (tmp_path / "step-0").rename(tmp_path / "step-0.old")
+    checkpoint.keep_last(tmp_path, 1)
+    assert names(tmp_path) == ["step-0.old", "step-0.partial", "step-2", "step-3.partial"]
 
 
 @pytest.mark.parametrize("count", [0, -1])
@@ -109,3 +128,83 @@ def save_thrice_keeping_one(folder):
 def test_keep_last_is_called_by_all_ranks_and_done_by_the_first(gloo, tmp_path):
     gloo.run(2, save_thrice_keeping_one, str(tmp_path))
     assert names(tmp_path) == ["2"]
+
+
+# ---- what else is in the folder
+
+
+def as_nobody(function):
+    """In a child process without root's rights, to whom permissions do not apply."""
+
+    def run():
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        function()
+
+    return forked(run)
+
+
+def test_a_directory_that_cannot_be_read_is_in_nobodys_way():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        folder = Path(folder)
+        folder.chmod(0o777)
+        save(folder / "step-0", 0)
+        for name in ("lost+found", "closed.partial", "closed.old"):
+            (folder / name).mkdir()
+            (folder / name).chmod(0)
+
+        def use():
+            save(folder / "step-1", 1)
+            assert checkpoint.newest(folder) == folder / "step-1"
+            checkpoint.keep_last(folder, 2)
+
+        assert as_nobody(use) == 0
+        assert names(folder) == ["closed.old", "closed.partial", "lost+found", "step-0", "step-1"]
+
+
+# ---- names that are not a checkpoint's own
+
+
+@pytest.mark.parametrize("link", ["a-link", "the-latest"])  # before and after step-2 in the order of names
+def test_keep_last_neither_counts_nor_removes_a_symlink(tmp_path, link):
+    for step in range(3):
+        save(tmp_path / f"step-{step}", step)
+    (tmp_path / link).symlink_to("step-2")
+    checkpoint.keep_last(tmp_path, 1)
+    assert names(tmp_path) == sorted([link, "step-2"])
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-2"
+    assert loaded_step(tmp_path / link) == 2
+
+
+def test_a_symlink_to_a_checkpoint_elsewhere_can_be_the_newest_and_stays(tmp_path):
+    for step, name in enumerate(("there/a", "here/b", "here/c", "there/d")):
+        save(tmp_path / name, step)
+    (tmp_path / "here/a").symlink_to(tmp_path / "there/a")
+    (tmp_path / "here/d").symlink_to(tmp_path / "there/d")
+    assert checkpoint.newest(tmp_path / "here") == tmp_path / "here/d"
+    checkpoint.keep_last(tmp_path / "here", 1)
+    assert names(tmp_path / "here") == ["a", "c", "d"]
+
+
+def test_keep_last_leaves_a_symlink_in_partial_alone(tmp_path):
+    save(tmp_path / "c", 1)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "x.partial").symlink_to("elsewhere")
+    checkpoint.keep_last(tmp_path, 1)
+    assert names(tmp_path) == ["c", "elsewhere", "x.partial"]
+
+
+def test_a_save_over_a_symlink_is_refused(tmp_path):
+    save(tmp_path / "step-1", 1)
+    (tmp_path / "latest").symlink_to("step-1")
+    with pytest.raises(checkpoint.CheckpointError, match=r"latest is a symlink \(to step-1\)"):
+        save(tmp_path / "latest", 2)
+    assert names(tmp_path) == ["latest", "step-1"]
+    assert loaded_step(tmp_path / "latest") == 1
+
+
+@pytest.mark.parametrize("name", ["best.old", "best.partial"])
+def test_a_name_that_a_later_save_would_remove_is_refused(tmp_path, name):
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} is no name for a checkpoint"):
+        save(tmp_path / name, 1)
+    assert names(tmp_path) == []

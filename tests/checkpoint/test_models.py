@@ -1,5 +1,7 @@
 """Models that are more than a stack of trainable layers."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -43,6 +45,8 @@ def tied(name):
             model = DistributedDataParallel(model)
         case "compiled":
             model = torch.compile(model, backend="eager")
+        case "compiled ddp":
+            model = torch.compile(DistributedDataParallel(model), backend="eager")
     return model, Lion([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
 
@@ -75,7 +79,14 @@ NAMES += ["norm.running_var", "norm.weight"]
 
 @pytest.mark.parametrize(
     "saved_by, loaded_by",
-    [("plain", "sharded"), ("sharded", "fsdp2"), ("fsdp2", "fsdp1"), ("fsdp1", "ddp"), ("ddp", "compiled")],
+    [
+        ("plain", "sharded"),
+        ("sharded", "fsdp2"),
+        ("fsdp2", "fsdp1"),
+        ("fsdp1", "ddp"),
+        ("ddp", "compiled"),
+        ("compiled ddp", "plain"),
+    ],
 )
 def test_tied_and_frozen_parameters_and_buffers_move(gloo, tmp_path, saved_by, loaded_by):
     ranks = {"plain": 1, "compiled": 1}
@@ -170,6 +181,31 @@ def test_two_dimensional_meshes_move_to_plain_and_back(gloo, tmp_path, shape):
     assert_same_tensors(tmp_path / "plain", tmp_path / "to mesh")
 
 
+# ---- buffers
+
+
+DTYPES = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+DTYPES -= {getattr(torch, f"bits{size}") for size in ("8", "16", "1x8", "2x4", "4x2")}  # torch refuses to save them
+
+
+def buffer_of(dtype):
+    """Some bits, or None where torch cannot keep or copy them."""
+    try:
+        return torch.arange(32).to(torch.uint8).view(dtype).clone()
+    except RuntimeError:
+        return None
+
+
+@pytest.mark.parametrize("dtype", sorted((d for d in DTYPES if buffer_of(d) is not None), key=str), ids=str)
+def test_a_buffer_of_any_dtype_comes_back(tmp_path, dtype):
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.register_buffer("kept", buffer_of(dtype))
+    other.register_buffer("kept", torch.zeros_like(model.kept))
+    checkpoint.save(tmp_path / "c", model=model, optimizer=Lion(model.parameters()))
+    checkpoint.load(tmp_path / "c", model=other, optimizer=Lion(other.parameters()))
+    assert torch.equal(other.kept.view(torch.uint8), model.kept.view(torch.uint8))
+
+
 # ---- nothing at all
 
 
@@ -209,10 +245,11 @@ def test_extra_state_that_would_be_pickled_is_refused_by_name(tmp_path):
         checkpoint.save(tmp_path / "c", model=model, optimizer=Lion(model.parameters()))
 
 
-def test_an_optimizer_of_another_model_is_refused(tmp_path):
+@pytest.mark.parametrize("make", [Lion, ShardedLion])
+def test_an_optimizer_of_another_model_is_refused(tmp_path, make):
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     with pytest.raises(checkpoint.CheckpointError, match="holds a parameter of shape .* that the model does not have"):
-        checkpoint.save(tmp_path / "c", model=model, optimizer=Lion(other.parameters()))
+        checkpoint.save(tmp_path / "c", model=model, optimizer=make(other.parameters()))
 
 
 def test_extra_that_is_not_json_is_refused(tmp_path):
@@ -238,3 +275,47 @@ def save_of_separate_groups(path):
 def test_parameters_that_only_some_ranks_share_are_refused(gloo, tmp_path):
     for error in gloo.run(2, save_of_separate_groups, str(tmp_path / "c")):
         assert "'1.weight' belongs to 1 of 2 ranks" in error
+
+
+def errors_of_ranks_apart(path, what):
+    rank, model = dist.get_rank(), nn.Linear(300, 200)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(1.0)
+    optimizer = Lion(model.parameters())
+    match what:
+        case "expert":
+            model.bias.data.fill_(rank)
+        case "momentum":
+            optimizer.state_of(model.weight)["exp_avg"].fill_(rank)
+        case "shape":
+            model = nn.Linear(300, 200 + rank)
+            optimizer = Lion(model.parameters())
+        case "stage":
+            model = nn.ModuleDict({f"layer{rank}": model})
+        case "groups":
+            optimizer = Lion([{"params": [p]} for p in model.parameters()] if rank else model.parameters())
+    errors = []
+    for save in (checkpoint.save, checkpoint.save_async):
+        with pytest.raises(checkpoint.CheckpointError) as error:
+            save(path, model=model, optimizer=optimizer)
+        errors.append(str(error.value))
+    return errors
+
+
+APART = {
+    "expert": r"'bias' is \(200,\).*value \w+, exp_avg \w+ on rank 0, .* on rank 1\.",
+    "momentum": r"'weight' is \(200, 300\)",
+    "shape": r"'weight' is \(200, 300\).*\(201, 300\).* on rank 1, and 1 more differ",
+    "stage": r"'layer0.weight' is \(200, 300\).* on rank 0, not there on rank 1, and 3 more differ",
+    "groups": r"'bias' is .* in param group 0, .* in param group 1",
+}
+
+
+@pytest.mark.parametrize("what, difference", APART.items(), ids=APART)
+def test_ranks_that_hold_different_tensors_under_one_name_are_refused(gloo, tmp_path, what, difference):
+    for errors in gloo.run(2, errors_of_ranks_apart, str(tmp_path / "c"), what):
+        for error in errors:
+            assert error.startswith("ranks hold different tensors under one name")
+            assert re.search(difference, error), error
+    assert not any(tmp_path.iterdir())

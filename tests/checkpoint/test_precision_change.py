@@ -123,3 +123,15 @@ def test_parameters_frozen_after_training_keep_their_state(tmp_path):
     other, other_optimizer = trained("own", range(1))
     checkpoint.load(tmp_path / "c", model=other, optimizer=other_optimizer)
     assert torch.equal(other_optimizer.state[other.bias]["exp_avg"], expected)
+
+
+@pytest.mark.parametrize("saved", ["split", "fp32"])
+def test_a_parameter_that_is_frozen_here_takes_the_exact_value(tmp_path, saved):
+    model, optimizer = trained(saved, range(4))
+    checkpoint.save(tmp_path / "c", model=model, optimizer=optimizer)
+    other = nn.Linear(9, 5).requires_grad_(False)
+    with pytest.warns(UserWarning, match="of parameters that this optimizer does not hold is left out"):
+        checkpoint.load(tmp_path / "c", model=other, optimizer=Lion(other.parameters()))
+    for value, param in zip(values(model, optimizer), other.parameters(), strict=True):
+        assert torch.equal(value, param)
+        assert not torch.equal(value, value.bfloat16().float())

@@ -1,5 +1,6 @@
 """What is saved on some ranks by some engine goes on, bit for bit, on others."""
 
+import copy
 import json
 import warnings
 
@@ -155,7 +156,7 @@ def test_a_newer_format(tmp_path):
     assert_refused(tmp_path / "c", model, optimizer, match="format 99, this version reads 2")
 
 
-# ---- state_dict and load_state_dict of ShardedLion by themselves
+# ---- state_dict and load_state_dict by themselves
 
 
 def state_dict_round_trip(policy):
@@ -195,3 +196,20 @@ def test_a_state_dict_of_other_buckets_is_refused(gloo):
     message, unchanged, _ = gloo.run(2, load_of_other_buckets)[0]
     assert "saved" in message
     assert unchanged
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+def test_a_parameter_changed_before_state_dict_leads_its_main_params_after_it_is_loaded(model_first):
+    model, optimizer = build("fp32 main params", "plain")
+    train(model, optimizer, range(3))
+    with torch.no_grad():
+        model[0].weight.fill_(5.0)
+    saved, parameters = copy.deepcopy(optimizer.state_dict()), parameters_of(model)
+    train(model, optimizer, range(3, 5))
+    other, other_optimizer = build("fp32 main params", "plain")
+    loads = [lambda: other.load_state_dict(parameters), lambda: other_optimizer.load_state_dict(saved)]
+    for load in loads if model_first else reversed(loads):
+        load()
+    train(other, other_optimizer, range(3, 5))
+    for name, expected in parameters_of(model).items():
+        assert torch.equal(expected, other.state_dict()[name]), name

@@ -79,6 +79,23 @@ def test_loss_curve_continues_on_another_number_of_ranks(sharded, text, tmp_path
     assert [row["loss"] for row in continued] == pytest.approx([row["loss"] for row in never_stopped], rel=0.02)
 
 
+def test_a_checkpoint_that_fails_costs_only_itself(text, tmp_path):
+    (tmp_path / "step-000004").write_text("in the way")
+    result = run(1, "--data", text, "--steps", 12, "--checkpoint-every", 4, "--out", tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("a checkpoint failed, training goes on") == 1
+    assert sorted(path.name for path in tmp_path.glob("step-*/")) == ["step-000008", "step-000012"]
+
+
+@pytest.mark.parametrize("steps", [(4, 8), (12,)], ids=["two in a row", "the last"])
+def test_a_run_without_a_checkpoint_to_go_on_from_fails(text, tmp_path, steps):
+    for step in steps:
+        (tmp_path / f"step-{step:06d}").write_text("in the way")
+    result = run(1, "--data", text, "--steps", 12, "--checkpoint-every", 4, "--out", tmp_path)
+    assert result.returncode != 0
+    assert f"step-{steps[-1]:06d} exists and is no checkpoint" in result.stdout
+
+
 def test_two_ranks_see_the_data_of_one(sharded, text, tmp_path):
     """The first loss is of the same weights and windows; later ones differ by the rounding of gradients."""
     rows = train(1, tmp_path, "--engine", "plain", "--data", text, "--steps", 12)
