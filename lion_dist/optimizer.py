@@ -420,7 +420,7 @@ class Lion(Optimizer):
             state[key] = local_copy_(fresh, value)
         # The parameter may have been changed from outside just before the save. The next step lets fp32 main params
         # follow it; not now, for the model may be loaded after its optimizer.
-        self._versions.pop(id(param), None)
+        self._written.pop(id(param), None)
         return state
 
 

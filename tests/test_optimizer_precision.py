@@ -303,6 +303,23 @@ def test_gradients_of_another_dtype_are_taken():
     assert opt.state[param]["exp_avg"][0].item() == 1 + 2**-20
 
 
+@pytest.mark.parametrize("main_params", ["split", "fp32"])
+@pytest.mark.parametrize("use_triton", [True, False])
+def test_a_pruning_mask_between_steps_leaves_zeros_that_train_on(main_params, use_triton):
+    """Half of the remainders are negative, and a zero minus something in the integers is a NaN."""
+    param = param_of(64, dtype=BF16)
+    opt = Lion([param], 1e-3, precision=PrecisionPolicy(main_params), use_triton=use_triton)
+    for step in range(4):
+        param.grad = gradient_like(param, step)
+        opt.step()
+        with torch.no_grad():
+            param.mul_(torch.arange(64) % 2)
+    assert param.isfinite().all() and (param[::2] == 0).all()
+    param.grad = gradient_like(param, 5)
+    opt.step()
+    assert (param[::2].abs().float() - 1e-3).abs().max() < 1e-5
+
+
 def test_fp32_main_params_follow_a_parameter_that_is_given_other_memory():
     """``param.data = ...`` moves no version counter; the main param would bring the old value back."""
     param = nn.Parameter(torch.ones(3, dtype=BF16))

@@ -36,8 +36,13 @@ static void read_fp32(float *restrict out, const void *restrict in, int type, in
   }
 }
 
+/* A remainder below 0 goes with no zero: reference.join_main. */
 static void read_split(float *restrict out, const uint16_t *restrict upper, const int16_t *restrict rest, int64_t n) {
-  EACH out[i] = float_of(((uint32_t)upper[i] << 16) + (uint32_t)(int32_t)rest[i]);
+  EACH {
+    int32_t remainder = rest[i];
+    remainder = (upper[i] & 0x7FFFu) == 0 && remainder < 0 ? 0 : remainder;
+    out[i] = float_of(((uint32_t)upper[i] << 16) + (uint32_t)remainder);
+  }
 }
 
 static void draw_bits(uint32_t *restrict out, uint64_t index, const Scalars *s, int64_t n) {

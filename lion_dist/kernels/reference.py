@@ -107,9 +107,14 @@ def split_main(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_main(param: Tensor, remainder: Tensor) -> Tensor:
-    """(bf16 param, int16 remainder) -> fp32: ``bits = (param << 16) + remainder``, the remainder signed."""
-    upper = param.view(torch.int16).to(torch.int32) << 16
-    return (upper + remainder.to(torch.int32)).view(torch.float32)
+    """(bf16 param, int16 remainder) -> fp32: ``bits = (param << 16) + remainder``, the remainder signed.
+
+    A zero has no numbers below it, and no remainder below 0 unless somebody has set the parameter to zero (a pruning
+    mask, a fresh layer): it then counts as 0, where the sum would be a NaN.
+    """
+    upper, remainder = param.view(torch.int16).to(torch.int32) << 16, remainder.to(torch.int32)
+    remainder = torch.where(param == 0, remainder.clamp(min=0), remainder)
+    return (upper + remainder).view(torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -260,7 +265,8 @@ def lion_step(
         new_m = round_stochastic(new_m, _shift_right(bits, 16)) if stochastic_momentum else round_nearest_even(new_m)
     new_main = None
     if main is not None and main.dtype == torch.int16:
-        new_param, new_main = split_main(new_p)
+        new_param, new_main = split_main(torch.where(finite, new_p, p))
+        main = new_main  # the same value in either case
     elif param.dtype == torch.float32:
         new_param = new_p
     elif main is None:

@@ -123,8 +123,9 @@ def _read_block(param, main, exp_avg, grad, mask, grad_scale):  # [n] pointers, 
     if main is None:
         p = _load_fp32(param, mask)
     elif main.dtype.element_ty == tl.int16:
-        remainder = tl.load(main, mask=mask).to(tl.int32).to(tl.uint32, bitcast=True)
-        p = (_from_bf16(tl.load(param, mask=mask)) + remainder).to(tl.float32, bitcast=True)
+        remainder, word = tl.load(main, mask=mask).to(tl.int32), _from_bf16(tl.load(param, mask=mask))
+        remainder = tl.where((word & 0x7FFFFFFF) == 0, tl.maximum(remainder, 0), remainder)  # reference.join_main
+        p = (word + remainder.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
     else:
         p = tl.load(main, mask=mask)
     return p, m, g * grad_scale

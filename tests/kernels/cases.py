@@ -59,7 +59,8 @@ def troubled(numel: int, dtype: torch.dtype, generator: torch.Generator) -> Tens
 
 @dataclass(frozen=True)
 class Case:
-    """The arguments of one ``lion_update_``. Mains of split storage are what ``split_main`` makes, as in training."""
+    """The arguments of one ``lion_update_``. Mains of split storage are what ``split_main`` makes, as in training, but
+    for parameters that were set to zero since."""
 
     storage: Storage
     params: list[Tensor]
@@ -87,6 +88,8 @@ class Case:
         elif storage.main == INT16:
             pairs = [split_main(troubled(numel, FP32, generator)) for numel in numels]
             columns["params"], mains = map(list, zip(*pairs, strict=True))
+            for param in columns["params"]:
+                param[::5] *= 0  # by somebody else, a pruning mask for one; their remainders stay
         index_starts = [index_start + sum(numels[:i]) for i in range(len(numels))]
         steps = torch.arange(step, step + len(numels))
         return cls(storage, mains=mains, index_starts=index_starts, steps=steps, **columns, **arguments)

@@ -60,6 +60,15 @@ def test_half_up_differs_from_nearest_even_only_in_ties():
     assert ((float_to_bits(x)[differ] & 0xFFFF) == 0x8000).all() and differ.any()
 
 
+def test_a_parameter_that_somebody_sets_to_zero_is_zero_whatever_its_remainder():
+    """The sum of the integers would be a NaN: 0x00000000 - 5 is 0xFFFFFFFB."""
+    remainders = torch.tensor([-0x8000, -5, -1, 0, 1, 0x7FFF]).to(torch.int16)
+    for zero in (0.0, -0.0):
+        joined = join_main(torch.full((6,), zero, dtype=torch.bfloat16), remainders)
+        assert (joined.abs() < 2**-133).all()  # half of bf16's least number, which rounds to zero
+        assert (joined[:4] == 0).all()
+
+
 def test_every_rounding_keeps_what_bf16_holds_exactly():
     x = every_bf16()
     x = x[~x.isnan()]
