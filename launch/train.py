@@ -178,13 +178,14 @@ def set_up(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> Ru
 
 def run_to_the_end(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> int:
     """Everything that needs a process group. Returns the exit code."""
+    signals = SignalRequests()  # before set_up prints which process takes them
     with doing("setting up the engine"):
         run = set_up(args, corpus, device)
     with doing("resuming"):
         begin = run.checkpoints.resume(args.resume)
     with doing("the held-out loss before training"):
         held_out = {begin: held_out_loss(run)}
-    signals = SignalRequests()
+    signals.begin_training()
     end = train(run, signals, begin)
     if end < args.steps:
         path = run.checkpoints.path(end)
