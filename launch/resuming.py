@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from corpus import Corpus
 from engines import PlainEngine
 from ranks import say
+from report import RESULTS
 
 # What a resumed run must share with the first one to land on the same losses.
 TRAJECTORY = "steps batch_size micro_batches seq_len lr weight_decay warmup clip seed replicate".split()
@@ -69,6 +70,7 @@ def _set_aside(folder: Path) -> None:
     number = 1 + sum(1 for _ in folder.glob("earlier-*"))
     aside = folder / f"earlier-{number}"
     aside.mkdir()
-    for checkpoint in sorted(folder.glob("step-*")):
-        checkpoint.rename(aside / checkpoint.name)
-    say(f"checkpoints of an earlier run are in {aside} now; --resume would have gone on from them")
+    results = [folder / name for name in RESULTS if (folder / name).exists()]
+    for path in [*results, *sorted(folder.glob("step-*"))]:  # while a checkpoint is left, a killed move is begun again
+        path.rename(aside / path.name)
+    say(f"checkpoints and metrics of an earlier run are in {aside} now; --resume would have gone on from them")
