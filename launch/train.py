@@ -197,8 +197,8 @@ def run_to_the_end(args: argparse.Namespace, corpus: Corpus, device: torch.devic
 
 
 def main() -> int:
-    args = parse_arguments(__doc__.split("\n")[0])
     try:
+        args = parse_arguments(__doc__.split("\n")[0])
         check_arguments(args)
         corpus = read_corpus(args.data, args.seq_len)
         device, store = start_process_group(timedelta(seconds=args.timeout))
