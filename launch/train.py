@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from arguments import DTYPES, check_arguments, parse_arguments
-from corpus import Corpus, global_batch, held_out_windows, rank_part, read_corpus
+from corpus import Corpus, global_batch, held_out_parts, held_out_windows, rank_part, read_corpus
 from engines import ENGINES, PlainEngine
 from failures import doing, fail, leave_at_once
 from journal import Journal
@@ -44,6 +44,7 @@ from resuming import Checkpoints
 from throughput import Throughput, throughput_of
 
 HELD_OUT_WINDOWS = 128
+HELD_OUT_ROWS = 16  # in one forward
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def held_out_loss(run: Run) -> float:
     """Mean loss over evenly spaced held-out windows; the ranks take turns."""
     windows = held_out_windows(run.corpus.held_out, HELD_OUT_WINDOWS, run.args.seq_len)
     total = torch.zeros(2, dtype=torch.float64, device=run.device)  # sum of losses, number of windows
-    for part in windows[dist.get_rank() :: dist.get_world_size()].to(run.device).split(16):
-        total += torch.stack([run.engine.model(part).double() * len(part), total.new_tensor(len(part))])
+    for part, weight in held_out_parts(windows.to(run.device), dist.get_rank(), dist.get_world_size(), HELD_OUT_ROWS):
+        total += torch.stack([run.engine.model(part).double() * weight, total.new_tensor(weight)])
     dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
