@@ -233,20 +233,31 @@ def lion_optimizer(config: Mapping | str | os.PathLike) -> Callable[[Iterable], 
 
     Raises:
         ValueError: the config names another optimizer, has parameters that Lion has not, or offloads the optimizer
-            without ``"zero_force_ds_cpu_optimizer": false``.
+            to NVMe or without ``"zero_force_ds_cpu_optimizer": false``.
     """
     config = config if isinstance(config, Mapping) else json.loads(Path(config).read_text())
     section = config.get("optimizer", {"type": "Lion"})
+    if not isinstance(section, Mapping):
+        raise ValueError(
+            f'the config\'s "optimizer" must be an object, got {json.dumps(section)}. Write {{"type": "Lion"}}, or '
+            "leave it out."
+        )
     name = section.get("type")
     if str(name).lower() != "lion":
         raise ValueError(
             f'the config\'s "optimizer" has type {name!r}. Write "type": "Lion", or call deepspeed.initialize '
             "without optimizer=lion_optimizer(...)."
         )
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    device = offload.get("device", "none")
+    if device not in ("none", "cpu"):
         raise ValueError(
-            f'"offload_optimizer": {{"device": "{offload["device"]}"}} with an optimizer of your own needs '
+            f'"offload_optimizer": {{"device": "{device}"}} is not supported: Lion updates what is in memory. Write '
+            '"device": "cpu", or shard over more ranks.'
+        )
+    if device == "cpu" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            '"offload_optimizer": {"device": "cpu"} with an optimizer of your own needs '
             '"zero_force_ds_cpu_optimizer": false at the top level of the config: DeepSpeed refuses it otherwise.'
         )
     params = dict(section.get("params") or {})
@@ -295,15 +306,27 @@ def register() -> None:
     """
     if _replaced:
         return
-    _allow_in_zero()
+    check_version()
     import deepspeed.ops.lion
 
-    _replace(deepspeed.ops.lion, "FusedLion", DeepSpeedLion)
-    _replace(deepspeed.ops.lion, "DeepSpeedCPULion", DeepSpeedLion)
+    replacements = [
+        (deepspeed.ops.lion, "FusedLion", DeepSpeedLion),
+        (deepspeed.ops.lion, "DeepSpeedCPULion", DeepSpeedLion),
+    ]
     if importlib.util.find_spec("accelerate") is not None:
         import accelerate.accelerator
 
-        _replace(accelerate.accelerator, "map_pytorch_optim_to_deepspeed", _keep_lion(accelerate.accelerator))
+        if not hasattr(accelerate.accelerator, "map_pytorch_optim_to_deepspeed"):
+            raise ImportError(
+                f"Accelerate {accelerate.__version__} is installed, which has no map_pytorch_optim_to_deepspeed: under "
+                "offload it would make a DeepSpeedCPUAdam of Lion. Install another, or uninstall it if it is not used."
+            )
+        replacements.append(
+            (accelerate.accelerator, "map_pytorch_optim_to_deepspeed", _keep_lion(accelerate.accelerator))
+        )
+    _allow_in_zero()
+    for module, attribute, value in replacements:  # now that nothing is missing: all or none
+        _replace(module, attribute, value)
 
 
 def unregister() -> None:
