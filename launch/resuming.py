@@ -1,5 +1,6 @@
 """Checkpoints of a run: written while it trains, kept by number, and gone on from."""
 
+import itertools
 from argparse import Namespace
 from pathlib import Path
 
@@ -67,8 +68,7 @@ class Checkpoints:
 
 
 def _set_aside(folder: Path) -> None:
-    number = 1 + sum(1 for _ in folder.glob("earlier-*"))
-    aside = folder / f"earlier-{number}"
+    aside = next(path for n in itertools.count(1) if not (path := folder / f"earlier-{n}").exists())
     aside.mkdir()
     results = [folder / name for name in RESULTS if (folder / name).exists()]
     for path in [*results, *sorted(folder.glob("step-*"))]:  # while a checkpoint is left, a killed move is begun again

@@ -64,6 +64,14 @@ def test_metrics_and_summary_of_an_earlier_run_are_set_aside_with_its_checkpoint
     assert (checkpoints.folder / "earlier-1" / "metrics.jsonl").read_text() == "of the first run"
 
 
+def test_setting_aside_goes_on_where_an_older_folder_was_deleted(checkpoints):
+    (checkpoints.folder / "earlier-2").mkdir()
+    for step, number in ((1, 1), (2, 3)):
+        (checkpoints.folder / f"step-{step:06d}").mkdir()
+        assert checkpoints.resume(None) == 0
+        assert (checkpoints.folder / f"earlier-{number}" / f"step-{step:06d}").exists()
+
+
 def test_resume_auto_begins_where_there_is_nothing(checkpoints):
     checkpoints.folder = checkpoints.folder / "new"
     assert checkpoints.resume("auto") == 0
