@@ -109,10 +109,11 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint(text, tmp_path):
     """As Kubernetes and Slurm do. torchrun passes it on, waits for the ranks, and says by its own exit code that the
     job was not finished."""
     flags = [*jobs.TINY, "--data", text, "--steps", 100_000, "--log-every", 1, "--resume", "auto", "--out", tmp_path]
-    process = jobs.start(jobs.torchrun(2, jobs.TRAIN, *flags))
+    patient = jobs.ENVIRONMENT | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(jobs.HANG)}  # not 30 s, after which it kills
+    process = jobs.start(jobs.torchrun(2, jobs.TRAIN, *flags), patient)
     jobs.wait_for_steps(process, tmp_path, 5)
     process.send_signal(signal.SIGTERM)
-    result = jobs.finish(process, 40)
+    result = jobs.finish(process)
     assert result.returncode != 0
     (checkpoint,) = tmp_path.glob("step-*")
     assert f"SIGTERM: {checkpoint} holds" in result.stdout
