@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from deepspeed_engine import read_config
 from engines import ENGINES
 from lion_dist import ShardingConfig
 from lion_dist.config import PARAM_SYNCS
@@ -15,9 +16,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 NODES = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # set by torchrun: how many of it there are
 SHARDS_IN_REPLICAS = ("sharded", "fsdp2")  # the engines that --replicate is for
+# Of flags that some engines have no use for: the engines that have, and the default.
+FLAGS_OF_ENGINES = {
+    "main_params": (tuple(name for name in ENGINES if name != "deepspeed"), "auto"),
+    "zero_stage": (("sharded", "deepspeed"), 2),
+    "param_sync": (("sharded",), "gather"),
+    "deepspeed_config": (("deepspeed",), None),
+}
+# The smallest value of each number; none may be infinite.
+AT_LEAST = {
+    **dict.fromkeys("layers dim heads seq_len steps batch_size micro_batches log_every replicate timeout".split(), 1),
+    **dict.fromkeys("lr weight_decay warmup clip seed checkpoint_every keep_last".split(), 0),
+}
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
+    """Raises ValueError for a flag that the chosen engine would ignore."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -37,10 +51,12 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--warmup", type=int, default=20, help="steps of linear warmup; a cosine to a tenth of --lr follows")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     add("--precision", choices=list(DTYPES), default="fp32", help="dtype of the parameters")
-    add("--main-params", choices=["auto", "fp32", "split", "none"], default="auto", help="of bf16")
+    add("--main-params", choices=["auto", "fp32", "split", "none"],
+        help="of bf16, with any engine but deepspeed; None: auto")
     add("--momentum-dtype", choices=list(DTYPES), help="None: as the parameters")
-    add("--zero-stage", type=int, default=2, help="1 or 2 of --engine sharded, 0 to 3 of --engine deepspeed")
-    add("--param-sync", choices=PARAM_SYNCS, default="gather", help="of --engine sharded: parameters, or update codes")
+    add("--zero-stage", type=int, help="1 or 2 of --engine sharded, 0 to 3 of --engine deepspeed; None: 2")
+    add("--param-sync", choices=PARAM_SYNCS,
+        help="of --engine sharded: parameters, or update codes; None: gather")
     add("--replicate", type=_count_or_nodes, default=1,
         help="shard inside so many replicas and average across them: a number, or 'nodes' for one a node")
     add("--deepspeed-config", help="of --engine deepspeed; None: launch/deepspeed/zeroN.json")
@@ -55,6 +71,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--peak-tflops", type=float, help="of one device, for MFU; None: of known GPUs in bf16, else no MFU")
     add("--timeout", type=float, default=600, help="seconds that a rank waits for the others before it gives up")
     args = parser.parse_args()
+    _fill_in_flags_of_engines(args)
     args.out = args.out or Path("runs") / args.engine
     if args.replicate == "nodes":
         args.replicate = NODES
@@ -62,6 +79,22 @@ def parse_arguments(description: str) -> argparse.Namespace:
         parts = WORLD_SIZE * max(1, args.micro_batches)
         args.batch_size = math.ceil(8 / parts) * parts
     return args
+
+
+def _fill_in_flags_of_engines(args: argparse.Namespace) -> None:
+    if args.deepspeed_config is not None and args.zero_stage is not None:
+        raise ValueError(
+            f"--zero-stage {args.zero_stage} chooses launch/deepspeed/zero{args.zero_stage}.json, but "
+            f"--deepspeed-config {args.deepspeed_config} says its own stage. Leave one of the two out."
+        )
+    for name, (engines, default) in FLAGS_OF_ENGINES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.engine not in engines:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} is for --engine {' or '.join(engines)}, got "
+                f"{args.engine}, which would ignore it. Leave it out, or choose another engine."
+            )
 
 
 def _count_or_nodes(text: str) -> int | str:
@@ -75,9 +108,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--engine plain trains in one process, but there are WORLD_SIZE={WORLD_SIZE}. "
             "Use --engine ddp or --engine sharded, or --nproc-per-node 1."
         )
-    for name in "layers dim heads seq_len steps batch_size micro_batches log_every replicate timeout".split():
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name)
+        if not least <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number of at least {least}, got {value}.")
+    if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
+        raise ValueError(f"--peak-tflops must be a finite number above 0, got {args.peak_tflops}.")
     if args.dim % (2 * args.heads):
         raise ValueError(f"--dim must be a multiple of 2 * --heads, got {args.dim} and {args.heads} heads.")
     if args.batch_size % (WORLD_SIZE * args.micro_batches):
@@ -85,9 +121,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--batch-size {args.batch_size} does not divide among {WORLD_SIZE} ranks x {args.micro_batches} "
             f"micro-batches. Use a multiple of {WORLD_SIZE * args.micro_batches}."
         )
-    for name in ("checkpoint_every", "keep_last"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, or 0, got {getattr(args, name)}.")
     if args.metrics_every < 0 or (args.metrics_every and args.engine == "deepspeed"):
         raise ValueError(
             f"--metrics-every must be 0 with --engine deepspeed, which makes the optimizer by its JSON, and at least 0 "
@@ -105,6 +138,8 @@ def _check_sharding(args: argparse.Namespace) -> None:
         ShardingConfig(zero_stage=args.zero_stage)
     elif args.zero_stage not in range(4):
         raise ValueError(f"--zero-stage must be 0, 1, 2 or 3 with --engine deepspeed, got {args.zero_stage}.")
+    else:
+        read_config(args)
     if args.replicate == 1:
         return
     if args.engine not in SHARDS_IN_REPLICAS:

@@ -4,6 +4,7 @@ A token is a byte, so the vocabulary is 256 and no tokenizer is needed. Files ar
 """
 
 import hashlib
+import math
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,16 @@ def held_out_windows(text: torch.Tensor, count: int, seq_len: int) -> torch.Tens
     last_start = text.numel() - seq_len - 1
     starts = torch.linspace(0, last_start, min(count, last_start + 1), dtype=torch.float64).long()
     return text[starts[:, None] + torch.arange(seq_len + 1)]
+
+
+def held_out_parts(windows: torch.Tensor, rank: int, world_size: int, rows: int) -> list[tuple[torch.Tensor, int]]:
+    """What a rank evaluates: (at most `rows` windows, their weight in the mean), as many times on every rank.
+
+    A rank whose windows are used up goes on with one of weight 0: FSDP's forward waits for that of all ranks.
+    """
+    parts = [(part, len(part)) for part in windows[rank::world_size].split(rows) if len(part)]
+    most = math.ceil(math.ceil(len(windows) / world_size) / rows)
+    return parts + [(windows[:1], 0)] * (most - len(parts))
 
 
 def _standard_library_files() -> list[Path]:

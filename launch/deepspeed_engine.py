@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 from lion_dist import PrecisionPolicy
 from lion_dist.integrations.deepspeed import lion_optimizer
 from plain_engine import PlainEngine, param_groups
+from ranks import gather_objects
 from report import MEMORY_KINDS
 
 
@@ -47,24 +49,26 @@ class DeepSpeedEngine(PlainEngine):
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.engine.device)
 
     def save(self, path: Path, extra: dict) -> None:
-        """Under another name, for DeepSpeed writes in place: what is named step-N is whole."""
+        """Under another name, for DeepSpeed writes in place: what is named step-N is whole and durable."""
         partial = path.with_name(path.name + ".partial")
+        is_first, is_first_of_node = dist.get_rank() == 0, os.environ["LOCAL_RANK"] == "0"
+        _all_or_none(lambda: is_first and _remove(partial))  # of a killed save, maybe of more ranks
         self.engine.save_checkpoint(str(partial), tag="deepspeed", client_state=extra)
         dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(path, ignore_errors=True)
-            partial.rename(path)
-        dist.barrier()
+        _all_or_none(lambda: is_first_of_node and _make_durable(partial))  # what its ranks wrote is in its page cache
+        _all_or_none(lambda: is_first and _replace(path, partial))
 
     @staticmethod
     def newest(folder: Path) -> Path | None:
-        return max(folder.glob("step-*[0-9]"), default=None)
+        return max(_checkpoints(folder), key=_step, default=None)
 
     @staticmethod
     def keep_last(folder: Path, count: int) -> None:
-        if dist.get_rank() == 0:
-            for old in sorted(folder.glob("step-*[0-9]"))[:-count]:
-                shutil.rmtree(old)
+        def remove_older():
+            for old in sorted(_checkpoints(folder), key=_step)[:-count]:
+                _remove(old)
+
+        _all_or_none(lambda: dist.get_rank() == 0 and remove_older())
 
     def load(self, path: Path) -> dict:
         return self.engine.load_checkpoint(str(path), tag="deepspeed")[1]
@@ -85,10 +89,80 @@ class DeepSpeedEngine(PlainEngine):
         return size
 
 
-def deepspeed_config(args: Namespace) -> dict:
-    """deepspeed/zeroN.json, or --deepspeed-config, with its "auto" values filled in from the arguments."""
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+
+
+def _step(checkpoint: Path) -> int:
+    """As a number: by name step-1000000 comes before step-999999."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _all_or_none(act: Callable[[], object]) -> None:
+    """Every rank acts, and where one cannot, all raise OSError with its reason: none is left waiting for it."""
+    reason = None
+    try:
+        act()
+    except OSError as error:
+        reason = str(error)
+    for rank, found in enumerate(gather_objects(reason)):
+        if found is not None:
+            raise OSError(f"rank {rank}: {found}")
+
+
+def _remove(path: Path) -> None:
+    """Under another name, so that a kill half-way leaves nothing that looks whole."""
+    if path.exists():
+        doomed = path.with_name(path.name.removesuffix(".partial") + ".removed")
+        if doomed.exists():  # of a kill half-way
+            shutil.rmtree(doomed)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _replace(path: Path, partial: Path) -> None:
+    _remove(path)
+    partial.rename(path)
+    _fsync(path.parent)
+
+
+def _make_durable(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_config(args: Namespace) -> dict:
+    """deepspeed/zeroN.json, or --deepspeed-config, as it is.
+
+    Raises:
+        ValueError: no such file, no JSON, or a section is missing that the arguments are filled into.
+    """
     path = args.deepspeed_config or Path(__file__).with_name("deepspeed") / f"zero{args.zero_stage}.json"
-    config = json.loads(Path(path).read_text())
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). Pass --deepspeed-config with a JSON file.") from error
+    remedies = {
+        ("optimizer", "params"): '"optimizer": {"type": "Lion", "params": {"lr": "auto", "weight_decay": "auto"}}',
+        ("bf16", "enabled"): '"bf16": {"enabled": "auto"}',
+    }
+    for (section, key), remedy in remedies.items():
+        if not isinstance(config, dict) or key not in (config.get(section) or {}):
+            raise ValueError(f'{path} has no "{section}" with "{key}". Write {remedy}; "auto" is from the arguments.')
+    return config
+
+
+def deepspeed_config(args: Namespace) -> dict:
+    """``read_config`` with its "auto" values filled in from the arguments."""
+    config = read_config(args)
     rows = args.batch_size // (args.micro_batches * dist.get_world_size())
     arguments = {"lr": args.lr, "weight_decay": args.weight_decay}
     config["optimizer"]["params"] |= {

@@ -2,6 +2,9 @@
 
 A handler only notes the signal. It is acted on where the ranks exchange losses anyway, every --log-every steps: what
 each has noted travels with that message, so that all act on it after the same step, and one rank's signal is enough.
+
+During start-up, which may take longer than a launcher's grace period, there is nothing to save: SIGTERM still ends the
+process at once, as it does any other, and SIGUSR1 is noted for the first exchange.
 """
 
 import os
@@ -25,13 +28,16 @@ NOTHING = Request(0, 0)
 
 
 class SignalRequests:
-    """Installs the handlers; from then on neither signal ends the process."""
+    """From construction on SIGUSR1 does not end the process, and from ``begin_training`` on neither does SIGTERM."""
 
     def __init__(self):
         self._noted: set[int] = set()
         self._terminated = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        signal.signal(signal.SIGUSR1, self._note)
+
+    def begin_training(self) -> None:
+        """From here on there is something to save."""
+        signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._noted.add(number)

@@ -11,6 +11,8 @@ import torch
 
 from lion_dist import PrecisionPolicy
 
+# What a run leaves beside its checkpoints.
+RESULTS = ("metrics.jsonl", "metrics.csv", "tensorboard", "summary.json", "loss-curve.png")
 PLAIN_LINES = 10  # progress lines of a whole run when nobody watches a terminal
 MEMORY_KINDS = ("params", "main_params", "exp_avg", "grads")
 

@@ -1,5 +1,6 @@
 """Checkpoints of a run: written while it trains, kept by number, and gone on from."""
 
+import itertools
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from corpus import Corpus
 from engines import PlainEngine
 from lion_dist.checkpoint import CheckpointError
 from ranks import say
+from report import RESULTS
 
 # What a resumed run must share with the first one to land on the same losses.
 TRAJECTORY = "steps batch_size micro_batches seq_len lr weight_decay warmup clip seed replicate".split()
@@ -79,9 +81,9 @@ class Checkpoints:
 
 
 def _set_aside(folder: Path) -> None:
-    number = 1 + sum(1 for _ in folder.glob("earlier-*"))
-    aside = folder / f"earlier-{number}"
+    aside = next(path for n in itertools.count(1) if not (path := folder / f"earlier-{n}").exists())
     aside.mkdir()
-    for checkpoint in sorted(folder.glob("step-*")):
-        checkpoint.rename(aside / checkpoint.name)
-    say(f"checkpoints of an earlier run are in {aside} now; --resume would have gone on from them")
+    results = [folder / name for name in RESULTS if (folder / name).exists()]
+    for path in [*results, *sorted(folder.glob("step-*"))]:  # while a checkpoint is left, a killed move is begun again
+        path.rename(aside / path.name)
+    say(f"checkpoints and metrics of an earlier run are in {aside} now; --resume would have gone on from them")

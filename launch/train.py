@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from arguments import DTYPES, check_arguments, parse_arguments
-from corpus import Corpus, global_batch, held_out_windows, rank_part, read_corpus
+from corpus import Corpus, global_batch, held_out_parts, held_out_windows, rank_part, read_corpus
 from engines import ENGINES, PlainEngine
 from failures import doing, fail, leave_at_once
 from journal import Journal
@@ -44,6 +44,7 @@ from resuming import Checkpoints
 from throughput import Throughput, throughput_of
 
 HELD_OUT_WINDOWS = 128
+HELD_OUT_ROWS = 16  # in one forward
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def held_out_loss(run: Run) -> float:
     """Mean loss over evenly spaced held-out windows; the ranks take turns."""
     windows = held_out_windows(run.corpus.held_out, HELD_OUT_WINDOWS, run.args.seq_len)
     total = torch.zeros(2, dtype=torch.float64, device=run.device)  # sum of losses, number of windows
-    for part in windows[dist.get_rank() :: dist.get_world_size()].to(run.device).split(16):
-        total += torch.stack([run.engine.model(part).double() * len(part), total.new_tensor(len(part))])
+    for part, weight in held_out_parts(windows.to(run.device), dist.get_rank(), dist.get_world_size(), HELD_OUT_ROWS):
+        total += torch.stack([run.engine.model(part).double() * weight, total.new_tensor(weight)])
     dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
@@ -178,13 +179,14 @@ def set_up(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> Ru
 
 def run_to_the_end(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> int:
     """Everything that needs a process group. Returns the exit code."""
+    signals = SignalRequests()  # before set_up prints which process takes them
     with doing("setting up the engine"):
         run = set_up(args, corpus, device)
     with doing("resuming"):
         begin = run.checkpoints.resume(args.resume)
     with doing("the held-out loss before training"):
         held_out = {begin: held_out_loss(run)}
-    signals = SignalRequests()
+    signals.begin_training()
     end = train(run, signals, begin)
     if end < args.steps:
         path = run.checkpoints.path(end)
@@ -196,8 +198,8 @@ def run_to_the_end(args: argparse.Namespace, corpus: Corpus, device: torch.devic
 
 
 def main() -> int:
-    args = parse_arguments(__doc__.split("\n")[0])
     try:
+        args = parse_arguments(__doc__.split("\n")[0])
         check_arguments(args)
         corpus = read_corpus(args.data, args.seq_len)
         device, store = start_process_group(timedelta(seconds=args.timeout))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -36,6 +37,8 @@ PRESET_NAMES = {
 }
 # Config types whose parameters are exactly those of llama_shapes; others need transformers.
 LLAMA_LIKE = ("llama", "mistral")
+# What most configs call their sizes. Lists, one value a layer, are left to the model.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 BLOCK = re.compile(r"^(.*?\.)?\d+(?=\.)")  # "model.layers.3" of "model.layers.3.mlp.up_proj.weight"
 
 
@@ -129,7 +132,7 @@ def read_shapes(where: str) -> ModelShapes:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"--params {where} is not JSON ({error}). Pass a Hugging Face config.json.") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f'--params {where} has no "model_type". Pass the config.json of a Hugging Face model.')
     if importlib.util.find_spec("transformers") is not None:
         return _by_transformers(path, config)
@@ -140,25 +143,41 @@ def _by_transformers(path: Path, config: dict) -> ModelShapes:
     import torch
     import transformers
 
+    kind, text = config["model_type"], config.get("text_config")  # nested where a model also sees or hears
+    text = text if isinstance(text, dict) else config
+    _check_sizes(path, {name: text[name] for name in SIZES if name in text and not isinstance(text[name], list)})
     settings = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
     try:
-        hf_config = transformers.AutoConfig.for_model(config["model_type"], **settings)
+        if kind not in transformers.CONFIG_MAPPING:
+            raise KeyError("it has no such model type")
+        hf_config = transformers.AutoConfig.for_model(kind, **settings)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(hf_config)
-    except (KeyError, TypeError, ValueError, ImportError) as error:
-        first_line = str(error).strip().split("\n")[0]
+        text_config = hf_config.get_text_config()
+        hidden, layers, vocab = text_config.hidden_size, text_config.num_hidden_layers, text_config.vocab_size
+    except Exception as error:  # a wrong value may fail anywhere in the model's own code
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         raise ValueError(
             f"--params {path}: transformers {transformers.__version__} makes no causal language model of "
-            f"{config['model_type']!r} ({first_line}). Pass another config.json, or a preset: {', '.join(PRESETS)}."
+            f"{kind!r} ({reason}). Correct it, pass another config.json, or a preset: {', '.join(PRESETS)}."
         ) from error
     return shapes_of(
         model,
         path.parent.name if path.name == "config.json" and path.parent.name else path.stem,
         f"{type(model).__name__} of transformers {transformers.__version__} on the meta device",
-        hidden=hf_config.hidden_size,
-        layers=hf_config.num_hidden_layers,
-        vocab=hf_config.vocab_size,
+        hidden=hidden,
+        layers=layers,
+        vocab=vocab,
     )
+
+
+def _check_sizes(path: Path, sizes: Mapping[str, object]) -> None:
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f'--params {path}: "{name}" must be a whole number of at least 1, got {json.dumps(value)}. Correct it, '
+                f"or pass a preset: {', '.join(PRESETS)}."
+            )
 
 
 def _by_formula(path: Path, config: dict) -> ModelShapes:
@@ -168,19 +187,22 @@ def _by_formula(path: Path, config: dict) -> ModelShapes:
             f"--params {path} is a {kind!r} model, whose shapes only transformers knows, and it is not installed: "
             f"pip install transformers. Without it: {' and '.join(LLAMA_LIKE)} configs without biases."
         )
-    try:
-        sizes = {
-            "hidden": config["hidden_size"],
-            "ffn": config["intermediate_size"],
-            "layers": config["num_hidden_layers"],
-            "heads": config["num_attention_heads"],
-            "kv": config.get("num_key_value_heads") or config["num_attention_heads"],
-            "vocab": config["vocab_size"],
-            "tied": config.get("tie_word_embeddings", False),
-            "head_dim": config.get("head_dim"),
-        }
-    except KeyError as error:
-        raise ValueError(f"--params {path} has no {error}. Pass a whole config.json.") from None
+    needed = (*SIZES, "intermediate_size")
+    for name in needed:
+        if name not in config:
+            raise ValueError(f'--params {path} has no "{name}". Pass a whole config.json.')
+    optional = {name: config[name] for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None}
+    _check_sizes(path, {name: config[name] for name in needed} | optional)
+    sizes = {
+        "hidden": config["hidden_size"],
+        "ffn": config["intermediate_size"],
+        "layers": config["num_hidden_layers"],
+        "heads": config["num_attention_heads"],
+        "kv": optional.get("num_key_value_heads", config["num_attention_heads"]),
+        "vocab": config["vocab_size"],
+        "tied": config.get("tie_word_embeddings", False),
+        "head_dim": optional.get("head_dim"),
+    }
     params = tuple(llama_shapes(**sizes))
     source = f"formula for {kind} configs (transformers is not installed)"
     return ModelShapes(path.stem, source, params, sizes["hidden"], sizes["layers"], sizes["vocab"])

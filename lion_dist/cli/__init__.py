@@ -46,3 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain of what is left
         return 1
+    except OSError as error:  # a file that cannot be read or written
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"lion-dist: {where}{error.strerror or error}. Pass a path that can be used.", file=sys.stderr)
+        return 2

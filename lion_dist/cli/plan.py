@@ -52,7 +52,7 @@ def add_parser(verbs) -> None:
 
 
 def _memory(text: str) -> int:
-    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text)
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*)\s*([A-Za-z]*)", text)
     if match is None or match[2].upper() not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 80GiB, 80GB or 80 (GiB)")
     return int(float(match[1]) * UNITS[match[2].upper()])

@@ -20,7 +20,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import math
 import os
 import runpy
 import sys
@@ -29,101 +28,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from lion_dist.config import PrecisionPolicy
+from lion_dist.integrations.deepspeed_config import PRECISION_KEYS, read_optimizer_section, read_params
 from lion_dist.kernels.update import LionTensors
 from lion_dist.optimizer import Lion
 
 logger = logging.getLogger(__name__)
 
 OLDEST_DEEPSPEED, FIRST_UNTESTED_DEEPSPEED = "0.19.8", "0.20"
-LION_KEYS = ("lr", "betas", "weight_decay", "decoupled_weight_decay", "use_triton")
-PRECISION_KEYS = ("momentum_dtype", "momentum_rounding", "main_params", "seed")
-MOMENTUM_DTYPES = {
-    None: None,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.bfloat16,
-}
-ADAMS_BETA2 = 0.999
-# What configs carry over from other optimizers: {key: why Lion has none and what to do}.
-FOREIGN_KEYS = {
-    "eps": "Lion takes a sign and divides by nothing. Delete it",
-    "adam_w_mode": "Lion's weight decay is always decoupled from the gradient, as AdamW's. Delete it",
-    "adamw_mode": "Lion's weight decay is always decoupled from the gradient, as AdamW's. Delete it",
-    "torch_adam": "it chooses between Adam implementations. Delete it; use_triton chooses Lion's",
-    "bias_correction": "Lion has no bias correction. Delete it",
-    "amsgrad": "it is a variant of Adam. Delete it",
-    "fp32_optimizer_states": 'use "momentum_dtype": "fp32" (the default for fp32 partitions) or "bf16"',
-    "set_grad_none": "DeepSpeed owns the gradients here. Delete it",
-    "cautious": "its statistic is over whole tensors, and flat partitions hide where those begin. Use ShardedLion "
-    "or fully_shard (FSDP2) for it",
-    "max_grad_norm": 'use the top-level "gradient_clipping" of the config',
-}
-
-
-# ---- what the JSON says
-
-
-def read_params(params: Mapping) -> dict:
-    """The ``"params"`` of a DeepSpeed optimizer section, checked, as keyword arguments of ``Lion``.
-
-    Keys: lr (1e-4), betas ([0.9, 0.99]), weight_decay (0), decoupled_weight_decay (false), use_triton (null), and those
-    of ``PrecisionPolicy``: momentum_dtype ("fp32", "bf16", or null: as the partition, which is fp32),
-    momentum_rounding, main_params, seed.
-
-    Raises:
-        ValueError: a key that Lion does not have, or a value of the wrong kind.
-    """
-    for key, value in params.items():
-        if key in FOREIGN_KEYS:
-            raise ValueError(f'"{key}" does not go with Lion under DeepSpeed: {FOREIGN_KEYS[key]}.')
-        if key not in LION_KEYS + PRECISION_KEYS:
-            raise ValueError(f'"{key}" is not a parameter of Lion. There are: {", ".join(LION_KEYS + PRECISION_KEYS)}.')
-        if isinstance(value, str) and value == "auto" and key != "main_params":
-            raise ValueError(
-                f'"{key}": "auto" is filled in by the HF Trainer from its own arguments; without it there has to be a '
-                f'value. Write one, or delete "{key}" for the default.'
-            )
-    for key in ("lr", "weight_decay"):
-        if key in params and not _is_number(params[key]):
-            raise ValueError(f'"{key}" must be a number, got {params[key]!r}. JSON numbers have no quotes: 1e-4')
-    keywords = {key: params[key] for key in LION_KEYS if key in params}
-    if "betas" in params:
-        keywords["betas"] = _read_betas(params["betas"])
-    precision = {key: params[key] for key in PRECISION_KEYS if key in params}
-    if "momentum_dtype" in precision:
-        precision["momentum_dtype"] = _read_dtype(precision["momentum_dtype"])
-    return keywords | {"precision": PrecisionPolicy(**precision)}
-
-
-def _is_number(value: object) -> bool:
-    is_scalar = isinstance(value, Tensor) and value.numel() == 1
-    return is_scalar or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
-
-
-def _read_betas(value) -> tuple[float, float]:
-    if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(_is_number, value)):
-        raise ValueError(f'"betas" must be two numbers, got {value!r}. The paper\'s are [0.9, 0.99].')
-    if value[1] >= ADAMS_BETA2:
-        warnings.warn(
-            f"betas {tuple(value)}: {value[1]} is Adam's beta2 (the HF Trainer's \"auto\", and DeepSpeed's own default "
-            "for Lion); Lion's is 0.99. A bf16 momentum that is rounded to nearest never decays at 0.999. "
-            "Write [0.9, 0.99] (HF Trainer: --adam_beta2 0.99).",
-            stacklevel=4,
-        )
-    return tuple(value)
-
-
-def _read_dtype(value) -> torch.dtype | None:
-    if not isinstance(value, str | torch.dtype | None) or value not in MOMENTUM_DTYPES:
-        raise ValueError(f'"momentum_dtype" must be "fp32", "bf16" or null (as the partition), got {value!r}.')
-    return MOMENTUM_DTYPES[value]
 
 
 # ---- the optimizer
@@ -233,23 +146,10 @@ def lion_optimizer(config: Mapping | str | os.PathLike) -> Callable[[Iterable], 
 
     Raises:
         ValueError: the config names another optimizer, has parameters that Lion has not, or offloads the optimizer
-            without ``"zero_force_ds_cpu_optimizer": false``.
+            to NVMe or without ``"zero_force_ds_cpu_optimizer": false``.
     """
     config = config if isinstance(config, Mapping) else json.loads(Path(config).read_text())
-    section = config.get("optimizer", {"type": "Lion"})
-    name = section.get("type")
-    if str(name).lower() != "lion":
-        raise ValueError(
-            f'the config\'s "optimizer" has type {name!r}. Write "type": "Lion", or call deepspeed.initialize '
-            "without optimizer=lion_optimizer(...)."
-        )
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
-        raise ValueError(
-            f'"offload_optimizer": {{"device": "{offload["device"]}"}} with an optimizer of your own needs '
-            '"zero_force_ds_cpu_optimizer": false at the top level of the config: DeepSpeed refuses it otherwise.'
-        )
-    params = dict(section.get("params") or {})
+    params = read_optimizer_section(config)
     read_params(params)  # now, where the config is, rather than inside initialize
     _allow_in_zero()
 
@@ -295,15 +195,30 @@ def register() -> None:
     """
     if _replaced:
         return
-    _allow_in_zero()
+    check_version()
     import deepspeed.ops.lion
 
-    _replace(deepspeed.ops.lion, "FusedLion", DeepSpeedLion)
-    _replace(deepspeed.ops.lion, "DeepSpeedCPULion", DeepSpeedLion)
+    replacements = [
+        (deepspeed.ops.lion, "FusedLion", DeepSpeedLion),
+        (deepspeed.ops.lion, "DeepSpeedCPULion", DeepSpeedLion),
+    ]
     if importlib.util.find_spec("accelerate") is not None:
         import accelerate.accelerator
 
-        _replace(accelerate.accelerator, "map_pytorch_optim_to_deepspeed", _keep_lion(accelerate.accelerator))
+        if not hasattr(accelerate.accelerator, "map_pytorch_optim_to_deepspeed"):
+            raise ImportError(
+                f"Accelerate {accelerate.__version__} is installed, which has no map_pytorch_optim_to_deepspeed: under "
+                "offload it would make a DeepSpeedCPUAdam of Lion. Install another version, or none."
+            )
+        replacements.append(
+            (accelerate.accelerator, "map_pytorch_optim_to_deepspeed", _keep_lion(accelerate.accelerator))
+        )
+    originals = [(module, name, getattr(module, name)) for module, name, _ in replacements]  # before any is replaced
+    _allow_in_zero()
+    _replaced.extend(originals)
+    for module, name, value in replacements:
+        setattr(module, name, value)
+        _log(f"replaced {module.__name__}.{name} by {value.__module__}.{value.__qualname__}")
 
 
 def unregister() -> None:
@@ -315,12 +230,6 @@ def unregister() -> None:
     zero_utils = sys.modules.get("deepspeed.runtime.zero.utils")
     if zero_utils is not None and DeepSpeedLion in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.remove(DeepSpeedLion)
-
-
-def _replace(module, attribute: str, value: object) -> None:
-    _replaced.append((module, attribute, getattr(module, attribute)))
-    setattr(module, attribute, value)
-    _log(f"replaced {module.__name__}.{attribute} by {value.__module__}.{value.__qualname__}")
 
 
 def _log(text: str) -> None:

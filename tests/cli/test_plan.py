@@ -96,6 +96,7 @@ def test_a_hugging_face_config_is_read(capsys, tmp_path):
         ("--params 7b --ranks 8 --nodes 3", "8 ranks do not spread evenly over 3 nodes"),
         ("--params 7b --ranks 8 --micro-batch 0", "--micro-batch must be at least 1, got 0"),
         ("--params 7b --ranks 8 --gpu-mem lots", "'lots' is not a size; write 80GiB"),
+        ("--params 7b --ranks 8 --gpu-mem .", "'.' is not a size; write 80GiB"),
         ("--params 7b --ranks 8 --bandwidth 300", "'300': two numbers above 0"),
     ],
 )
@@ -113,7 +114,8 @@ def test_what_cannot_be_planned_exits_with_2_and_a_remedy(arguments, message, ca
     [
         ("{", "is not JSON"),
         ('{"hidden_size": 3}', 'has no "model_type"'),
-        ('{"model_type": "no-such-model"}', "makes no causal language model of 'no-such-model'"),
+        ('{"model_type": ["llama"]}', 'has no "model_type"'),
+        ('{"model_type": "no-such-model"}', "'no-such-model' (KeyError: 'it has no such model type')."),
         ('{"model_type": "vit"}', "makes no causal language model of 'vit'"),
     ],
 )
@@ -122,7 +124,62 @@ def test_a_config_that_is_none_says_why(text, message, tmp_path, capsys):
     path.write_text(text)
     assert cli.main(["plan", "--params", str(path), "--ranks", "2"]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1 and len(error) < 600
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["transformers", "formula"])
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("num_attention_heads", 0, "0"),
+        ("hidden_size", "64", '"64"'),
+        ("hidden_size", None, "null"),
+        ("vocab_size", True, "true"),
+    ],
+)
+def test_a_size_that_makes_no_sense_is_named_with_its_value(
+    name, value, shown, installed, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA | {name: value}))
+    if not installed:
+        monkeypatch.setattr("lion_dist.model_shapes.importlib.util.find_spec", lambda name: None)
+    assert cli.main(["plan", "--params", str(path), "--ranks", "2"]) == 2
+    error = capsys.readouterr().err
+    assert f'"{name}" must be a whole number of at least 1, got {shown}. Correct it, or pass a preset' in error
+    assert error.count("\n") == 1
+
+
+def test_whatever_a_models_own_code_says_of_a_wrong_value_is_one_line(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA | {"intermediate_size": "128"}))
+    assert cli.main(["plan", "--params", str(path), "--ranks", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "Field 'intermediate_size' expected int, got str" in error and error.count("\n") == 1
+
+
+def test_sizes_of_a_model_that_also_sees_are_those_of_its_text_part(tmp_path, capsys):
+    text = LLAMA | {"model_type": "gemma3_text", "num_key_value_heads": 2, "head_dim": 16}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": vision}))
+    answer = planned(capsys, "--params", str(path), "--ranks", "2", "--micro-batch", "1", "--seq-len", "8")
+    path.write_text(json.dumps(text))
+    text_only = planned(capsys, "--params", str(path), "--ranks", "2", "--micro-batch", "1", "--seq-len", "8")
+    assert answer["model"]["numel"] > text_only["model"]["numel"]
+    activations = [row(a, "FSDP2 + Lion")["bytes"]["activations"] for a in (answer, text_only)]
+    assert activations[0] == activations[1]
 
 
 def test_without_transformers_other_models_are_refused(tmp_path, monkeypatch, capsys):

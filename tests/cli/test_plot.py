@@ -77,6 +77,14 @@ def test_other_pictures_than_png_are_refused(tmp_path, capsys):
     assert "must end in .png" in capsys.readouterr().err
 
 
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "runs.png"
+    assert cli.main(["plot", str(make_run(tmp_path / "a")), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "file") in said and "Pass a path that can be used." in said and said.count("\n") == 1
+
+
 def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["plot", str(make_run(tmp_path / "a"))]) == 2

@@ -107,6 +107,39 @@ def test_factory_refuses_another_optimizer_and_offload_that_deepspeed_would_refu
     lion_optimizer(offload | {"zero_force_ds_cpu_optimizer": False})
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {
+                "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}},
+                "zero_force_ds_cpu_optimizer": False,
+            },
+            '"device": "nvme"} is not supported: Lion updates what is in memory. Write "device": "cpu"',
+        ),
+        ({"optimizer": None}, '"optimizer" must be an object, got null. Write {"type": "Lion"}, or leave it out'),
+    ],
+    ids=["nvme", "null"],
+)
+def test_factory_refuses_a_config_that_could_not_train(config, message):
+    with pytest.raises(ValueError) as error:
+        lion_optimizer(config)
+    assert message in str(error.value)
+
+
+def test_register_replaces_nothing_where_accelerate_has_not_what_it_needs(monkeypatch):
+    accelerator = pytest.importorskip("accelerate.accelerator")
+    unregister()
+    before = deepspeed.ops.lion.FusedLion, deepspeed.ops.lion.DeepSpeedCPULion
+    with monkeypatch.context() as patch:
+        patch.delattr(accelerator, "map_pytorch_optim_to_deepspeed")
+        for _ in range(2):
+            with pytest.raises(ImportError, match="has no map_pytorch_optim_to_deepspeed"):
+                register()
+    assert (deepspeed.ops.lion.FusedLion, deepspeed.ops.lion.DeepSpeedCPULion) == before
+    assert DeepSpeedLion not in ZERO_SUPPORTED_OPTIMIZERS
+
+
 def test_register_says_what_it_replaced_twice_is_once_and_unregister_restores(caplog):
     pytest.importorskip("accelerate")
     import accelerate.accelerator

@@ -6,7 +6,6 @@ Ranks are started once; they run every check and send back what failed.
 
 import os
 import pickle
-import socket
 import traceback
 from pathlib import Path
 
@@ -122,8 +121,8 @@ CHECKS = {
 
 
 def _rank(rank: int, world_size: int, port: int, path: Path) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
-    os.environ.update(WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     failures = {}
@@ -141,11 +140,9 @@ def _rank(rank: int, world_size: int, port: int, path: Path) -> None:
 def failures(tmp_path_factory) -> dict[str, str]:
     """{check: what went wrong on any rank}."""
     path = tmp_path_factory.mktemp("deepspeed") / "rank"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that stays its own
     ranks = torch.cuda.device_count()
-    mp.spawn(_rank, args=(ranks, port, path), nprocs=ranks)
+    mp.spawn(_rank, args=(ranks, store.port, path), nprocs=ranks)
     found = [pickle.loads(path.with_name(f"rank{rank}").read_bytes()) for rank in range(ranks)]
     return {name: text for by_name in found for name, text in by_name.items()}
 

@@ -34,6 +34,25 @@ def test_config_of_each_stage_is_filled_in_from_the_arguments(monkeypatch, stage
     assert (keywords["lr"], keywords["betas"], keywords["weight_decay"]) == (0.5, (0.9, 0.99), 0.25)
 
 
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        ({"bf16": {"enabled": "auto"}}, 'no "optimizer" with "params". Write "optimizer": {"type": "Lion", "params":'),
+        ({"optimizer": {"params": {}}}, 'no "bf16" with "enabled". Write "bf16": {"enabled": "auto"}'),
+        ({"optimizer": {"params": {}}, "bf16": None}, 'no "bf16" with "enabled"'),
+        ([], 'no "optimizer" with "params"'),
+    ],
+    ids=["optimizer", "bf16", "null", "list"],
+)
+def test_config_without_a_section_that_is_filled_in_says_what_to_write(config, remedy, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    flags = ["--engine", "deepspeed", "--deepspeed-config", str(path), "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    assert train_program.main() == 2
+    assert f"train.py: {path} has {remedy}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("engine", "stage"), [("deepspeed", 4), ("sharded", 3)])
 def test_stage_that_an_engine_has_not_is_refused(monkeypatch, capsys, tmp_path, engine, stage):
     flags = ["--engine", engine, "--zero-stage", str(stage), "--out", str(tmp_path / "run")]
@@ -58,7 +77,7 @@ def start(tmp_path_factory):
             [*command, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
         try:
-            printed, _ = process.communicate(timeout=300)
+            printed, _ = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its workers; killing torchrun would leave them running
             raise

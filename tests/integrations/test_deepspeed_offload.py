@@ -89,7 +89,7 @@ def build(extensions: Path) -> None:
 
 @pytest.fixture(scope="package")
 def peer(gloo, extensions):
-    gloo.run(2, build, extensions, timeout=400)
+    gloo.run(2, build, extensions, timeout=900)
     return extensions
 
 

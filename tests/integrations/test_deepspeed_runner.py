@@ -28,13 +28,13 @@ open(os.path.join(sys.argv[-1], f"found{os.environ.get('RANK', '')}.json"), "w")
 """
 
 
-def run(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess:
+def run(command: list[str]) -> subprocess.CompletedProcess:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
-            printed, _ = process.communicate(timeout=timeout)
+            printed, _ = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its workers; killing torchrun would leave them running
             raise

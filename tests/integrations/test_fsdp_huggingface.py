@@ -23,7 +23,7 @@ def train(program: str, out: Path, *resume: str) -> dict:
         command, cwd=out, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        printed, _ = process.communicate(timeout=300)
+        printed, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun ends its workers; killing torchrun would leave them running
         raise

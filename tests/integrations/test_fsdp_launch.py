@@ -35,7 +35,7 @@ def start(tmp_path_factory):
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
         try:
-            printed, _ = process.communicate(timeout=180)
+            printed, _ = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its workers; killing torchrun would leave them running
             raise

@@ -8,9 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch.distributed as dist
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 DRILL = Path(__file__).with_name("drill.py")
+HANG = 600  # seconds after which a program is taken to hang, on however slow a machine
 TINY = "--layers 1 --dim 16 --heads 2 --seq-len 16 --batch-size 8 --warmup 2 --lr 1e-2".split()
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -31,7 +34,7 @@ def start(command: list[str], environment: dict[str, str] = ENVIRONMENT) -> subp
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> subprocess.CompletedProcess:
+def finish(process: subprocess.Popen, timeout: float = HANG) -> subprocess.CompletedProcess:
     """Its exit code and what it printed. Raises TimeoutExpired, having ended it and its children."""
     try:
         printed, _ = process.communicate(timeout=timeout)
@@ -51,8 +54,18 @@ def end(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def run(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess:
-    return finish(start(command), timeout)
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    return finish(start(command))
+
+
+def meeting_place() -> tuple[dist.TCPStore, dict[str, str]]:
+    """A store for ranks that no torchrun starts, to be held while they run, and the environment that leads them there.
+
+    Its port is in use from the start: one that is looked for and let go may be another's when a rank listens on it.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return store, where
 
 
 def rows(out: Path) -> list[dict]:
@@ -66,7 +79,7 @@ def losses(out: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in rows(out)]
 
 
-def wait_for_steps(process: subprocess.Popen, out: Path, count: int, seconds: float = 60) -> None:
+def wait_for_steps(process: subprocess.Popen, out: Path, count: int, seconds: float = HANG) -> None:
     """Until so many steps are in metrics.jsonl."""
     deadline = time.monotonic() + seconds
     while len(rows(out)) < count:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from corpus import CorpusError, global_batch, held_out_windows, rank_part, read_corpus
+from corpus import CorpusError, global_batch, held_out_parts, held_out_windows, rank_part, read_corpus
 
 
 @pytest.fixture
@@ -115,3 +115,14 @@ def test_held_out_windows_are_spread_over_the_text():
     windows = held_out_windows(text, count=4, seq_len=9)
     assert windows[:, 0].tolist() == [0, 30, 60, 90]
     assert held_out_windows(text[:11], count=4, seq_len=9).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(3, 4), (1, 8), (33, 2), (128, 7), (128, 4)])
+def test_every_rank_evaluates_as_often_and_every_window_counts_once(count, world_size):
+    windows = torch.arange(count)[:, None]
+    by_rank = [held_out_parts(windows, rank, world_size, rows=16) for rank in range(world_size)]
+    assert len({len(parts) for parts in by_rank}) == 1
+    assert all(len(part) for parts in by_rank for part, _ in parts)  # the mean of no window is NaN
+    counted = [window for parts in by_rank for part, weight in parts if weight for window in part.flatten().tolist()]
+    assert sorted(counted) == list(range(count))
+    assert sum(weight for parts in by_rank for _, weight in parts) == count

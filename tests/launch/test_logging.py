@@ -22,7 +22,7 @@ def train(text: Path, out: Path, *flags: object) -> tuple[list[dict], str]:
     """On one process; returns the rows of metrics.jsonl, and what was printed."""
     command = [sys.executable, str(TRAIN), *TINY, "--data", str(text), "--out", str(out), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], done.stdout
 

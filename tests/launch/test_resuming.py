@@ -49,10 +49,27 @@ def test_run_that_begins_where_an_earlier_one_was_sets_its_checkpoints_aside(che
     assert sorted(path.name for path in folder.iterdir()) == ["earlier-1", "notes.txt"]
     aside = sorted(path.name for path in (folder / "earlier-1").iterdir())
     assert aside == ["step-000003", "step-000006", "step-000009.partial"]
-    assert f"checkpoints of an earlier run are in {folder}/earlier-1 now" in capsys.readouterr().out
+    assert f"checkpoints and metrics of an earlier run are in {folder}/earlier-1 now" in capsys.readouterr().out
     (folder / "step-000001").mkdir()
     assert checkpoints.resume(None) == 0
     assert [path.name for path in (folder / "earlier-2").iterdir()] == ["step-000001"]
+
+
+def test_metrics_and_summary_of_an_earlier_run_are_set_aside_with_its_checkpoints(checkpoints):
+    for name in ("metrics.jsonl", "metrics.csv", "summary.json", "loss-curve.png"):
+        (checkpoints.folder / name).write_text("of the first run")
+    (checkpoints.folder / "tensorboard").mkdir()
+    checkpoints.resume(None)
+    assert [path.name for path in checkpoints.folder.iterdir() if path.name != "earlier-1"] == ["notes.txt"]
+    assert (checkpoints.folder / "earlier-1" / "metrics.jsonl").read_text() == "of the first run"
+
+
+def test_setting_aside_goes_on_where_an_older_folder_was_deleted(checkpoints):
+    (checkpoints.folder / "earlier-2").mkdir()
+    for step, number in ((1, 1), (2, 3)):
+        (checkpoints.folder / f"step-{step:06d}").mkdir()
+        assert checkpoints.resume(None) == 0
+        assert (checkpoints.folder / f"earlier-{number}" / f"step-{step:06d}").exists()
 
 
 def test_resume_auto_begins_where_there_is_nothing(checkpoints):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -14,7 +15,9 @@ from tests.launch import jobs
 def requests(monkeypatch):
     monkeypatch.setattr(preemption, "SPREAD_SECONDS", 0.1)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    yield SignalRequests()
+    signals = SignalRequests()
+    signals.begin_training()
+    yield signals
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -37,6 +40,42 @@ def test_rank_stopped_by_anothers_sigterm_asks_torchrun_to_start_it_again(reques
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     os.kill(os.getpid(), signal.SIGTERM)
     assert requests.exit_code() == 0
+
+
+SIGNAL_AT_THE_FIRST_LINE = """
+import os, signal, sys
+import train
+
+say, name = train.say, sys.argv.pop()
+
+def say_and_signal(text):
+    say(text)
+    if "takes signals" in text:
+        os.kill(os.getpid(), signal.Signals[name])
+
+train.say = say_and_signal
+sys.exit(train.main())
+"""
+
+
+def run_signalled_at_the_first_line(name: str, text, out):
+    flags = [*jobs.TINY, "--engine", "plain", "--data", text, "--steps", 4, "--log-every", 2, "--out", out, name]
+    environment = jobs.ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(jobs.TRAIN.parent), *sys.path])}
+    command = [sys.executable, "-c", SIGNAL_AT_THE_FIRST_LINE, *map(str, flags)]
+    return jobs.finish(jobs.start(command, environment))
+
+
+def test_sigusr1_at_the_line_that_invites_it_is_kept_for_the_first_exchange(text, tmp_path):
+    result = run_signalled_at_the_first_line("SIGUSR1", text, tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000002", "step-000004"]
+
+
+def test_sigterm_during_start_up_ends_the_process_at_once(text, tmp_path):
+    """There is nothing to save, and start-up may take longer than a launcher waits."""
+    result = run_signalled_at_the_first_line("SIGTERM", text, tmp_path)
+    assert result.returncode == -signal.SIGTERM
+    assert "takes signals" in result.stdout and not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +109,11 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint(text, tmp_path):
     """As Kubernetes and Slurm do. torchrun passes it on, waits for the ranks, and says by its own exit code that the
     job was not finished."""
     flags = [*jobs.TINY, "--data", text, "--steps", 100_000, "--log-every", 1, "--resume", "auto", "--out", tmp_path]
-    process = jobs.start(jobs.torchrun(2, jobs.TRAIN, *flags))
+    patient = jobs.ENVIRONMENT | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(jobs.HANG)}  # not 30 s, after which it kills
+    process = jobs.start(jobs.torchrun(2, jobs.TRAIN, *flags), patient)
     jobs.wait_for_steps(process, tmp_path, 5)
     process.send_signal(signal.SIGTERM)
-    result = jobs.finish(process, 40)
+    result = jobs.finish(process)
     assert result.returncode != 0
     (checkpoint,) = tmp_path.glob("step-*")
     assert f"SIGTERM: {checkpoint} holds" in result.stdout

@@ -2,7 +2,6 @@
 
 import re
 import signal
-import socket
 import sys
 
 import pytest
@@ -24,9 +23,6 @@ def slurm(tmp_path, text):
     for name, body in STAND_INS.items():
         (programs / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (programs / name).chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = jobs.ENVIRONMENT | {
         "PATH": f"{programs}:{jobs.ENVIRONMENT['PATH']}",
         "CALLS": str(tmp_path / "calls"),
@@ -37,7 +33,7 @@ def slurm(tmp_path, text):
         "PYTHON": sys.executable,
         "RANKS_PER_NODE": "2",
         "OUT": str(tmp_path / "run"),
-        "PORT": str(port),
+        "PORT": "0",  # torchrun, alone here, takes a free one
     }
     del environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]  # the script sets it
 
@@ -63,14 +59,14 @@ def test_job_told_to_end_saves_requeues_itself_and_goes_on_when_started_again(sl
     job = slurm(100_000)
     jobs.wait_for_steps(job, slurm.out, 5)
     job.send_signal(signal.SIGTERM)  # to the batch shell alone, as --signal=B: does
-    result = jobs.finish(job, 60)
+    result = jobs.finish(job)
     assert result.returncode == 0, result.stdout
     (checkpoint,) = slurm.out.glob("step-*")
     step = int(checkpoint.name.removeprefix("step-"))
     assert slurm.calls()[0] == "scontrol show hostnames node-[1-1]" and slurm.calls()[1].startswith("srun ")
     assert slurm.calls()[2:] == ["scontrol requeue 4242"]
 
-    result = jobs.finish(slurm(step + 5), 60)
+    result = jobs.finish(slurm(step + 5))
     assert result.returncode == 0, result.stdout
     assert f"resumed from {checkpoint}, {step} steps done" in result.stdout
     assert [row[0] for row in jobs.losses(slurm.out)] == list(range(1, step + 6))

@@ -19,8 +19,10 @@ import lion_dist.checkpoint
 from tests.launch import jobs
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
-STEPS = 100
-PACE = "slow:any:any"  # 0.25 s a step, so that nodes come and go between steps and not after the last
+STEPS = 500
+# 0.25 s a step while nodes come and go, so that they do so between steps and not after the last. The third attempt of
+# the first node, which then stays alone, is at full speed.
+PACE = "slow:any:any,slow:any:any"
 
 
 def ip(*words: str) -> None:
@@ -39,7 +41,8 @@ class Node:
     def start(self, port: int, log: Path, flags: list[str]) -> None:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2"]
         torchrun += ["--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:{port}"]
-        torchrun += ["--rdzv-id=lion", f"--rdzv-conf=is_host={self.is_host},join_timeout=120,last_call_timeout=5"]
+        conf = f"is_host={self.is_host},join_timeout={jobs.HANG},last_call_timeout=15"
+        torchrun += ["--rdzv-id=lion", f"--rdzv-conf={conf}"]
         command = ["ip", "netns", "exec", self.name, *torchrun, f"--local-addr={self.address}", *flags]
         environment = jobs.ENVIRONMENT | {"GLOO_SOCKET_IFNAME": self.interface}
         with log.open("a") as file:
@@ -84,7 +87,7 @@ class Job:
         self.logs = [folder / "first.log", folder / "second.log"]
         flags = [*jobs.TINY, "--data", text, "--steps", STEPS, "--log-every", 1, "--checkpoint-every", 5]
         flags += ["--resume", "auto", "--keep-last", 2, "--replicate", "nodes", "--timeout", 60, "--out", self.out]
-        self.flags = [str(jobs.DRILL), ",".join([PACE] * 4), *map(str, flags)]
+        self.flags = [str(jobs.DRILL), PACE, *map(str, flags)]
 
     def start(self, number: int) -> None:
         self.nodes[number].start(29400, self.logs[number], self.flags)
@@ -110,7 +113,7 @@ class Job:
     def steps(self) -> int:
         return len(jobs.rows(self.out))
 
-    def wait(self, until, seconds: float = 120) -> None:
+    def wait(self, until, seconds: float = jobs.HANG) -> None:
         deadline = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < deadline, self.printed()
@@ -129,8 +132,8 @@ def story(nodes, text, tmp_path_factory):
     job.start(1)
     job.wait_for_steps_of_beginning(3)
     nodes[1].job.send_signal(signal.SIGTERM)
-    job.wait(lambda: nodes[0].job.poll() is not None, 180)
-    nodes[1].job.wait(60)
+    job.wait(lambda: nodes[0].job.poll() is not None)
+    nodes[1].job.wait(jobs.HANG)
     return job
 
 
@@ -179,6 +182,6 @@ def test_losing_the_node_of_the_rendezvous_ends_the_job_with_an_error(story, nod
     job.start(1)
     job.wait(lambda: job.steps() >= 7)
     nodes[0].kill()
-    assert nodes[1].job.wait(60) == 1
+    assert nodes[1].job.wait(jobs.HANG) == 1
     assert "RendezvousConnectionError" in job.logs[1].read_text()
     assert lion_dist.checkpoint.newest(job.out) is not None
