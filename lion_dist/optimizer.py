@@ -106,9 +106,9 @@ def refresh_main_(main: Tensor, param: Tensor) -> None:
         main.copy_(torch.where(main.to(param.dtype) == param, main, param.float()))
 
 
-def _marks(params: Sequence[Tensor]) -> list[tuple[int, int]]:
+def _marks(params: Sequence[Tensor], where: Sequence[int]) -> list[tuple[int, int]]:
     """What changes when a parameter is written or given other memory: (version counter, address) of each."""
-    return list(zip(map(_version, params), addresses(params), strict=True))
+    return list(zip(map(_version, params), where, strict=True))
 
 
 def has_fp32_main(tensors: LionTensors) -> bool:
@@ -218,7 +218,7 @@ class Lion(Optimizer):
 
     def _update(self, group: dict, batch: ParamBatch, grads: Sequence[Tensor], grad_scale, skip) -> None:
         params, tensors = batch.params, batch.tensors
-        self._refresh_stale_main(params, tensors)
+        self._refresh_stale_main(batch)
         weight_decay = effective_weight_decay(group, self._decoupled_from)
         warn_if_decay_vanishes(group["lr"], weight_decay)
         scalars = StepScalars.from_group(group["lr"], group["betas"], weight_decay)
@@ -236,7 +236,7 @@ class Lion(Optimizer):
         batch.write_back()
         torch.autograd.graph.increment_version(params)  # the Triton kernel writes behind autograd's back
         if has_fp32_main(tensors):
-            self._written.update(zip(map(id, params), _marks(params), strict=True))
+            self._written.update(zip(map(id, params), _marks(params, batch.addresses), strict=True))
 
     def _make_meter(self) -> None:
         if self._meter is OFF and self.metrics_every:
@@ -343,7 +343,7 @@ class Lion(Optimizer):
         main = main_for(param, precision.main_params_for(dtype))
         if main is not None:
             state["main_param"] = main.contiguous()
-            self._written[id(param)] = _marks([param])[0]
+            self._written[id(param)] = _marks([param], addresses([param]))[0]
         if precision.is_stochastic(dtype):
             state["step"] = torch.zeros((), dtype=torch.int64, device=local_tensor(param).device)
         return state
@@ -362,15 +362,16 @@ class Lion(Optimizer):
                 total += param.numel()
         return starts
 
-    def _refresh_stale_main(self, params: list[Tensor], tensors: LionTensors) -> None:
+    def _refresh_stale_main(self, batch: ParamBatch) -> None:
         """fp32 main params follow parameters that somebody else has written since our last step, or put elsewhere
         (load_state_dict, EMA, ``param.data = ...``)."""
-        if not has_fp32_main(tensors):
+        if not has_fp32_main(batch.tensors):
             return
-        known, marks = list(map(self._written.get, map(id, params))), _marks(params)
+        known, marks = list(map(self._written.get, map(id, batch.params))), _marks(batch.params, batch.addresses)
         if known == marks:
             return
-        for before, now, low_precision, main in zip(known, marks, tensors.params, tensors.mains, strict=True):
+        mains = zip(known, marks, batch.tensors.params, batch.tensors.mains, strict=True)
+        for before, now, low_precision, main in mains:
             if before != now:
                 refresh_main_(main, low_precision)
 

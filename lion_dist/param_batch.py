@@ -46,6 +46,9 @@ class ParamBatch:
         positions: of ``params`` among the group's parameters that have a gradient.
         states: their optimizer state.
         tensors: the flattened params and state.
+
+    Attributes:
+        addresses: where the local memory of each parameter begins.
     """
 
     def __init__(
@@ -60,7 +63,8 @@ class ParamBatch:
         self.grad_dtype = grad_dtype
         local = local_tensors(params)
         self._shapes = list(map(_shape, local))
-        self._memory = addresses(params), self._state_addresses()
+        self.addresses = addresses(params)
+        self._state_memory = self._state_addresses()
         # Non-contiguous parameters are updated in a copy, and the copy is made anew at each step.
         self.copied = [(p, copy) for p, copy in zip(local, tensors.params, strict=True) if not p.is_contiguous()]
 
@@ -69,7 +73,9 @@ class ParamBatch:
 
     def still_holds(self) -> bool:
         """Parameters and momentum are where they were: a user may put others in their place."""
-        return not self.copied and (addresses(self.params), self._state_addresses()) == self._memory
+        if self.copied or addresses(self.params) != self.addresses:
+            return False
+        return self._state_addresses() == self._state_memory
 
     def accepts(self, grads: Sequence[Tensor]) -> bool:
         """Local gradients of the right dtype, shape and layout for these parameters."""
