@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lion_dist import PrecisionPolicy
+from lion_dist.checkpoint.directory import sync
 from lion_dist.integrations.deepspeed import lion_optimizer
 from plain_engine import PlainEngine, param_groups
 from ranks import gather_objects
@@ -123,20 +124,12 @@ def _remove(path: Path) -> None:
 def _replace(path: Path, partial: Path) -> None:
     _remove(path)
     partial.rename(path)
-    _fsync(path.parent)
+    sync(path.parent)
 
 
 def _make_durable(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def read_config(args: Namespace) -> dict:

@@ -171,9 +171,9 @@ def remove_older(folder: Path, count: int, in_use: Path | None) -> None:
             remove(leftover, partial_of(path))
 
 
-def sync(directory: Path) -> None:
-    """Make the names in ``directory`` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the names in a directory, or what a file holds, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_dist.kernels import codes, codes_triton
+from lion_dist.kernels import codes_triton
 from lion_dist.kernels.codes_triton import GROUP, _encode, _rates_and_bits, _write_escapes
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.triton_kernels import (
@@ -109,12 +109,10 @@ def update_and_encode(
     count: Tensor,
 ) -> None:
     """See ``codes_shard.ShardCodec.update_and_encode``."""
-    tables = codes_triton.tables_of(codec)
     widest = max(tensor.element_size() for tensor in (param, exp_avg, grad, main) if tensor is not None)
-    shape = codes_triton.shape_of(codec, widest)
+    arguments = codes_triton.message_arguments(codec, count, widest)
     with launch_on(codec.device):
-        keys = None if steps is None else codes_triton.keys_from(codec, steps, codec.fixed[None])
-        _update_and_encode_kernel[(triton.cdiv(shape["num_bytes"], shape["GROUPS"] * codes.GROUP),)](
+        _update_and_encode_kernel[(codes_triton.programs(arguments),)](
             param,
             main,
             exp_avg,
@@ -125,16 +123,7 @@ def update_and_encode(
             scalars.beta2,
             1.0 - scalars.beta2,
             grad_scale,
-            codec.packed_of(codec.fixed),
-            tables.group_rows[codec.shard],
-            codec.rates_of(codec.fixed),
-            keys,
-            tables.index_bases[codec.shard],
-            tables.stops[codec.shard],
-            codec.escape_index,
-            codec.escape_bits,
-            count,
-            capacity=codec.capacity,
+            keys=None if steps is None else codes_triton.keys_from(codec, steps, codec.fixed[None]),
             STOCHASTIC_MOMENTUM=stochastic_momentum,
-            **shape,
+            **arguments,
         )

@@ -345,6 +345,10 @@ def shape_of(codec, widest: int) -> dict:
     }
 
 
+def programs(shape: dict) -> int:
+    return triton.cdiv(shape["num_bytes"], shape["GROUPS"] * codes.GROUP)
+
+
 def keys_of(codec, messages: Tensor) -> Tensor | None:
     """[shards, rows, 2] int32 of ``messages`` [shards, bytes], where replaying them draws random bits."""
     return keys_from(codec, codec.steps_of(messages[0]), messages) if codec.draws_bits else None
@@ -359,26 +363,28 @@ def keys_from(codec, steps: Tensor, messages: Tensor) -> Tensor:
     return keys
 
 
+def message_arguments(codec, count: Tensor, widest: int) -> dict:
+    """Of a kernel that writes this step's message; ``widest`` as for :func:`shape_of`."""
+    tables = tables_of(codec)
+    return shape_of(codec, widest) | {
+        "packed": codec.packed_of(codec.fixed),
+        "group_rows": tables.group_rows[codec.shard],
+        "rates": codec.rates_of(codec.fixed),
+        "index_bases": tables.index_bases[codec.shard],
+        "stops": tables.stops[codec.shard],
+        "escape_index": codec.escape_index,
+        "escape_bits": codec.escape_bits,
+        "count": count,
+        "capacity": codec.capacity,
+    }
+
+
 def encode(codec, params: Tensor, count: Tensor) -> None:
     """See ``codes_shard.ShardCodec.encode``."""
-    tables, shape, integer = tables_of(codec), shape_of(codec, codec.dtype.itemsize), INTEGER[codec.dtype]
+    arguments, integer = message_arguments(codec, count, codec.dtype.itemsize), INTEGER[codec.dtype]
     with launch_on(codec.device):
-        keys = keys_of(codec, codec.fixed[None])
-        _encode_kernel[(triton.cdiv(shape["num_bytes"], shape["GROUPS"] * codes.GROUP),)](
-            codec.old.view(integer),
-            params.view(integer),
-            codec.packed_of(codec.fixed),
-            tables.group_rows[codec.shard],
-            codec.rates_of(codec.fixed),
-            keys,
-            tables.index_bases[codec.shard],
-            tables.stops[codec.shard],
-            codec.escape_index,
-            codec.escape_bits,
-            count,
-            capacity=codec.capacity,
-            **shape,
-        )
+        arguments["keys"] = keys_of(codec, codec.fixed[None])
+        _encode_kernel[(programs(arguments),)](codec.old.view(integer), params.view(integer), **arguments)
 
 
 def replay(codec, params: Tensor, messages: Tensor) -> None:
@@ -388,7 +394,7 @@ def replay(codec, params: Tensor, messages: Tensor) -> None:
     escape_index, escape_bits = codec.escapes_of(first)
     common = {"own_shard": codec.shard, "stride": stride}
     with launch_on(codec.device):
-        _replay_kernel[(triton.cdiv(shape["num_bytes"], shape["GROUPS"] * codes.GROUP), len(messages))](
+        _replay_kernel[(programs(shape), len(messages))](
             params.view(integer),
             codec.packed_of(first),
             tables.group_rows,
