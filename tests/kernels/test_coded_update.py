@@ -122,7 +122,7 @@ def check(case: Case, padding: int) -> None:
     assert message is None or torch.equal(message, expected_message)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     storage=st.sampled_from(STORAGES),
     grad_dtype=st.sampled_from(GRAD_DTYPES),
