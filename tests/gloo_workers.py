@@ -154,7 +154,8 @@ def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
     faulthandler.register(signal.SIGUSR1, file=stacks_file)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     connection.send_bytes(b"ready")
-    gc.freeze()  # what has been imported need not be looked through after each task
+    gc.freeze()  # what has been imported need not be looked through later
+    tasks = 0
     while True:
         try:
             task = connection.recv_bytes()
@@ -170,7 +171,8 @@ def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
-        # Optimizers are cycles; they keep a process group and its threads, which wake 100 times a second. After each task it
-        # would cost a quarter of the time.
-        if number % 10 == 0:
+        # Optimizers are cycles; they keep a process group and its threads, which wake 100 times a second. Looking for
+        # them after every task would cost a quarter of the time.
+        tasks += 1
+        if tasks % 10 == 0:
             gc.collect()
