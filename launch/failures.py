@@ -44,6 +44,18 @@ def fail(error: Exception, store: dist.Store, rank: int, world_size: int) -> NoR
     leave_at_once(1)
 
 
+def refuse(reason: str) -> None:
+    """Prints once a node what all of its ranks have found.
+
+    torchrun ends the other ranks as soon as one has left, so those that say nothing wait for the one that does: ranks
+    that have not met may be seconds apart. torchrun ends their waiting, too.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(reason, file=sys.stderr, flush=True)
+    else:
+        time.sleep(WORD_SECONDS if dist.is_initialized() else 15 * WORD_SECONDS)
+
+
 def leave_at_once(exit_code: int) -> NoReturn:
     """Past the interpreter's own end, where a process group that is not shut down on all ranks may be waited for, or
     abort the process: gloo's did so once in some fifty runs (torch 2.13)."""

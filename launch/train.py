@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from arguments import DTYPES, check_arguments, parse_arguments
 from corpus import Corpus, global_batch, held_out_parts, held_out_windows, rank_part, read_corpus
 from engines import ENGINES, PlainEngine
-from failures import doing, fail, leave_at_once
+from failures import doing, fail, leave_at_once, refuse
 from journal import Journal
 from lion_dist import PrecisionPolicy
 from model import Transformer
@@ -205,8 +205,7 @@ def main() -> int:
         device, store = start_process_group(timedelta(seconds=args.timeout))
         check_same_start(args, corpus.fingerprint)
     except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"train.py: {error}", file=sys.stderr)
+        refuse(f"train.py: {error}")
         if dist.is_initialized():
             leave_at_once(2)
         return 2
