@@ -106,11 +106,10 @@ def update_and_encode(
     moves: Tensor,
     steps: Tensor | None,
     stochastic_momentum: bool,
-    count: Tensor,
 ) -> None:
     """See ``codes_shard.ShardCodec.update_and_encode``."""
     widest = max(tensor.element_size() for tensor in (param, exp_avg, grad, main) if tensor is not None)
-    arguments = codes_triton.message_arguments(codec, count, widest)
+    arguments = codes_triton.message_arguments(codec, codec.count, widest)
     with launch_on(codec.device):
         _update_and_encode_kernel[(codes_triton.programs(arguments),)](
             param,

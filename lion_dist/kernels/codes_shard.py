@@ -181,7 +181,6 @@ class ShardCodec:
             moves=moves.view(torch.uint8),
             steps=steps,
             stochastic_momentum=stochastic_momentum,
-            count=self.count,
         )
 
     def message(self, escapes: int) -> Tensor:

@@ -275,18 +275,18 @@ class Bucket:
             self.stream.join(self._param_mark, self._param_stream)  # whoever asks first may be on a stream of its own
         self._set_param_state(ParamState.FULL)
 
-    def take_back_params(self) -> list[int]:
+    def take_back_params(self) -> bool:
         """Parameters that were given other memory since (``param.data = ...``) become views of ``flat_params`` again,
         with the values that they have there. Not while a gather is under way.
 
         Returns:
-            Their positions.
+            Whether there were any.
 
         Raises:
             RuntimeError: one of another dtype, device or shape, which only a new optimizer can train.
         """
         if list(map(Tensor.data_ptr, self.params)) == self._addresses:
-            return []
+            return False
         moved = [
             i
             for i, (param, address) in enumerate(zip(self.params, self._addresses, strict=True))
@@ -301,7 +301,7 @@ class Bucket:
                     "the model first, and construct the optimizer after."
                 )
             _move_in(param, place)
-        return moved
+        return bool(moved)
 
     def grad_shard_nbytes(self) -> int:
         return self._grad_shard.nbytes + (0 if self._accumulator is None else self._accumulator.nbytes)

@@ -37,4 +37,4 @@ class ParamWatch:
         moved = bucket.take_back_params()
         written = [p for p in bucket.params if self._versions[p] != p._version]
         self.add(written)
-        return bool(moved or written)
+        return moved or bool(written)
