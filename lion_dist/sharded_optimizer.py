@@ -34,6 +34,7 @@ from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.backward_updates import BackwardUpdates
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
+from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
 from lion_dist.sharding.param_sync import GatherParams, SendCodes
 from lion_dist.sharding.param_watch import ParamWatch
@@ -127,7 +128,8 @@ class ShardedLion(Optimizer):
             raise ValueError("ShardedLion got no parameters: every param group is empty")
         self._device = params[0][0].device
         self._stream = CommStream(self._device)
-        self._judge = Judge(self.groups, self._device, self.groups.num_ranks if self.sharding.average else 1)
+        divisor = self.groups.num_ranks if self.sharding.average else 1
+        self._judge = Judge(self.groups, self._device, divisor, self._choose_sum_of_squares())
         self._meter = Meter(self.metrics_every, self._device)
         self._replicas = ReplicaCheck(self.groups, self._stream, self._device, self.sharding.check_replicas_every)
         self._counters = torch.zeros(2, dtype=torch.int64, device=self._device)  # steps taken, steps skipped
@@ -142,6 +144,13 @@ class ShardedLion(Optimizer):
                 self.groups.broadcast(tensor)
         self._is_built = True
         self._add_buckets(params)
+
+    def _choose_sum_of_squares(self) -> SumOfSquares:
+        if choose_backend(self._device, self.use_triton) != "triton":
+            return sum_of_squares
+        from lion_dist.kernels import squares_triton
+
+        return squares_triton.SumOfSquares()
 
     def __getstate__(self) -> dict:
         raise TypeError(
@@ -262,9 +271,10 @@ class ShardedLion(Optimizer):
         with self._meter.clock.phase("update"):
             for batch in self._batches:
                 self._update(batch, verdict, scalars[id(batch.group)], grad_scale, cautious_lrs)
-                for shard in batch.shards:
-                    shard.bucket.reset_grad()
-                    self._param_sync.after_update(shard.bucket)  # the next forward waits, not this line
+                buckets = [shard.bucket for shard in batch.shards]
+                for bucket in buckets:
+                    bucket.reset_grad()
+                self._param_sync.after_update(buckets)  # the next forward waits, not this line
         with self._meter.clock.phase("param_sync"):
             self._param_sync.after_updates(self._changed)
             self._changed.clear()
@@ -313,6 +323,7 @@ class ShardedLion(Optimizer):
         self._backward_updates.finish()
         # A learning rate or divisor on the device may be changed from here on; the updates have read it.
         self._stream.join(self._updates_mark)
+        self._stream.release()
         self._counters[0] += 1
         self._forget_step()
         if self.param_scheduler is None:
@@ -398,6 +409,7 @@ class ShardedLion(Optimizer):
             self.grad_scheduler.start_added()
             with self._meter.clock.phase("norm"):
                 self._judge.decide(self.buckets, self.grad_scheduler.version)
+            self._stream.release()
         return self._judge.verdict
 
     def _refuse_blind_scaler(self) -> None:

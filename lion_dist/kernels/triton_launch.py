@@ -59,7 +59,7 @@ LAUNCH_SHAPES = {
 }
 
 
-def _upload(values: Tensor, device: torch.device) -> Tensor:
+def upload(values: Tensor, device: torch.device) -> Tensor:
     """To ``device`` without waiting for it.
 
     CUDA takes up to 64 KiB of pageable memory along with the command. More goes through pinned memory, which the
@@ -68,6 +68,18 @@ def _upload(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and values.nbytes > IN_COMMAND:
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def blocks_of(numels: Tensor, block: int) -> tuple[Tensor, Tensor, int]:
+    """What ``_find_tensor`` looks up: the first block of each tensor [T] int32, the coarse search table int32; and how
+    many blocks of ``block`` elements tensors of ``numels`` [T] int64 have together."""
+    last_blocks = ((numels + block - 1) // block).cumsum(0)
+    num_blocks = int(last_blocks[-1])
+    first_blocks = torch.cat([last_blocks.new_zeros(1), last_blocks[:-1]])
+    searched = torch.arange(0, num_blocks, SEARCH_STRIDE)
+    search_table = torch.searchsorted(first_blocks, searched, right=True) - 1
+    search_table = torch.cat([search_table, torch.tensor([len(numels) - 1])])
+    return first_blocks.int(), search_table.int(), num_blocks
 
 
 @dataclass
@@ -91,13 +103,7 @@ class AddressTable:
     @classmethod
     def build(cls, tensors, block: int) -> AddressTable:
         numels = torch.tensor([param.numel() for param in tensors.params])
-        last_blocks = ((numels + block - 1) // block).cumsum(0)
-        num_blocks = int(last_blocks[-1])
-        first_blocks = torch.cat([last_blocks.new_zeros(1), last_blocks[:-1]])
-        searched = torch.arange(0, num_blocks, SEARCH_STRIDE)
-        search_table = torch.searchsorted(first_blocks, searched, right=True) - 1
-        search_table = torch.cat([search_table, torch.tensor([len(numels) - 1])])
-
+        first_blocks, search_table, num_blocks = blocks_of(numels, block)
         rows = torch.zeros(len(numels), ROW.value, dtype=torch.int64)
         columns = {PARAM: tensors.params, MAIN: tensors.mains, EXP_AVG: tensors.exp_avgs, STEP: tensors.steps}
         for column, values in columns.items():
@@ -106,8 +112,8 @@ class AddressTable:
         rows[:, NUMEL.value] = numels
         if tensors.index_starts is not None:
             rows[:, INDEX_START.value] = torch.tensor(list(tensors.index_starts))
-        tables = (rows, first_blocks.int(), search_table.int())
-        return cls(*(_upload(table, tensors.device) for table in tables), num_blocks)
+        tables = (rows, first_blocks, search_table)
+        return cls(*(upload(table, tensors.device) for table in tables), num_blocks)
 
     def grads_on_device(self, grads) -> Tensor:
         addresses = [grad.data_ptr() for grad in grads]
@@ -118,7 +124,7 @@ class AddressTable:
         key = (torch.cuda.current_stream().cuda_stream, addresses)
         if key != self.grad_key:
             table = torch.frombuffer(array("q", addresses), dtype=torch.int64)  # a quarter of torch.tensor()'s time
-            self.grads, self.grad_key = _upload(table, self.rows.device), key
+            self.grads, self.grad_key = upload(table, self.rows.device), key
         if not self.capture_staging:
             self.capture_staging = list(torch.empty(CAPTURES, len(addresses), dtype=torch.int64, pin_memory=True))
         return self.grads

@@ -149,26 +149,27 @@ class Bucket:
         """Pack the gradients there are (zeros for the others), forget them, and start their reduce-scatter."""
         if self.grad_state is GradState.SYNCING:
             self.complete_reduction()
-        buffer, flat = self.pool.take(self.layout.numel)
-        self._pack(buffer)
+        grads = [p.grad for p in self.params]
+        self._check_grads(grads)
         adds_up = self.grad_state is GradState.REDUCED
         self._set_grad_state(GradState.SYNCING)
-        with self.stream.fork():
+        with self.stream.fork():  # packing too: backward goes on beside it
+            buffer, flat = self.pool.take(self.layout.numel)
+            self._pack(buffer, grads)
+            for param in self.params:
+                param.grad = None
+            self.stream.hold(grads)
             reduced = torch.empty_like(self._grad_shard) if adds_up else self._grad_shard
             finish = collectives.reduce_scatter(reduced, flat, self.groups.shard_group, ordered=self.ordered_sum)
             self._finish_reduce = lambda: self._take_in(finish, reduced, adds_up)
-            if self.stream.stream is not None:  # the rest only joins the queue
+            if self.stream.stream is not None:  # the rest only joins the queue, as the buffer's next use will
                 self.complete_reduction()
-                mark = self.stream.mark()
-                buffer.release = lambda: self.stream.join(mark)
             else:
                 buffer.release = self.complete_reduction
         self._ready = [False] * len(self.params)
 
-    def _pack(self, buffer: GradBuffer) -> None:
+    def _pack(self, buffer: GradBuffer, grads: Sequence[Tensor | None]) -> None:
         places, gaps = self._views_of(buffer)
-        grads = [p.grad for p in self.params]
-        self._check_grads(grads)
         present = [i for i, grad in enumerate(grads) if grad is not None]
         zeros = gaps
         if len(present) < len(grads):
@@ -178,8 +179,6 @@ class Bucket:
         if present:
             with torch.no_grad():
                 torch._foreach_copy_([places[i] for i in present], [grads[i] for i in present])
-        for i in present:
-            self.params[i].grad = None
 
     def _views_of(self, buffer: GradBuffer) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters' places in ``buffer`` and the gaps between them; made once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -32,14 +33,17 @@ class CommStream:
 
     ``fork()`` is a context in which operations run behind everything queued so far, beside what follows; it yields the
     stream that it leaves, and one within another changes nothing. ``mark()`` remembers the present end of the queue;
-    ``join(mark)`` lets what follows wait for it, never the host.
+    ``join(mark)`` lets what follows wait for it, never the host. ``hold(tensors)`` keeps what the queue reads.
 
     (``torch.cuda.stream()`` would ask for the current stream three times, 10 us each, twice a bucket and step.)
     """
 
+    HELD = 2  # buckets: so far may the queue fall behind before computation waits
+
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._left: torch.cuda.Stream | None = None  # by the fork that is open
+        self._held: deque[tuple[torch.cuda.Event, Sequence[Tensor | None]]] = deque()
 
     def fork(self):
         return contextlib.nullcontext() if self.stream is None else self._on_stream()
@@ -66,6 +70,22 @@ class CommStream:
         if mark is not None:
             (stream or torch.cuda.current_stream(self.stream.device)).wait_event(mark)
 
+    def hold(self, tensors: Sequence[Tensor | None]) -> None:
+        """Within a fork: keep ``tensors``, which what was queued until now reads, in memory.
+
+        They belong to the stream that was left. Forgotten, their memory would serve its next kernels while the queue
+        still reads; so it waits for the queue first. (``record_stream`` would cost an event a tensor.)
+        """
+        if self.stream is not None:
+            self._held.append((self.mark(), tensors))
+            if len(self._held) > self.HELD:
+                mark, _ = self._held.popleft()
+                self.join(mark, self._left)
+
+    def release(self) -> None:
+        """Forget what is held: the current stream has waited for all that read it."""
+        self._held.clear()
+
 
 class GradBuffer:
     """A full bucket's gradients on their way out: taken by one bucket at a time."""
@@ -80,13 +100,16 @@ class GradBufferPool:
     """The few buffers that all buckets of one dtype share, taken in turn.
 
     Stage 2 keeps no full gradient: a bucket's gradients are packed, reduced and forgotten, and the buffer serves the
-    next bucket. Taking a buffer first completes its last use, so that is how far communication may fall behind.
+    next bucket. Taking a buffer first completes its last use, so that is how far communication may fall behind. On a
+    CUDA stream one buffer does, for its uses queue up in order, packing included; what waits there is the gradients of
+    ``CommStream.HELD`` buckets. So three buckets are in memory at most, on either device.
     """
 
     DEPTH = 3
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
+        self._depth = 1 if device.type == "cuda" else self.DEPTH
         self._buffers: list[GradBuffer] = []
         self._numel = 0
         self._turn = 0
@@ -100,11 +123,11 @@ class GradBufferPool:
 
     def take(self, numel: int) -> tuple[GradBuffer, Tensor]:
         """A buffer and its first ``numel`` elements; nothing else reads or writes it until its ``release`` ran."""
-        if len(self._buffers) < self.DEPTH:
+        if len(self._buffers) < self._depth:
             self._buffers.append(GradBuffer(self._numel, self.dtype, self.device))
             buffer = self._buffers[-1]
         else:
-            buffer = self._buffers[self._turn % self.DEPTH]
+            buffer = self._buffers[self._turn % self._depth]
         self._turn += 1
         buffer.release()
         buffer.release = nothing

@@ -4,7 +4,7 @@
 * :class:`SendCodes`: each rank sends how they moved, a fifth to a third of a byte each, and every rank replays that on
   its own copy. What a code is, the codec knows that is handed in (``kernels/codes.py``).
 
-Both are told of each bucket when its shard is updated, and once more when all are; both leave a collective and its end
+Both are told of buckets when their shards are updated, and once more when all are; both leave a collective and its end
 in flight per bucket, which ``bucket.finish_param_sync()`` waits for. One that gathers plainly inside a node and sends
 codes across nodes would be a third.
 
@@ -18,7 +18,7 @@ of them only would hang.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -52,10 +52,12 @@ class Codec(Protocol):
 
 
 class GatherParams:
-    """Each bucket's all-gather starts when its shard is updated."""
+    """Each bucket's all-gather starts when its shard is updated, together with those of one launch."""
 
-    def after_update(self, bucket: Bucket) -> None:
-        bucket.start_param_sync()
+    def after_update(self, buckets: Sequence[Bucket]) -> None:
+        with buckets[0].stream.fork():  # once: each bucket's own changes nothing then
+            for bucket in buckets:
+                bucket.start_param_sync()
 
     def after_updates(self, changed: Collection[Bucket]) -> None:
         """Nothing is left to start."""
@@ -68,11 +70,12 @@ class SendCodes:
         self.codecs: dict[Bucket, Codec] = {}
         self._escapes: dict[Bucket, Tensor] = {}  # [] int32, of this step's buckets
 
-    def after_update(self, bucket: Bucket) -> None:
-        if bucket.groups.shard_group is None:
-            bucket.start_param_sync()  # of this rank alone: nothing moves
-        else:
-            self._escapes[bucket] = self.codecs[bucket].encode(bucket.param_shard)
+    def after_update(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            if bucket.groups.shard_group is None:
+                bucket.start_param_sync()  # of this rank alone: nothing moves
+            else:
+                self._escapes[bucket] = self.codecs[bucket].encode(bucket.param_shard)
 
     def after_updates(self, changed: Collection[Bucket]) -> None:
         """``changed``: buckets with parameters that somebody else has written on this rank."""

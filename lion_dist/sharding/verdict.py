@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.grad_norm import GradNorm
+from lion_dist.sharding.grad_norm import GradNorm, SumOfSquares, sum_of_squares
 from lion_dist.sharding.process_groups import ShardGroups
 
 
@@ -30,12 +30,20 @@ class Judge:
 
     Args:
         divisor: of the summed gradients, unless a step has its own.
+        sum_of_squares: of a list of gradient shards.
     """
 
-    def __init__(self, groups: ShardGroups, device: torch.device, divisor: int):
+    def __init__(
+        self,
+        groups: ShardGroups,
+        device: torch.device,
+        divisor: int,
+        sum_of_squares: SumOfSquares = sum_of_squares,
+    ):
         self.verdict: Verdict | None = None
         self.inverse_loss_scale: Tensor | None = None  # of a GradScaler that has unscaled already
-        self._grad_norm, self._device, self._default_divisor = GradNorm(groups, device), device, divisor
+        self._grad_norm = GradNorm(groups, device, sum_of_squares)
+        self._device, self._default_divisor = device, divisor
         self._divisor: float | Tensor | None = None
 
     def forget_step(self) -> None:

@@ -50,7 +50,7 @@ def sync_two_buckets(escapes_by_rank: list[tuple[int, int]], written_on: int | N
         buckets.append(Bucket([param], ["p"], groups, pool, ordered_sum=True, stream=CommStream(CPU)))
         sync.codecs[buckets[-1]] = NotedCodec(escapes, notes)
     for bucket in buckets:
-        sync.after_update(bucket)
+        sync.after_update([bucket])
     sync.after_updates({buckets[0]} if written_on == dist.get_rank() else set())
     for bucket in buckets:
         bucket.finish_param_sync()

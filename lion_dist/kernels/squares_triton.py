@@ -1,0 +1,115 @@
+"""The sum of squares of a list of tensors on a GPU: one launch, each byte read once, all arithmetic in fp64.
+
+What the global gradient norm needs. ``torch._foreach_norm`` in fp64 has too few bytes in flight: on an H200 it took
+1.0 ms over the 337 M bf16 elements that a quarter of 1.35 B are, which move in 0.2.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lion_dist.kernels.triton_kernels import INTERPRETED, _find_tensor, _pointers
+from lion_dist.kernels.triton_launch import (
+    INTERPRETER_BLOCK,
+    SEARCH_STRIDE,
+    TL_DTYPES,
+    blocks_of,
+    launch_on,
+    upload,
+)
+
+BLOCK, PIECE, NUM_WARPS = 8192, 2048, 4  # elements a program, of them at a time: 16 a thread
+
+
+@triton.jit(do_not_specialize=["addresses", "numels", "first_blocks", "search_table", "sums_of_blocks"])
+def _squares_kernel(
+    addresses,  # [T] int64
+    numels,  # [T] int64
+    first_blocks,  # these two: as triton_kernels._list_kernel's
+    search_table,
+    sums_of_blocks,  # [blocks] fp64
+    DTYPE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    block = tl.program_id(0)
+    i = _find_tensor(block, first_blocks, search_table, STRIDE)
+    address = tl.load(addresses + i)
+    tensor = address.to(tl.pointer_type(DTYPE))
+    start = (block - tl.load(first_blocks + i)).to(tl.int64) * BLOCK
+    count = tl.load(numels + i) - start
+    offsets = tl.arange(0, PIECE)
+    sums = tl.zeros([PIECE], tl.float64)
+    if (count >= BLOCK) & ((address & 15) == 0):
+        for first in tl.static_range(0, BLOCK, PIECE):  # unrolled: all loads are under way at once
+            x = tl.load(_pointers(tensor, start + first, offsets, True)).to(tl.float64)
+            sums += x * x
+    else:
+        for first in range(0, BLOCK, PIECE):
+            x = tl.load(tensor + start + first + offsets, mask=first + offsets < count, other=0.0).to(tl.float64)
+            sums += x * x
+    tl.store(sums_of_blocks + block, tl.sum(sums, axis=0))
+
+
+@dataclass(frozen=True)
+class _Tables:
+    key: tuple
+    columns: tuple[Tensor, ...]  # the kernel's first arguments, on the device
+    num_blocks: int
+
+
+class SumOfSquares:
+    """A callable that remembers where its last tensors were, so that the same ones cost one launch."""
+
+    def __init__(self):
+        self._tables: dict[torch.dtype, _Tables] = {}
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        """[] fp64 on the device, of contiguous fp32, bf16 or fp16 tensors on one device; the same from run to run."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        sums = [self._sums_of_blocks(alike) for alike in by_dtype.values()]
+        return (sums[0] if len(sums) == 1 else torch.cat(sums)).sum()
+
+    def _sums_of_blocks(self, tensors: list[Tensor]) -> Tensor:
+        dtype, device = tensors[0].dtype, tensors[0].device
+        block, piece = BLOCK, PIECE
+        if INTERPRETED.value:  # which pays per block, not per element
+            block = piece = min(INTERPRETER_BLOCK, triton.next_power_of_2(max(1, *(t.numel() for t in tensors))))
+        tables = self._tables_of(tensors, block)
+        sums = torch.empty(tables.num_blocks, dtype=torch.float64, device=device)
+        if tables.num_blocks:
+            with launch_on(device):
+                _squares_kernel[(tables.num_blocks,)](
+                    *tables.columns,
+                    sums,
+                    DTYPE=TL_DTYPES[dtype],
+                    STRIDE=SEARCH_STRIDE,
+                    BLOCK=block,
+                    PIECE=piece,
+                    num_warps=NUM_WARPS,
+                    enable_fp_fusion=False,
+                )
+        return sums
+
+    def _tables_of(self, tensors: list[Tensor], block: int) -> _Tables:
+        """They belong to one stream, in whose order the caching allocator recycles them."""
+        dtype, device = tensors[0].dtype, tensors[0].device
+        addresses, numels = [tensor.data_ptr() for tensor in tensors], [tensor.numel() for tensor in tensors]
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        key = (stream, block, addresses, numels)
+        if dtype not in self._tables or self._tables[dtype].key != key:
+            numels = torch.tensor(numels)
+            first_blocks, search_table, num_blocks = blocks_of(numels, block)
+            columns = (torch.frombuffer(array("q", addresses), dtype=torch.int64), numels, first_blocks, search_table)
+            self._tables[dtype] = _Tables(key, tuple(upload(column, device) for column in columns), num_blocks)
+        return self._tables[dtype]
