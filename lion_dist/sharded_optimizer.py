@@ -38,6 +38,7 @@ from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
 from lion_dist.sharding.param_sync import GatherParams, SendCodes
 from lion_dist.sharding.param_watch import ParamWatch
+from lion_dist.sharding.peer_memory import PeerMemory, connect
 from lion_dist.sharding.process_groups import ShardGroups, backend_for, resolve_groups
 from lion_dist.sharding.replicas import Frozen, ReplicaCheck
 from lion_dist.sharding.scheduler import GradScheduler, ParamScheduler
@@ -110,6 +111,7 @@ class ShardedLion(Optimizer):
         self._changed: set[Bucket] = set()  # by somebody else, since the last step
         self._is_closed = False
         self._pools: dict[tuple, GradBufferPool] = {}
+        self._peer_memories: dict[ShardGroups, PeerMemory | None] = {}
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
         self.param_scheduler: ParamScheduler | None = None
         self._backward_updates: BackwardUpdates | None = None
@@ -194,6 +196,8 @@ class ShardedLion(Optimizer):
         for members in pack_into_buckets(numels, keys, bucket_numel):
             group = trainable[members[0]][1]
             new.append(self._make_bucket([trainable[i][0] for i in members], group))
+        for pool in self._pools.values():
+            pool.reserve()
         self.grad_scheduler.add_buckets([shard.bucket for shard in new])
         if self.param_scheduler is not None:
             self.param_scheduler.add_buckets([shard.bucket for shard in new])
@@ -210,10 +214,22 @@ class ShardedLion(Optimizer):
         if ordered is None:
             ordered = any(backend_for(axis, self._device) == "gloo" for axis in groups.axes)
         wire = self.sharding.reduce_dtype or params[0].dtype
-        pool = self._pools.setdefault((wire, groups), GradBufferPool(wire, self._device))
+        if groups not in self._peer_memories:
+            self._peer_memories[groups] = connect(groups.shard_group, self._device, self.sharding.peer_memory)
+        peer_memory = self._peer_memories[groups]
+        pool = self._pools.setdefault((wire, groups), GradBufferPool(wire, self._device, peer_memory))
         names = [self._params.names[p] for p in params]
         clock = self._meter.clock
-        bucket = Bucket(params, names, groups, pool, ordered_sum=ordered, stream=self._stream, clock=clock)
+        bucket = Bucket(
+            params,
+            names,
+            groups,
+            pool,
+            ordered_sum=ordered,
+            stream=self._stream,
+            peer_memory=peer_memory,
+            clock=clock,
+        )
         groups.broadcast(bucket.flat_params)
         starts = [self._params.canonical_starts[p] for p in params]
         shard = BucketShard(bucket, group, self.precision, starts)
@@ -268,16 +284,7 @@ class ShardedLion(Optimizer):
         scalars = {id(group): self._scalars_of(group) for group in self.param_groups}
         with self._meter.clock.phase("norm"):
             cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
-        with self._meter.clock.phase("update"):
-            for batch in self._batches:
-                self._update(batch, verdict, scalars[id(batch.group)], grad_scale, cautious_lrs)
-                buckets = [shard.bucket for shard in batch.shards]
-                for bucket in buckets:
-                    bucket.reset_grad()
-                self._param_sync.after_update(buckets)  # the next forward waits, not this line
-        with self._meter.clock.phase("param_sync"):
-            self._param_sync.after_updates(self._changed)
-            self._changed.clear()
+        self._update_shards(verdict, scalars, grad_scale, cautious_lrs)
         self._watch.note_updates(param for shard in self.shards for param in shard.bucket.params)
         self._counters += torch.stack([verdict.skip == 0, verdict.skip != 0])
         self._forget_step()
@@ -287,6 +294,34 @@ class ShardedLion(Optimizer):
             self.param_scheduler.finish_strangers()
         self._meter.end_step(verdict.skip, self._counters)
         return loss
+
+    def _update_shards(
+        self,
+        verdict: Verdict,
+        scalars: dict[int, StepScalars],
+        grad_scale: Tensor,  # [] fp32
+        cautious_lrs: dict[BucketShard, Tensor],  # [slices] fp32
+    ) -> None:
+        """All updates and gathers join the queue of communication: the next forward begins when its first parameters
+        are whole, beside the updates of the others. A measured step updates in line, to be timed."""
+        in_line = self._meter.is_measuring
+        with contextlib.nullcontext() if in_line else self._stream.fork():
+            with self._meter.clock.phase("update"):
+                for batch in self._batches:
+                    self._update(batch, verdict, scalars[id(batch.group)], grad_scale, cautious_lrs)
+                    buckets = [shard.bucket for shard in batch.shards]
+                    for bucket in buckets:
+                        bucket.reset_grad()
+                    self._param_sync.after_update(buckets)  # the next forward waits, not this line
+            with self._meter.clock.phase("param_sync"):
+                self._param_sync.after_updates(self._changed)
+                self._changed.clear()
+            if in_line:
+                return
+            self._stream.hold([grad_scale, verdict.skip, *verdict.used.values(), *cautious_lrs.values()])
+            mark = self._stream.mark()
+        if any(isinstance(s.lr, Tensor) for s in scalars.values()):
+            self._stream.join(mark)  # the program may change it from here on
 
     @torch.no_grad()
     def _update_in_backward(self, bucket: Bucket) -> None:
@@ -587,7 +622,6 @@ class ShardedLion(Optimizer):
         total["params"] += sum(p.nbytes for p in self._frozen)
         total["grads"] += sum(pool.nbytes for pool in self._pools.values())
         return total
-
 
     # ---- state_dict: boxes of full tensors by parameter name
 

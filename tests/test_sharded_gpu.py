@@ -1,6 +1,7 @@
-"""ShardedLion over NCCL, one rank per GPU. NCCL sums in an order of its own, so parity means: equal to ``Lion`` fed
-that run's reduced gradients and the same factor."""
+"""ShardedLion on all GPUs, one rank each: by peer memory where they have it, and by NCCL, which sums in an order of its
+own. So parity means: equal to ``Lion`` fed that run's reduced gradients and the same factor."""
 
+import copy
 import os
 import socket
 
@@ -22,6 +23,7 @@ CASES = {
         ShardingConfig(zero_stage=1, bucket_numel=70_000),
     ),
     "split": (torch.bfloat16, PrecisionPolicy(main_params="split"), ShardingConfig(bucket_numel=70_000)),
+    "split, NCCL": (torch.bfloat16, PrecisionPolicy(), ShardingConfig(bucket_numel=70_000, peer_memory=False)),
     "fp32 main params, fp32 wire": (
         torch.bfloat16,
         PrecisionPolicy(main_params="fp32"),
@@ -171,6 +173,59 @@ def a_step_with_a_nan_is_skipped_everywhere(device):
     assert optimizer.skipped_steps() == 1
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert all(not shard.exp_avg.any() for shard in optimizer.shards)
+
+
+def gradients_are_summed_in_rank_order(device, sharding, dtype):
+    """Linear layers only: their backward gives the same bits each time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4))).to(device, torch.bfloat16)
+    twin = copy.deepcopy(model)
+    optimizer = ShardedLion(model.parameters(), module=model, sharding=ShardingConfig(**sharding))
+    torch.manual_seed(1 + dist.get_rank())
+    batch = torch.randn(64, 256, device=device, dtype=torch.bfloat16)
+    for net in (model, twin):
+        net(batch).float().square().mean().backward()
+    found = reduced_gradients(optimizer)
+    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+        addends = [torch.empty_like(other.grad) for _ in range(dist.get_world_size())]
+        dist.all_gather(addends, other.grad)
+        total = addends[0].float()
+        for addend in addends[1:]:
+            total += addend.float()
+        assert torch.equal(found[param], total.to(dtype))
+
+
+def parameters_may_be_written_as_soon_as_they_are_whole(device):
+    """One rank writes over its parameters at once; the others must not read that as its update."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).to(device, torch.bfloat16)
+    optimizer = ShardedLion(model.parameters(), lr=1e-3, module=model, sharding=ShardingConfig(bucket_numel=2**21))
+    for step in range(10):
+        model(torch.randn(8, 1024, device=device, dtype=torch.bfloat16)).square().mean().backward()
+        optimizer.step()
+        if dist.get_rank() == step % dist.get_world_size():
+            torch.cuda._sleep(10_000_000)  # this rank comes late to the gather
+        with torch.no_grad():
+            kept = [param.clone() for param in model.parameters()]  # waits for them
+            for param in model.parameters():
+                param.fill_(torch.nan)
+            for param, value in zip(model.parameters(), kept, strict=True):
+                assert not value.isnan().any(), step
+                param.copy_(value)
+
+
+needs_peers = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+
+@needs_peers
+@pytest.mark.parametrize("ordered, dtype", [(False, torch.bfloat16), (True, torch.float32)], ids=["bf16", "fp32"])
+def test_peer_memory_sums_gradients_in_rank_order(ordered, dtype):
+    on_all_gpus(gradients_are_summed_in_rank_order, {"peer_memory": True, "ordered_sum": ordered}, dtype)
+
+
+@needs_peers
+def test_parameters_may_be_written_as_soon_as_they_are_whole():
+    on_all_gpus(parameters_may_be_written_as_soon_as_they_are_whole)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,7 +6,8 @@
 The step is the time line of the GPU, from the first kernel of the profiled steps to the last. At each moment it
 computes (a kernel of forward or backward runs), or is exposed. An exposed moment has one cause, the first that runs of
 ``update`` (the Lion kernels), ``grad_sync`` (reduce-scatter and the packing before it), ``param_sync`` (all-gather, and
-replayed codes), ``norm`` (the verdict and its all-reduce); or none, and the device waits for the ``host``.
+replayed codes), ``norm`` (the verdict and its all-reduce); or none, and the device waits for the ``host``. Copies from
+peers' memory count as communication, and so do the barriers around them, in which a GPU waits for the others.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ COMPUTE = "compute"
 # What kernels' names contain, by what they are there for; the first that fits. The rest computes.
 SIGNS = {
     "update": ("_flat_kernel", "_list_kernel", "_encode_kernel"),
-    "grad_sync": ("ReduceScatter", "SendRecv", "multi_tensor_apply_kernel"),
+    "grad_sync": ("ReduceScatter", "SendRecv", "multi_tensor_apply_kernel", "_ordered_sum_kernel"),
     "param_sync": ("AllGather", "_replay_kernel", "_escape_kernel"),
-    "norm": ("AllReduce", "lpnorm", "Norm"),
+    "norm": ("AllReduce", "lpnorm", "Norm", "_squares_kernel"),
 }
-COMMUNICATION = ("ReduceScatter", "AllGather", "AllReduce", "SendRecv", "ncclDevKernel")
+COMMUNICATION = ("ReduceScatter", "AllGather", "AllReduce", "SendRecv", "ncclDevKernel", "from peers")
+PEER_BARRIER = "barrier_kernel"  # of torch's symmetric memory
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,25 @@ def read_trace(path: Path) -> list[Kernel]:
     with opened as file:
         events = json.load(file)["traceEvents"]
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
-    return [Kernel(e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds]
+    events = sorted((e for e in events if e.get("cat") in kinds), key=lambda e: e["ts"])
+    _name_peer_collectives(events)
+    return [Kernel(e["name"], e["ts"], e["ts"] + e["dur"]) for e in events]
+
+
+def _name_peer_collectives(events: list[dict]) -> None:
+    """Copies from peers' memory are named as any copies are. They lie between two barriers on one stream, and gradients
+    are added up after them."""
+    by_stream: dict[object, list[dict]] = {}
+    for event in events:
+        by_stream.setdefault(event.get("args", {}).get("stream"), []).append(event)
+    for queue in by_stream.values():
+        barriers = [i for i, event in enumerate(queue) if PEER_BARRIER in event["name"]]
+        for first, last in zip(barriers[::2], barriers[1::2], strict=False):
+            adds_up = any("_ordered_sum_kernel" in event["name"] for event in queue[first:last])
+            name = f"{'ReduceScatter' if adds_up else 'AllGather'} from peers"
+            for event in queue[first : last + 1]:
+                if "_ordered_sum_kernel" not in event["name"]:
+                    event["name"] = name
 
 
 def trace_of(step: Callable[[], None], steps: int, path: Path) -> None:
@@ -134,7 +154,9 @@ def measure(args, micro_batch: int, device: torch.device) -> dict:
     torch.cuda.synchronize()
     dist.barrier()
     with tempfile.TemporaryDirectory() as folder:
-        path = args.keep_trace or Path(folder) / "trace.json"
+        path = Path(folder) / "trace.json"
+        if args.keep_trace and dist.get_rank() == 0:
+            path = args.keep_trace
         trace_of(lambda: train([tokens]), args.steps, path)
         return exposed_ms(read_trace(path), args.steps)
 

@@ -29,6 +29,7 @@ from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
 from lion_dist.benchmarks.llama import SIZES, make_llama
 from lion_dist.benchmarks.report import Rows
 from lion_dist.benchmarks.timing import free_gpu_memory
+from lion_dist.sharding import peer_memory
 
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.99), 0.1, 1.0
 SETTINGS = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
@@ -143,6 +144,7 @@ def engines(micro_batches: int) -> dict[str, Callable[[nn.Module], Step]]:
             model, update_in_backward=True
         ),
         "lion_dist stage 1": lambda model: sharded_lion(model, zero_stage=1),
+        "lion_dist stage 2, NCCL alone": lambda model: sharded_lion(model, peer_memory=False),
         "lion_dist stage 2, coded": lambda model: sharded_lion(model, param_sync="coded"),
         "lion_dist stage 2, fp32 on the wire": lambda model: sharded_lion(model, reduce_dtype=torch.float32),
         "FSDP2 no reshard + lion_dist.Lion": lambda model: fsdp2(model, own, reshard=False),
@@ -183,7 +185,7 @@ def time_steps(step: Step, batches: list[Tensor], steps: int, warm_up: int, devi
         times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
     else:
         times = [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    peak = torch.cuda.max_memory_allocated() + peer_memory.allocated_bytes if on_gpu else 0
     slowest = torch.tensor([*times, peak], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     *times, peak = slowest.tolist()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lion_dist.sharding.collectives import Finish, nothing
 from lion_dist.sharding.layout import BucketLayout
+from lion_dist.sharding.peer_memory import PeerMemory
 
 
 def views_of(flat: Tensor, layout: BucketLayout, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -90,8 +91,9 @@ class CommStream:
 class GradBuffer:
     """A full bucket's gradients on their way out: taken by one bucket at a time."""
 
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device):
-        self.flat = torch.zeros(numel, dtype=dtype, device=device)
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, peer_memory: PeerMemory | None = None):
+        self.shared = None if peer_memory is None else peer_memory.allocate(numel, dtype)
+        self.flat = torch.zeros(numel, dtype=dtype, device=device) if self.shared is None else self.shared.flat
         self.views: dict[object, tuple[list[Tensor], list[Tensor]]] = {}  # of each bucket: its places and gaps
         self.release: Finish = nothing  # completes the last bucket's use of it
 
@@ -107,8 +109,8 @@ class GradBufferPool:
 
     DEPTH = 3
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.dtype, self.device = dtype, device
+    def __init__(self, dtype: torch.dtype, device: torch.device, peer_memory: PeerMemory | None = None):
+        self.dtype, self.device, self.peer_memory = dtype, device, peer_memory
         self._depth = 1 if device.type == "cuda" else self.DEPTH
         self._buffers: list[GradBuffer] = []
         self._numel = 0
@@ -124,14 +126,22 @@ class GradBufferPool:
     def take(self, numel: int) -> tuple[GradBuffer, Tensor]:
         """A buffer and its first ``numel`` elements; nothing else reads or writes it until its ``release`` ran."""
         if len(self._buffers) < self._depth:
-            self._buffers.append(GradBuffer(self._numel, self.dtype, self.device))
-            buffer = self._buffers[-1]
+            buffer = self._add()
         else:
             buffer = self._buffers[self._turn % self._depth]
         self._turn += 1
         buffer.release()
         buffer.release = nothing
         return buffer, buffer.flat[:numel]
+
+    def reserve(self) -> None:
+        """Memory that peers read is allocated now, by all ranks together: they come to ``take()`` at other times."""
+        while self.peer_memory is not None and len(self._buffers) < self._depth:
+            self._add()
+
+    def _add(self) -> GradBuffer:
+        self._buffers.append(GradBuffer(self._numel, self.dtype, self.device, self.peer_memory))
+        return self._buffers[-1]
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The only door to NCCL and gloo.
+"""The door to NCCL and gloo. (``peer_memory.py`` is the other way between ranks.)
 
 Each function starts a collective on the current stream (NCCL) or in the background (gloo) and returns what has yet to
 be done: a callable that completes it. On a CUDA stream the rest is queued at once and the callable does nothing; on
@@ -28,7 +28,8 @@ GLOO_CHUNK_NUMEL = 1 << 14  # pieces below this are not worth a message of their
 sent_bytes = 0  # by this process since it began: what each algorithm must send to other ranks at the least
 
 
-def _count_sent(nbytes: int) -> None:
+def count_sent(nbytes: int) -> None:
+    """Add to ``sent_bytes``."""
     global sent_bytes
     sent_bytes += nbytes
 
@@ -53,7 +54,7 @@ def reduce_scatter(
     if group is None:
         output.copy_(flat)
         return nothing
-    _count_sent(flat.nbytes - flat.nbytes // group.size())
+    count_sent(flat.nbytes - flat.nbytes // group.size())
     if ordered:
         return _ordered_reduce_scatter(output, flat, group)
     return _finish_of(_reduce_scatter_single(output, flat, group=group, async_op=not flat.is_cuda))
@@ -86,21 +87,21 @@ def all_gather(flat: Tensor, shard: Tensor, group: ProcessGroup | None) -> Finis
     """Fill ``flat`` [world_size * shard_numel] with every rank's ``shard`` [shard_numel], which is a view of it."""
     if group is None:
         return nothing
-    _count_sent((group.size() - 1) * shard.nbytes)
+    count_sent((group.size() - 1) * shard.nbytes)
     return _finish_of(_all_gather_single(flat, shard, group=group, async_op=not flat.is_cuda))
 
 
 def all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
     """Sum ``tensor`` over the group, in place, complete on return (on the current stream)."""
     if group is not None:
-        _count_sent(2 * (tensor.nbytes - tensor.nbytes // group.size()))
+        count_sent(2 * (tensor.nbytes - tensor.nbytes // group.size()))
         dist.all_reduce(tensor, group=group)
 
 
 def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> None:
     """The greatest of every rank's ``tensor``, element by element; otherwise as :func:`all_reduce`."""
     if group is not None:
-        _count_sent(2 * (tensor.nbytes - tensor.nbytes // group.size()))
+        count_sent(2 * (tensor.nbytes - tensor.nbytes // group.size()))
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
 
 
@@ -109,7 +110,7 @@ def ordered_all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
     if group is None:
         return
     gathered = tensor.new_empty(group.size() * tensor.numel())  # gloo gathers into 1-D only
-    _count_sent((group.size() - 1) * tensor.nbytes)
+    count_sent((group.size() - 1) * tensor.nbytes)
     _all_gather_single(gathered, tensor, group=group)
     addends = gathered.view(group.size(), -1)
     tensor.copy_(addends[0])

@@ -16,7 +16,6 @@ from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.process_groups import ShardGroups
 
-
 SumOfSquares = Callable[[Sequence[Tensor]], Tensor]  # [] fp64, of all elements, whatever their dtype
 
 

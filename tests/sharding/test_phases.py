@@ -26,10 +26,10 @@ def test_each_moment_belongs_to_the_innermost_phase(clock):
 def test_bytes_belong_to_the_phase_in_which_they_were_sent(clock):
     clock.start()
     with clock.phase("update"):
-        collectives._count_sent(3)
+        collectives.count_sent(3)
         with clock.phase("param_sync"):
-            collectives._count_sent(40)
-        collectives._count_sent(500)
+            collectives.count_sent(40)
+        collectives.count_sent(500)
     clock.stop()
     assert clock.last.bytes_by_phase() == dict.fromkeys(PHASES, 0) | {"update": 503, "param_sync": 40}
 

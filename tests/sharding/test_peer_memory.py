@@ -1,0 +1,129 @@
+"""Collectives over memory that peers read: here ranks are threads, and each other's tensors are just there."""
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lion_dist import ShardedLion, ShardingConfig
+from lion_dist.sharding import collectives, peer_memory
+from lion_dist.sharding.ordered_sum_triton import ordered_sum
+from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the kernel; interpreted on a CPU
+DTYPES = [torch.float32, torch.bfloat16]
+in_turn = threading.Lock()  # Triton's interpreter launches from one thread at a time
+
+
+class Barrier:
+    """The part of torch's handle that collectives use."""
+
+    def __init__(self, ranks):
+        self._barrier = threading.Barrier(ranks, timeout=30)
+
+    def barrier(self, channel):
+        assert channel == 0
+        self._barrier.wait()
+
+
+def on_ranks(flats, function):
+    """``function(memory, buffer)`` on a thread a rank, whose buffers are ``flats``."""
+    handle, failures = Barrier(len(flats)), []
+
+    def run(rank):
+        memory = PeerMemory.__new__(PeerMemory)
+        memory.rank, memory.world_size, memory._handle = rank, len(flats), handle
+        try:
+            function(memory, PeerBuffer(flats[rank], tuple(flats)))
+        except BaseException as error:
+            failures.append(error)
+            handle._barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(flats))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def in_rank_order(addends):
+    total = addends[0].float()
+    for addend in addends[1:]:
+        total = total + addend.float()
+    return total
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_gather_brings_every_owners_shard(ranks, dtype):
+    torch.manual_seed(ranks)
+    shards = torch.randn(ranks, 64).to(DEVICE, dtype)
+    flats = [torch.full((ranks * 64,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(ranks)]
+    for rank, flat in enumerate(flats):
+        flat[64 * rank : 64 * (rank + 1)] = shards[rank]
+    on_ranks(flats, lambda memory, buffer: memory.all_gather(buffer))
+    for flat in flats:
+        assert torch.equal(flat, shards.flatten())
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reduce_scatter_sums_in_fp32_in_rank_order(ranks, dtype, monkeypatch):
+    """The buffer is longer than what is summed, as the pool's is for a small bucket."""
+    torch.manual_seed(ranks)
+    shard_numel = 192
+    flats = [torch.randn(ranks * shard_numel + 64).to(DEVICE, dtype) for _ in range(ranks)]
+    outputs = [torch.full((shard_numel,), torch.nan, device=DEVICE) for _ in range(ranks)]
+
+    def one_at_a_time(*arguments):
+        with in_turn:
+            ordered_sum(*arguments)
+
+    monkeypatch.setattr("lion_dist.sharding.ordered_sum_triton.ordered_sum", one_at_a_time)
+    on_ranks(flats, lambda memory, buffer: memory.reduce_scatter(outputs[memory.rank], buffer, ranks * shard_numel))
+    expected = in_rank_order([flat[: ranks * shard_numel] for flat in flats]).view(ranks, -1)
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(output, wanted)
+
+
+def test_bytes_sent_are_what_peers_read():
+    before = collectives.sent_bytes
+    flats = [torch.zeros(4 * 64, device=DEVICE) for _ in range(4)]
+    on_ranks(flats, lambda memory, buffer: memory.all_gather(buffer))
+    assert collectives.sent_bytes - before == 4 * 3 * 64 * 4
+
+
+@settings(max_examples=30)
+@given(ranks=st.integers(2, 8), rank=st.integers(0, 7), numel=st.sampled_from([1, 64, 2048, 5000]), seed=st.integers(0))
+def test_ordered_sum_is_the_sum_in_rank_order_whoever_computes_it(ranks, rank, numel, seed):
+    rank %= ranks
+    generator = torch.Generator().manual_seed(seed % 2**32)
+    addends = torch.randn(ranks, numel, generator=generator).to(DEVICE)
+    addends[:, 0] = -0.0
+    others = torch.cat([addends[:rank], addends[rank + 1 :]])
+    output = torch.full((numel,), torch.nan, device=DEVICE)
+    ordered_sum(output, addends[rank].clone(), others, rank)
+    expected = in_rank_order(list(addends))
+    assert torch.equal(output, expected) and output[0].signbit()
+
+
+def test_a_rank_alone_has_nobody_to_read_from():
+    layer = torch.nn.Linear(4, 4)
+    ShardedLion(layer.parameters(), sharding=ShardingConfig(peer_memory=True)).close()
+
+
+def test_gloo_ranks_use_no_peer_memory_and_say_why_when_they_are_to(gloo):
+    gloo.run(2, ask_for_peer_memory)
+
+
+def ask_for_peer_memory():
+    group = dist.group.WORLD
+    assert peer_memory.connect(group, torch.device("cpu"), None) is None
+    assert peer_memory.connect(group, torch.device("cpu"), False) is None
+    with pytest.raises(RuntimeError, match="peer_memory=True cannot be had.*gloo.*peer_memory=None"):
+        peer_memory.connect(group, torch.device("cpu"), True)
