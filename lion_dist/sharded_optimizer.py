@@ -284,7 +284,16 @@ class ShardedLion(Optimizer):
         scalars = {id(group): self._scalars_of(group) for group in self.param_groups}
         with self._meter.clock.phase("norm"):
             cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
-        self._update_shards(verdict, scalars, grad_scale, cautious_lrs)
+        with self._meter.clock.phase("update"):
+            for batch in self._batches:
+                self._update(batch, verdict, scalars[id(batch.group)], grad_scale, cautious_lrs)
+                buckets = [shard.bucket for shard in batch.shards]
+                for bucket in buckets:
+                    bucket.reset_grad()
+                self._param_sync.after_update(buckets)  # the next forward waits, not this line
+        with self._meter.clock.phase("param_sync"):
+            self._param_sync.after_updates(self._changed)
+            self._changed.clear()
         self._watch.note_updates(param for shard in self.shards for param in shard.bucket.params)
         self._counters += torch.stack([verdict.skip == 0, verdict.skip != 0])
         self._forget_step()
@@ -294,34 +303,6 @@ class ShardedLion(Optimizer):
             self.param_scheduler.finish_strangers()
         self._meter.end_step(verdict.skip, self._counters)
         return loss
-
-    def _update_shards(
-        self,
-        verdict: Verdict,
-        scalars: dict[int, StepScalars],
-        grad_scale: Tensor,  # [] fp32
-        cautious_lrs: dict[BucketShard, Tensor],  # [slices] fp32
-    ) -> None:
-        """All updates and gathers join the queue of communication: the next forward begins when its first parameters
-        are whole, beside the updates of the others. A measured step updates in line, to be timed."""
-        in_line = self._meter.is_measuring
-        with contextlib.nullcontext() if in_line else self._stream.fork():
-            with self._meter.clock.phase("update"):
-                for batch in self._batches:
-                    self._update(batch, verdict, scalars[id(batch.group)], grad_scale, cautious_lrs)
-                    buckets = [shard.bucket for shard in batch.shards]
-                    for bucket in buckets:
-                        bucket.reset_grad()
-                    self._param_sync.after_update(buckets)  # the next forward waits, not this line
-            with self._meter.clock.phase("param_sync"):
-                self._param_sync.after_updates(self._changed)
-                self._changed.clear()
-            if in_line:
-                return
-            self._stream.hold([grad_scale, verdict.skip, *verdict.used.values(), *cautious_lrs.values()])
-            mark = self._stream.mark()
-        if any(isinstance(s.lr, Tensor) for s in scalars.values()):
-            self._stream.join(mark)  # the program may change it from here on
 
     @torch.no_grad()
     def _update_in_backward(self, bucket: Bucket) -> None:
