@@ -5,7 +5,8 @@
     python -m lion_dist.benchmarks.fsdp --size tiny --repeats 3                 # where there is no GPU, on the CPU
 
 Each optimizer gets a model of its own, wrapped block by block, and the gradients that one backward has left. Times are
-the first rank's; the ratio is to the first row of lion_dist, from the same run. Peers that fail on DTensors are named.
+the first rank's; the ratio is to the first row of lion_dist, from the same run. Peers that fail on DTensors are named;
+lion-pytorch's Triton kernel is not started over shards, where it ends the process (it walks over whole tensors).
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def providers(chosen: str) -> list[Provider]:
         "lion-pytorch plain", "fp32", FP32, 20, lambda params: lion_pytorch_step(params, "plain"), False, "lion-pytorch"
     )
     found = [p for p in [*own_providers(), *peer_providers(), fp32] if not p.flat]
+    if dist.get_world_size() > 1:
+        found = [p for p in found if p.name != "lion-pytorch triton"]
     found.sort(key=lambda p: (p.distribution, p.precision) != ("lion-dist", FIRST))
     return [p for p in found if chosen in f"{p.name} {p.precision}" or p is found[0]]
 

@@ -185,7 +185,7 @@ def time_steps(step: Step, batches: list[Tensor], steps: int, warm_up: int, devi
         times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
     else:
         times = [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
-    peak = torch.cuda.max_memory_allocated() + peer_memory.allocated_bytes if on_gpu else 0
+    peak = _allocated(torch.cuda.max_memory_allocated()) if on_gpu else 0
     slowest = torch.tensor([*times, peak], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     *times, peak = slowest.tolist()
@@ -193,7 +193,12 @@ def time_steps(step: Step, batches: list[Tensor], steps: int, warm_up: int, devi
     return {"ms_median": statistics.median(times), "ms_p10": cuts[0], "ms_p90": cuts[8], "peak_gb": peak / 1e9}
 
 
+def _allocated(by_allocator: int) -> int:
+    return by_allocator + peer_memory.allocated_bytes
+
+
 def measure(args, name: str, build: Callable, micro_batch: int, device: torch.device) -> dict | None:
+    left_over = _allocated(torch.cuda.memory_allocated()) if device.type == "cuda" else 0  # DeepSpeed's engines leak
     model = make_llama(args.size, device, torch.bfloat16, args.compile)
     tokens = torch.randint(SIZES[args.size]["vocab"], (micro_batch, args.seq_len + 1), device=device)
     try:
@@ -202,6 +207,7 @@ def measure(args, name: str, build: Callable, micro_batch: int, device: torch.de
         say(f"{name}: not installed ({error})")
         return None
     result = time_steps(step, [tokens] * args.micro_batches, args.steps, args.warm_up, device)
+    result["peak_gb"] -= left_over / 1e9
     del model, step
     if device.type == "cuda":
         free_gpu_memory()
