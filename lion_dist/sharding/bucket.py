@@ -25,6 +25,7 @@ from lion_dist.sharding.peer_memory import PeerMemory
 from lion_dist.sharding.phases import NO_CLOCK, PhaseClock, in_phase
 from lion_dist.sharding.process_groups import ShardGroups
 
+
 class GradState(Enum):
     EMPTY = "no gradient of this step has been reduced"
     SYNCING = "a reduce-scatter is under way"

@@ -77,3 +77,18 @@ def test_a_trace_is_read_as_the_profiler_writes_it(tmp_path):
     ]
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
     assert [(k.start, k.stop) for k in read_trace(tmp_path / "trace.json")] == [(10.0, 15.0), (15.0, 16.0)]
+
+
+def test_copies_from_peers_are_told_apart_by_what_lies_between_their_barriers(tmp_path):
+    names = ["pack_kernel", "barrier_kernel", "Memcpy PtoP", "_ordered_sum_kernel", "barrier_kernel"]
+    names += ["barrier_kernel", "Memcpy PtoP", "Memcpy PtoP", "barrier_kernel"]
+    events = [
+        {"cat": "gpu_memcpy" if "Memcpy" in name else "kernel", "name": name, "ts": i, "dur": 1, "args": {"stream": 21}}
+        for i, name in enumerate(names)
+    ]
+    events.append({"cat": "gpu_memcpy", "name": "Memcpy PtoP", "ts": 2.5, "dur": 1, "args": {"stream": 7}})
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    found = read_trace(tmp_path / "trace.json")
+    assert [k.cause for k in found if k.start != 2.5] == [COMPUTE, *4 * ["grad_sync"], *4 * ["param_sync"]]
+    assert [k.communicates for k in found if k.start != 2.5] == [False, True, True, False, *5 * [True]]
+    assert [k.cause for k in found if k.start == 2.5] == [COMPUTE]

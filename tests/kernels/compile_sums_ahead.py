@@ -1,0 +1,50 @@
+"""Compile the kernels that add up for sm_90 where there is no GPU, and print what is in their PTX as JSON.
+
+A process of its own, as ``compile_ahead.py``: ``python -m tests.kernels.compile_sums_ahead``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+
+from lion_dist.kernels import squares_triton, triton_launch
+from lion_dist.kernels.triton_launch import TL_DTYPES
+from lion_dist.sharding import ordered_sum_triton
+from tests.kernels.cases import BF16, FP32
+from tests.kernels.compile_ahead import compile_for_hopper
+
+TABLES = {"addresses": "*i64", "numels": "*i64", "first_blocks": "*i32", "search_table": "*i32"}
+
+
+def compile_squares(dtype):
+    constants = {
+        "DTYPE": TL_DTYPES[dtype],
+        "STRIDE": triton_launch.SEARCH_STRIDE,
+        "BLOCK": squares_triton.BLOCK,
+        "PIECE": squares_triton.PIECE,
+    }
+    types = TABLES | {"sums_of_blocks": "*fp64"}
+    return compile_for_hopper(squares_triton._squares_kernel, types, constants, squares_triton.NUM_WARPS)
+
+
+def compile_ordered_sum(dtype):
+    """Of four ranks; as Triton specializes it on shards, which begin on and have multiples of 64 elements."""
+    types = dict.fromkeys(["output", "own", "others"], "*bf16" if dtype == BF16 else "*fp32") | {"numel": "i64"}
+    constants = {"RANK": 1, "RANKS": 4, "BLOCK": ordered_sum_triton.BLOCK}
+    kernel, warps = ordered_sum_triton._ordered_sum_kernel, ordered_sum_triton.NUM_WARPS
+    return compile_for_hopper(kernel, types, constants, warps, aligned=list(types))
+
+
+def main() -> None:
+    result = {}
+    for name, compile_kernel in (("squares", compile_squares), ("ordered sum", compile_ordered_sum)):
+        for dtype in (FP32, BF16):
+            ptx = compile_kernel(dtype).asm["ptx"]
+            result[f"{name}, {dtype}"] = Counter(re.findall(r"\t(?:@%p\d+ )?((?:ld|st|fma|mul|add)\.[\w.:]+)", ptx))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
