@@ -137,6 +137,19 @@ def shared_memory() -> list[Finding]:
     return [Finding("/dev/shm", OK, f"{size / 2**30:.0f} GiB")]
 
 
+def peer_memory() -> list[Finding]:
+    """ShardedLion's ranks on one host read each other's memory where they can (``ShardingConfig.peer_memory``)."""
+    indices = range(torch.cuda.device_count())
+    apart = [(i, j) for i in indices for j in indices if i != j and not torch.cuda.can_device_access_peer(i, j)]
+    if apart:
+        fact = f"GPU {apart[0][0]} cannot read the memory of GPU {apart[0][1]}"
+        if len(apart) > 1:
+            fact += f", nor {len(apart) - 1} other pairs"
+        remedy = "NCCL moves the bytes, which slows the computation beside it; nvidia-smi topo -p2p r says why"
+        return [Finding("peer memory", NOTE, fact, remedy)]
+    return [Finding("peer memory", OK, "all GPUs read each other's")] if len(indices) > 1 else []
+
+
 def c_compiler() -> list[Finding]:
     """Of the CPU's step; Triton needs one as well, to build its launchers."""
     with warnings.catch_warnings(record=True) as caught:
@@ -212,4 +225,4 @@ def _all_tensors(tensors: LionTensors) -> list[torch.Tensor]:
     return [*tensors.params, *tensors.exp_avgs, *(tensors.mains or [])]
 
 
-CHECKS = (python_and_torch, triton, deepspeed, optional_packages, gpus, shared_memory, c_compiler, kernels)
+CHECKS = (python_and_torch, triton, deepspeed, optional_packages, gpus, shared_memory, peer_memory, c_compiler, kernels)

@@ -187,3 +187,23 @@ def test_under_torchrun_each_rank_reports_where_they_cannot_talk(tmp_path):
     assert done.returncode == 1
     assert "rank 1 on " in done.stdout and "ZeroDivisionError" in done.stdout
     assert "broken  collectives, rank 0 on " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("apart", "state", "said"),
+    [
+        ([], OK, "all GPUs read each other's"),
+        ([(0, 2)], NOTE, "GPU 0 cannot read the memory of GPU 2"),
+        ([(1, 0), (1, 2)], NOTE, "GPU 1 cannot read the memory of GPU 0, nor 1 other pairs"),
+    ],
+)
+def test_gpus_that_cannot_read_each_other_are_noted(apart, state, said, monkeypatch):
+    monkeypatch.setattr(machine_checks.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(machine_checks.torch.cuda, "can_device_access_peer", lambda i, j: (i, j) not in apart)
+    (found,) = machine_checks.peer_memory()
+    assert (found.state, found.fact) == (state, said)
+
+
+def test_one_gpu_has_no_peers(monkeypatch):
+    monkeypatch.setattr(machine_checks.torch.cuda, "device_count", lambda: 1)
+    assert machine_checks.peer_memory() == []
