@@ -216,20 +216,11 @@ class ShardedLion(Optimizer):
         wire = self.sharding.reduce_dtype or params[0].dtype
         if groups not in self._peer_memories:
             self._peer_memories[groups] = connect(groups.shard_group, self._device, self.sharding.peer_memory)
-        peer_memory = self._peer_memories[groups]
-        pool = self._pools.setdefault((wire, groups), GradBufferPool(wire, self._device, peer_memory))
+        pool = GradBufferPool(wire, self._device, self._peer_memories[groups])
+        pool = self._pools.setdefault((wire, groups), pool)
         names = [self._params.names[p] for p in params]
         clock = self._meter.clock
-        bucket = Bucket(
-            params,
-            names,
-            groups,
-            pool,
-            ordered_sum=ordered,
-            stream=self._stream,
-            peer_memory=peer_memory,
-            clock=clock,
-        )
+        bucket = Bucket(params, names, groups, pool, ordered_sum=ordered, stream=self._stream, clock=clock)
         groups.broadcast(bucket.flat_params)
         starts = [self._params.canonical_starts[p] for p in params]
         shard = BucketShard(bucket, group, self.precision, starts)

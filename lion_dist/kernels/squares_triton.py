@@ -1,7 +1,7 @@
 """The sum of squares of a list of tensors on a GPU: one launch, each byte read once, all arithmetic in fp64.
 
-What the global gradient norm needs. ``torch._foreach_norm`` in fp64 has too few bytes in flight: on an H200 it took
-1.0 ms over the 337 M bf16 elements that a quarter of 1.35 B are, which move in 0.2.
+What the global gradient norm needs. ``torch._foreach_norm`` in fp64 has too few bytes in flight: over 676 M bf16
+elements it takes 0.75 ms on an H100, this 0.53, the bytes 0.45.
 """
 
 from __future__ import annotations

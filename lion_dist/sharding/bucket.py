@@ -21,7 +21,7 @@ from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import CommStream, GradBuffer, GradBufferPool, gaps_of, views_of
 from lion_dist.sharding.collectives import Finish, nothing
 from lion_dist.sharding.layout import BucketLayout
-from lion_dist.sharding.peer_memory import PeerMemory
+from lion_dist.sharding.peer_memory import zeros
 from lion_dist.sharding.phases import NO_CLOCK, PhaseClock, in_phase
 from lion_dist.sharding.process_groups import ShardGroups
 
@@ -63,10 +63,10 @@ class Bucket:
         params: they become views of the flat buffer; their values are kept.
         names: for errors.
         groups: the ranks that share and replicate the bucket.
-        pool: of gradient buffers, in the dtype of the wire.
+        pool: of gradient buffers, in the dtype of the wire; its ``peer_memory`` moves the bucket's bytes, or else
+            ``collectives``.
         ordered_sum: gradients are summed in fp32 in rank order (see ``collectives.reduce_scatter``).
         stream: where communication is queued.
-        peer_memory: what moves the bucket's bytes, and its pool's; None: ``collectives``.
         clock: told when this bucket packs, waits or starts a gather.
     """
 
@@ -79,7 +79,6 @@ class Bucket:
         *,
         ordered_sum: bool,
         stream: CommStream,
-        peer_memory: PeerMemory | None = None,
         clock: PhaseClock = NO_CLOCK,
     ):
         self.params, self.names, self.groups = list(params), list(names), groups
@@ -89,12 +88,8 @@ class Bucket:
         pool.fit(self.layout.numel)
         self.shapes = [p.shape for p in self.params]
 
-        self.peer_memory, self._shared_params = peer_memory, None
-        if peer_memory is None:
-            self.flat_params = torch.zeros(self.layout.numel, dtype=params[0].dtype, device=params[0].device)
-        else:
-            self._shared_params = peer_memory.allocate(self.layout.numel, params[0].dtype)
-            self.flat_params = self._shared_params.flat
+        self._shared_params = zeros(self.layout.numel, params[0].dtype, params[0].device, pool.peer_memory)
+        self.flat_params = self._shared_params.flat
         self._places = views_of(self.flat_params, self.layout, self.shapes)
         self._addresses = [place.data_ptr() for place in self._places]
         for param, place in zip(params, self._places, strict=True):
@@ -177,9 +172,9 @@ class Bucket:
         self._ready = [False] * len(self.params)
 
     def _reduce_scatter(self, reduced: Tensor, buffer: GradBuffer, flat: Tensor) -> Finish:
-        if self.peer_memory is None:
+        if self.pool.peer_memory is None:
             return collectives.reduce_scatter(reduced, flat, self.groups.shard_group, ordered=self.ordered_sum)
-        self.peer_memory.reduce_scatter(reduced, buffer.shared, flat.numel())
+        self.pool.peer_memory.reduce_scatter(reduced, buffer.shared, flat.numel())
         return nothing
 
     def _pack(self, buffer: GradBuffer, grads: Sequence[Tensor | None]) -> None:
@@ -275,8 +270,8 @@ class Bucket:
             self._param_mark = self.stream.mark()
 
     def _gather(self) -> Finish:
-        if self.peer_memory is not None:
-            self.peer_memory.all_gather(self._shared_params)
+        if self.pool.peer_memory is not None:
+            self.pool.peer_memory.all_gather(self._shared_params)
             return nothing
         return collectives.all_gather(self.flat_params, self.param_shard, self.groups.shard_group)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lion_dist.sharding.collectives import Finish, nothing
 from lion_dist.sharding.layout import BucketLayout
-from lion_dist.sharding.peer_memory import PeerMemory
+from lion_dist.sharding.peer_memory import PeerMemory, zeros
 
 
 def views_of(flat: Tensor, layout: BucketLayout, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -91,9 +91,9 @@ class CommStream:
 class GradBuffer:
     """A full bucket's gradients on their way out: taken by one bucket at a time."""
 
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, peer_memory: PeerMemory | None = None):
-        self.shared = None if peer_memory is None else peer_memory.allocate(numel, dtype)
-        self.flat = torch.zeros(numel, dtype=dtype, device=device) if self.shared is None else self.shared.flat
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, peer_memory: PeerMemory | None):
+        self.shared = zeros(numel, dtype, device, peer_memory)
+        self.flat = self.shared.flat
         self.views: dict[object, tuple[list[Tensor], list[Tensor]]] = {}  # of each bucket: its places and gaps
         self.release: Finish = nothing  # completes the last bucket's use of it
 
@@ -104,7 +104,8 @@ class GradBufferPool:
     Stage 2 keeps no full gradient: a bucket's gradients are packed, reduced and forgotten, and the buffer serves the
     next bucket. Taking a buffer first completes its last use, so that is how far communication may fall behind. On a
     CUDA stream one buffer does, for its uses queue up in order, packing included; what waits there is the gradients of
-    ``CommStream.HELD`` buckets. So three buckets are in memory at most, on either device.
+    ``CommStream.HELD`` buckets. So three buckets are in memory on either device, and a fourth where peers' addends are
+    received (``peer_memory``).
     """
 
     DEPTH = 3

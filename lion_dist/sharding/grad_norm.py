@@ -20,7 +20,7 @@ SumOfSquares = Callable[[Sequence[Tensor]], Tensor]  # [] fp64, of all elements,
 
 
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
-    """[] fp64, accumulated in fp64 in one pass. (On a GPU ``kernels/squares_triton.py`` takes a fifth of the time.)"""
+    """[] fp64, accumulated in fp64 in one pass. (On a GPU ``kernels/squares_triton.py`` is faster.)"""
     return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64)).square().sum()
 
 
@@ -32,9 +32,7 @@ class GradNorm:
     on some rank.
     """
 
-    def __init__(
-        self, main_groups: ShardGroups, device: torch.device, sum_of_squares: SumOfSquares = sum_of_squares
-    ):
+    def __init__(self, main_groups: ShardGroups, device: torch.device, sum_of_squares: SumOfSquares):
         self.main_groups, self.device, self.sum_of_squares = main_groups, device, sum_of_squares
         self._uses: dict[tuple[bool, ...], Tensor] = {}  # the last pattern of uses of each group, on the device
 

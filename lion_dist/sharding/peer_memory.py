@@ -48,6 +48,14 @@ class PeerBuffer:
     peers: tuple[Tensor, ...]
 
 
+def zeros(numel: int, dtype: torch.dtype, device: torch.device, memory: PeerMemory | None) -> PeerBuffer:
+    """From ``memory``, by all its ranks together; without it, of this rank alone."""
+    if memory is not None:
+        return memory.allocate(numel, dtype)
+    flat = torch.zeros(numel, dtype=dtype, device=device)
+    return PeerBuffer(flat, (flat,))
+
+
 class PeerMemory:
     """The ranks of one group as readers of each other's memory. Use :func:`connect`, which asks whether they can be."""
 
@@ -131,37 +139,42 @@ def connect(group: ProcessGroup | None, device: torch.device, wanted: bool | Non
     """
     if wanted is False or group is None:
         return None
-    memory, reason = _try_to_connect(group, device)
-    if memory is not None:
-        return memory
+    reason = _why_elsewhere(group, device)
+    if reason is None:
+        memory, reason = _meet(group, device)
+        if memory is not None:
+            return memory
+        if not wanted and group.rank() == 0:
+            logger.warning("Collectives run by NCCL, which slows the computation beside them: %s.", reason)
     if wanted:
         raise RuntimeError(f"peer_memory=True cannot be had: {reason}. Leave peer_memory=None to have NCCL used then.")
-    if reason is not None and not reason.startswith(NOT_HERE) and group.rank() == 0:
-        logger.warning("Collectives run by NCCL, which slows the computation beside them: %s.", reason)
     return None
 
 
-NOT_HERE = "not one host's GPUs"  # how reasons begin that need no word: nobody expects it there
+def _why_elsewhere(group: ProcessGroup, device: torch.device) -> str | None:
+    """Why nobody would expect peer memory here, so that its absence needs no word."""
+    backend = backend_for(group, device)
+    if device.type != "cuda" or backend != "nccl":
+        return f"the group is {backend}'s on {device.type}, not one host's GPUs"
+    hosts = set(collectives.gather_objects(_host(), group))
+    return None if len(hosts) == 1 else f"the ranks are on {len(hosts)} hosts"
 
 
-def _try_to_connect(group: ProcessGroup, device: torch.device) -> tuple[PeerMemory | None, str | None]:
-    if device.type != "cuda" or backend_for(group, device) != "nccl":
-        return None, f"{NOT_HERE}: the group is {backend_for(group, device)}'s on {device.type}"
-    here = _host(), str(torch.cuda.get_device_properties(device).uuid)
-    ranks = collectives.gather_objects(here, group)
-    if len({host for host, _ in ranks}) > 1:
-        return None, f"{NOT_HERE}: the ranks are on {len({host for host, _ in ranks})} hosts"
-    reason = _unreachable(device, [uuid for _, uuid in ranks])
-    reason = next((r for r in collectives.gather_objects(reason, group) if r), None)
-    if reason:
-        return None, reason
-    memory = None
-    try:
-        memory = PeerMemory(group, device)
-    except (RuntimeError, ImportError) as error:
-        reason = f"rank {group.rank()}: {error!s:.300}"
-    reason = next((r for r in collectives.gather_objects(reason, group) if r), None)
-    return (None, reason) if reason else (memory, None)
+def _meet(group: ProcessGroup, device: torch.device) -> tuple[PeerMemory | None, str | None]:
+    """The memory, or the first reason against it that any rank has."""
+    uuids = collectives.gather_objects(str(torch.cuda.get_device_properties(device).uuid), group)
+    reason, memory = _first_reason(_why_unreachable(device, uuids), group), None
+    if reason is None:
+        try:
+            memory = PeerMemory(group, device)
+        except (RuntimeError, ImportError) as error:
+            reason = f"rank {group.rank()}: {error!s:.300}"
+        reason = _first_reason(reason, group)
+    return (memory if reason is None else None), reason
+
+
+def _first_reason(own: str | None, group: ProcessGroup) -> str | None:
+    return next((reason for reason in collectives.gather_objects(own, group) if reason is not None), None)
 
 
 def _host() -> str:
@@ -169,7 +182,7 @@ def _host() -> str:
     return socket.gethostname() + (boot.read_text() if boot.exists() else "")
 
 
-def _unreachable(device: torch.device, uuids: list[str]) -> str | None:
+def _why_unreachable(device: torch.device, uuids: list[str]) -> str | None:
     """Why this rank's GPU cannot read the memory of those with ``uuids``."""
     try:
         import triton  # noqa: F401

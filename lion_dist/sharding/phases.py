@@ -2,7 +2,7 @@
 
 The timeline is the one that computes: the host on a CPU, the current stream on a GPU. Each moment belongs to one phase,
 so phases add up to the step. Communication that overlaps with backward or forward is in no phase of its own: what
-counts as ``grad_sync`` or ``param_sync`` is what the computation stood still for, and the packing.
+counts as ``grad_sync`` or ``param_sync`` is what the computation stood still for: on a CPU the packing, too.
 
     ===========  ======================================================================================
     grad_sync    gradients packed; computation waiting for their reduction

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.grad_norm import GradNorm, SumOfSquares, sum_of_squares
+from lion_dist.sharding.grad_norm import GradNorm, SumOfSquares
 from lion_dist.sharding.process_groups import ShardGroups
 
 
@@ -33,13 +33,7 @@ class Judge:
         sum_of_squares: of a list of gradient shards.
     """
 
-    def __init__(
-        self,
-        groups: ShardGroups,
-        device: torch.device,
-        divisor: int,
-        sum_of_squares: SumOfSquares = sum_of_squares,
-    ):
+    def __init__(self, groups: ShardGroups, device: torch.device, divisor: int, sum_of_squares: SumOfSquares):
         self.verdict: Verdict | None = None
         self.inverse_loss_scale: Tensor | None = None  # of a GradScaler that has unscaled already
         self._grad_norm = GradNorm(groups, device, sum_of_squares)

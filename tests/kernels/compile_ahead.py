@@ -82,12 +82,16 @@ def compile_for_hopper(function, types: dict[str, str], constants: dict, num_war
     return triton.compile(ASTSource(function, signature, constants, found), target=HOPPER, options=options)
 
 
+def count_instructions(compiled) -> Counter:
+    """Memory accesses and arithmetic, by name with all suffixes."""
+    return Counter(re.findall(r"\t(?:@%p\d+ )?((?:ld|st|fma|mul|add|sub)\.[\w.:]+)", compiled.asm["ptx"]))
+
+
 def main() -> None:
     result = {}
     for kernel in ("flat", "list"):
         for name, (storage, grad_dtype) in VARIANTS.items():
-            ptx = compile_kernel(kernel, storage, grad_dtype).asm["ptx"]
-            result[f"{kernel}: {name}"] = Counter(re.findall(r"\t(?:@%p\d+ )?((?:ld|st|fma|mul|add)\.[\w.:]+)", ptx))
+            result[f"{kernel}: {name}"] = count_instructions(compile_kernel(kernel, storage, grad_dtype))
     print(json.dumps(result))
 
 

@@ -6,12 +6,10 @@ A process of its own, for the reason that ``compile_ahead.py`` gives: ``python -
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 
 from lion_dist.kernels import coded_update_triton, codes_triton
 from lion_dist.kernels.codes import SENARY, TERNARY
-from tests.kernels.compile_ahead import compile_for_hopper
+from tests.kernels.compile_ahead import compile_for_hopper, count_instructions
 
 VARIANTS = {  # storage: (kind, type, integer type, main params, layout)
     "main params under bf16": (codes_triton.BF16, "bf16", "i16", "fp32", SENARY),
@@ -29,7 +27,6 @@ POINTERS = {"packed": "u8", "group_rows": "i32", "rates": "fp32", "index_bases":
 POINTERS |= {"escape_index": "i32", "count": "i32", "stops": "i32", "moves": "u8", "grad_scale": "fp32"}
 SCALARS = dict.fromkeys(["numel", "num_bytes", "rows_a_shard", "own_shard", "capacity"], "i32") | {"stride": "i64"}
 SCALARS |= dict.fromkeys(["beta1", "one_minus_beta1", "beta2", "one_minus_beta2"], "fp32")
-INSTRUCTION = r"\t(?:@%p\d+ )?((?:ld|st|fma|mul|add|sub)\.[\w.:]+)"
 STATE = ["param", "main", "exp_avg", "grad"]
 # What the launcher finds out by itself, at every launch.
 ALIGNED = [*POINTERS, *STATE, "old", "new", "flat", "escape_bits", "keys", "numel", "num_bytes", "stride"]
@@ -54,8 +51,7 @@ def main() -> None:
     result = {}
     for kernel in KERNELS:
         for name in VARIANTS:
-            found = re.findall(INSTRUCTION, compile_kernel(kernel, name).asm["ptx"])
-            result[f"{kernel}: {name}"] = Counter(found)
+            result[f"{kernel}: {name}"] = count_instructions(compile_kernel(kernel, name))
     print(json.dumps(result))
 
 

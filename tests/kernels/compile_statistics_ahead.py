@@ -6,15 +6,13 @@ A process of its own, as ``compile_ahead.py``: ``python -m tests.kernels.compile
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 
 import torch
 
 from lion_dist.kernels import statistics_triton, triton_launch
 from lion_dist.kernels.triton_launch import TL_DTYPES
 from tests.kernels.cases import Storage
-from tests.kernels.compile_ahead import SCALARS, VARIANTS, compile_for_hopper
+from tests.kernels.compile_ahead import SCALARS, VARIANTS, compile_for_hopper, count_instructions
 
 TABLES = {"rows": "*i64", "grads": "*i64", "first_blocks": "*i32", "search_table": "*i32", "sums_of_blocks": "*fp64"}
 
@@ -41,8 +39,7 @@ def main() -> None:
     result = {}
     for name, (storage, grad_dtype) in VARIANTS.items():
         for all_arguments in (False, True):
-            ptx = compile_kernel(storage, grad_dtype, all_arguments).asm["ptx"]
-            found = Counter(re.findall(r"\t(?:@%p\d+ )?((?:ld|st|fma|mul|add)\.[\w.:]+)", ptx))
+            found = count_instructions(compile_kernel(storage, grad_dtype, all_arguments))
             result[f"{name}, {'most' if all_arguments else 'fewest'} arguments"] = found
     print(json.dumps(result))
 

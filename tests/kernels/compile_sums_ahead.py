@@ -6,14 +6,12 @@ A process of its own, as ``compile_ahead.py``: ``python -m tests.kernels.compile
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 
 from lion_dist.kernels import squares_triton, triton_launch
 from lion_dist.kernels.triton_launch import TL_DTYPES
 from lion_dist.sharding import ordered_sum_triton
 from tests.kernels.cases import BF16, FP32
-from tests.kernels.compile_ahead import compile_for_hopper
+from tests.kernels.compile_ahead import compile_for_hopper, count_instructions
 
 TABLES = {"addresses": "*i64", "numels": "*i64", "first_blocks": "*i32", "search_table": "*i32"}
 
@@ -41,8 +39,7 @@ def main() -> None:
     result = {}
     for name, compile_kernel in (("squares", compile_squares), ("ordered sum", compile_ordered_sum)):
         for dtype in (FP32, BF16):
-            ptx = compile_kernel(dtype).asm["ptx"]
-            result[f"{name}, {dtype}"] = Counter(re.findall(r"\t(?:@%p\d+ )?((?:ld|st|fma|mul|add)\.[\w.:]+)", ptx))
+            result[f"{name}, {dtype}"] = count_instructions(compile_kernel(dtype))
     print(json.dumps(result))
 
 

@@ -1,10 +1,5 @@
 """What is in the machine code of the update codes for sm_90. No GPU is needed: compiling ahead of time is enough."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,14 +7,8 @@ NAMES = ["main params under bf16", "main params under fp16", "main params, split
 
 
 @pytest.fixture(scope="module")
-def instructions(tmp_path_factory) -> dict[str, dict[str, int]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tests.kernels.compile_codes_ahead"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def instructions(compiled_by) -> dict[str, dict[str, int]]:
+    return compiled_by("compile_codes_ahead")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,11 +1,6 @@
 """What is in the statistics kernel's machine code for sm_90. No GPU is needed."""
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -15,14 +10,8 @@ NAMES = [f"{name}, {which} arguments" for name in VARIANTS for which in ("fewest
 
 
 @pytest.fixture(scope="module")
-def instructions(tmp_path_factory) -> dict[str, dict[str, int]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tests.kernels.compile_statistics_ahead"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def instructions(compiled_by) -> dict[str, dict[str, int]]:
+    return compiled_by("compile_statistics_ahead")
 
 
 @pytest.mark.parametrize("name", NAMES)

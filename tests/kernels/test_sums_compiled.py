@@ -1,10 +1,5 @@
 """What is in the machine code for sm_90 of the kernels that add up. No GPU is needed."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,14 +7,8 @@ NAMES = [f"{kernel}, {dtype}" for kernel in ("squares", "ordered sum") for dtype
 
 
 @pytest.fixture(scope="module")
-def instructions(tmp_path_factory) -> dict[str, dict[str, int]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tests.kernels.compile_sums_ahead"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def instructions(compiled_by) -> dict[str, dict[str, int]]:
+    return compiled_by("compile_sums_ahead")
 
 
 @pytest.mark.parametrize("name, accesses", list(zip(NAMES, (16, 8, 16, 8), strict=True)))

@@ -127,3 +127,54 @@ def ask_for_peer_memory():
     assert peer_memory.connect(group, torch.device("cpu"), False) is None
     with pytest.raises(RuntimeError, match="peer_memory=True cannot be had.*gloo.*peer_memory=None"):
         peer_memory.connect(group, torch.device("cpu"), True)
+
+
+class Ranks:
+    """A group of two, as :func:`connect` sees it from the first; ``theirs`` is what the other says in turn."""
+
+    def __init__(self, monkeypatch, theirs, visible=("gpu-a", "gpu-b"), reachable=True):
+        self.theirs = list(theirs)
+        device_of = lambda i: type("", (), {"uuid": visible[getattr(i, "index", i)]})  # noqa: E731
+        monkeypatch.setattr(peer_memory, "backend_for", lambda group, device: "nccl")
+        monkeypatch.setattr(peer_memory, "_host", lambda: "here")
+        monkeypatch.setattr(peer_memory, "PeerMemory", lambda group, device: "connected")
+        monkeypatch.setattr(collectives, "gather_objects", lambda mine, group: [mine, self.theirs.pop(0)])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", device_of)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda i, j: reachable)
+
+    def rank(self):
+        return 0
+
+    def connect(self, wanted=None):
+        return peer_memory.connect(self, torch.device("cuda", 0), wanted)
+
+
+def test_ranks_whose_gpus_reach_each_other_connect(monkeypatch, caplog):
+    ranks = Ranks(monkeypatch, ["here", "gpu-b", None, None])
+    assert ranks.connect() == "connected" and not ranks.theirs
+    assert not caplog.records
+
+
+def test_ranks_on_two_hosts_use_nccl_without_a_word(monkeypatch, caplog):
+    assert Ranks(monkeypatch, ["elsewhere"]).connect() is None
+    assert not caplog.records
+    with pytest.raises(RuntimeError, match="the ranks are on 2 hosts"):
+        Ranks(monkeypatch, ["elsewhere"]).connect(wanted=True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "settings", "reason"),
+    [
+        (["here", "gpu-a", None], {}, "several ranks share a GPU"),
+        (["here", "gpu-b", None], {"visible": ["gpu-a"]}, "GPU gpu-b of another rank is hidden"),
+        (["here", "gpu-b", None], {"reachable": False}, "cuda:0 cannot access the memory of cuda:1"),
+        (["here", "gpu-b", "the other's reason"], {}, "the other's reason"),
+        (["here", "gpu-b", None, "rank 1: no permission"], {}, "rank 1: no permission"),
+    ],
+)
+def test_what_keeps_gpus_of_one_host_apart_is_logged_or_raised(theirs, settings, reason, monkeypatch, caplog):
+    assert Ranks(monkeypatch, theirs, **settings).connect() is None
+    assert reason in caplog.text and "Collectives run by NCCL" in caplog.text
+    with pytest.raises(RuntimeError, match=reason):
+        Ranks(monkeypatch, theirs, **settings).connect(wanted=True)
