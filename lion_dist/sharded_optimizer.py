@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lion_dist.bucket_shard import BucketShard, ShardBatch, make_batches, matching_tensors
+from lion_dist.bucket_shard import BucketShard, ShardBatch, make_batches, matching_tensors, params_of_slices
 from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparameters, check_interval
 from lion_dist.kernels.reference import StepScalars, cautious_lr
 from lion_dist.kernels.statistics import measure
@@ -115,7 +115,6 @@ class ShardedLion(Optimizer):
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
         self.param_scheduler: ParamScheduler | None = None
         self._backward_updates: BackwardUpdates | None = None
-        self._updates_mark: torch.cuda.Event | None = None  # behind the last of them
         self._param_sync = SendCodes() if sharding.param_sync == "coded" else GatherParams()
         self._is_built = False
         super().__init__(params, defaults)
@@ -130,6 +129,7 @@ class ShardedLion(Optimizer):
             raise ValueError("ShardedLion got no parameters: every param group is empty")
         self._device = params[0][0].device
         self._stream = CommStream(self._device)
+        self._updates_mark = self._stream.new_mark()  # behind the last update in backward
         divisor = self.groups.num_ranks if self.sharding.average else 1
         self._judge = Judge(self.groups, self._device, divisor, self._choose_sum_of_squares())
         self._meter = Meter(self.metrics_every, self._device)
@@ -206,7 +206,8 @@ class ShardedLion(Optimizer):
             self._batches += [ShardBatch([shard]) for shard in new]
         else:
             self._batches += make_batches(new)
-        self._watch.add(p for shard in new for p in shard.bucket.params)
+        self._watch.add(shard.bucket for shard in new)
+        self._slice_params = params_of_slices(self.shards, self._device)
 
     def _make_bucket(self, params: list[Parameter], group: dict) -> BucketShard:
         groups = self._params.groups_for(group)
@@ -276,8 +277,9 @@ class ShardedLion(Optimizer):
         with self._meter.clock.phase("norm"):
             cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
         with self._meter.clock.phase("update"):
-            for batch in self._batches:
-                self._update(batch, verdict, scalars[id(batch.group)], grad_scale, cautious_lrs)
+            used = verdict.used.index_select(0, self._slice_params)  # as float, of every slice
+            for batch, active in zip(self._batches, used.split([b.num_slices for b in self._batches]), strict=True):
+                self._update(batch, active, verdict.skip, scalars[id(batch.group)], grad_scale, cautious_lrs)
                 buckets = [shard.bucket for shard in batch.shards]
                 for bucket in buckets:
                     bucket.reset_grad()
@@ -285,8 +287,9 @@ class ShardedLion(Optimizer):
         with self._meter.clock.phase("param_sync"):
             self._param_sync.after_updates(self._changed)
             self._changed.clear()
-        self._watch.note_updates(param for shard in self.shards for param in shard.bucket.params)
-        self._counters += torch.stack([verdict.skip == 0, verdict.skip != 0])
+        buckets = self.buckets
+        self._watch.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
+        self._counters += verdict.outcome
         self._forget_step()
         if self.param_scheduler is None:
             self.finish_param_sync()
@@ -307,12 +310,13 @@ class ShardedLion(Optimizer):
                 batch.grads(),
                 self._scalars_of(batch.group),
                 grad_scale=self._judge.grad_scale(None),
-                active=None if all(trained) else batch.active({bucket: self._on_device(trained)}),
+                active=None if all(trained) else self._on_device([trained[s.param] for s in bucket.slices]),
                 seed=self.precision.seed,
                 backend=choose_backend(self._device, self.use_triton),
+                check=False,
             )
-        self._updates_mark = self._stream.mark()
-        self._watch.note_updates(param for param in bucket.params if param.requires_grad)
+        self._stream.mark(self._updates_mark)
+        self._watch.note_updates([bucket], (param for param in bucket.params if param.requires_grad))
         bucket.reset_grad()
         bucket.start_param_sync()
 
@@ -351,7 +355,8 @@ class ShardedLion(Optimizer):
     def _update(
         self,
         batch: ShardBatch,
-        verdict: Verdict,
+        active: Tensor,  # [slices] fp32, 1 where the slice's parameter had a gradient
+        skip: Tensor,  # [] fp32
         scalars: StepScalars,
         grad_scale: Tensor,  # [] fp32
         cautious_lrs: dict[BucketShard, Tensor],  # [slices] fp32
@@ -362,7 +367,7 @@ class ShardedLion(Optimizer):
         if batch.owning:
             arguments = {
                 "grad_scale": grad_scale,
-                "active": batch.active(verdict.used),
+                "active": active,
                 "seed": self.precision.seed,
                 "cautious_lrs": torch.cat([cautious_lrs[shard] for shard in batch.owning]) if cautious_lrs else None,
                 "backend": backend,
@@ -370,15 +375,16 @@ class ShardedLion(Optimizer):
             if self._meter.is_measuring and batch.groups.replicate_rank == 0:  # each element once
                 with self._meter.clock.phase("measure"):
                     self._meter.add(measure(batch.tensors, batch.grads(), scalars, **arguments))
-        for shard in batch.shards if sends_codes else ():
-            codec = self._param_sync.codecs[shard.bucket]
-            moves = (verdict.used[shard.bucket] != 0) & (verdict.skip == 0)
-            if encodes:
-                shard.update_and_encode(codec, scalars, moves, grad_scale)
-            else:
-                shard.begin_codes(codec, scalars, moves, cautious_lrs.get(shard))
-        if batch.owning and not encodes:
-            lion_update_(batch.tensors, batch.grads(), scalars, skip=verdict.skip, **arguments)
+        if sends_codes:
+            moves = ((active != 0) & (skip == 0)).split([len(shard.bucket.slices) for shard in batch.shards])
+            for shard, moved in zip(batch.shards, moves, strict=True):
+                codec = self._param_sync.codecs[shard.bucket]
+                if encodes:
+                    shard.update_and_encode(codec, scalars, moved, grad_scale)
+                else:
+                    shard.begin_codes(codec, scalars, moved, cautious_lrs.get(shard))
+        if batch.owning and not encodes:  # unchecked: gradients are cut as the tensors are
+            lion_update_(batch.tensors, batch.grads(), scalars, skip=skip, check=False, **arguments)
 
     def _cautious_lrs(self, scalars: dict[int, StepScalars], grad_scale: Tensor) -> dict[BucketShard, Tensor]:
         """[slices] fp32 for each shard, from counts over whole parameters: one small all-reduce a group of ranks."""

@@ -10,6 +10,7 @@ The tensors of a bucket, with N = shard_world_size and the geometry of ``layout.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from enum import Enum
 
@@ -24,6 +25,8 @@ from lion_dist.sharding.layout import BucketLayout
 from lion_dist.sharding.peer_memory import zeros
 from lion_dist.sharding.phases import NO_CLOCK, PhaseClock, in_phase
 from lion_dist.sharding.process_groups import ShardGroups
+
+_grad, _shape, _layout = map(operator.attrgetter, ("grad", "shape", "layout"))
 
 
 class GradState(Enum):
@@ -100,14 +103,18 @@ class Bucket:
         wire_dtype = torch.float32 if ordered_sum else pool.dtype
         self._grad_shard = torch.zeros(self.layout.shard_numel, dtype=wire_dtype, device=self.device)
         self._accumulator: Tensor | None = None  # fp32, when micro-batches are added up over a 16-bit wire
+        self._squares: Tensor | None = None  # of the shard, where peers' gradients are summed up
+        if pool.peer_memory is not None and groups.replicate_group is None:
+            self._squares = pool.peer_memory.squares_for(self.layout.shard_numel)
 
         self.grad_state = GradState.EMPTY
         self.param_state = ParamState.FULL
         self.used = [False] * len(params)  # which parameters had a gradient on this rank since reset_grad()
-        self._ready = [False] * len(params)  # which have one in this backward pass
+        self._missing = set(range(len(params)))  # which have none yet in this backward pass
         self._finish_reduce: Finish = nothing
         self._finish_gather: Finish = nothing
-        self._grad_mark = self._param_mark = self._param_stream = None
+        self._grad_mark, self._param_mark = stream.new_mark(), stream.new_mark()
+        self._param_stream: torch.cuda.Stream | None = None
 
     @property
     def device(self) -> torch.device:
@@ -117,6 +124,11 @@ class Bucket:
     def grad_shard(self) -> Tensor:
         """[shard_numel], the same tensor for the life of the bucket; ``finish_grad_sync()`` returns it or another."""
         return self._grad_shard
+
+    @property
+    def squares(self) -> Tensor | None:
+        """[n] fp64: sums of squares of parts of what ``finish_grad_sync()`` returns, where they cost nothing."""
+        return self._squares
 
     def _set_grad_state(self, new: GradState) -> None:
         if (self.grad_state, new) not in _GRAD_TRANSITIONS:
@@ -134,7 +146,7 @@ class Bucket:
 
     def register_grad_ready(self, position: int) -> None:
         """The gradient of ``params[position]`` is complete for this backward pass."""
-        self._ready[position] = True
+        self._missing.discard(position)
         self.used[position] = True
 
     def register_grads_left_by_autograd(self) -> None:
@@ -145,14 +157,14 @@ class Bucket:
 
     def all_grads_ready(self) -> bool:
         """Whether every parameter that takes a gradient has one in this backward pass."""
-        return all(ready or not p.requires_grad for ready, p in zip(self._ready, self.params, strict=True))
+        return not any(self.params[position].requires_grad for position in self._missing)
 
     @in_phase("grad_sync")
     def start_grad_sync(self) -> None:
         """Pack the gradients there are (zeros for the others), forget them, and start their reduce-scatter."""
         if self.grad_state is GradState.SYNCING:
             self.complete_reduction()
-        grads = [p.grad for p in self.params]
+        grads = list(map(_grad, self.params))
         self._check_grads(grads)
         adds_up = self.grad_state is GradState.REDUCED
         self._set_grad_state(GradState.SYNCING)
@@ -162,32 +174,40 @@ class Bucket:
             for param in self.params:
                 param.grad = None
             self.stream.hold(grads)
-            reduced = torch.empty_like(self._grad_shard) if adds_up else self._grad_shard
-            finish = self._reduce_scatter(reduced, buffer, flat)
-            self._finish_reduce = lambda: self._take_in(finish, reduced, adds_up)
+            self._finish_reduce = self._reduce(buffer, flat, adds_up)
             if self.stream.stream is not None:  # the rest only joins the queue, as the buffer's next use will
                 self.complete_reduction()
             else:
                 buffer.release = self.complete_reduction
-        self._ready = [False] * len(self.params)
+        self._missing = set(range(len(self.params)))
 
-    def _reduce_scatter(self, reduced: Tensor, buffer: GradBuffer, flat: Tensor) -> Finish:
-        if self.pool.peer_memory is None:
-            return collectives.reduce_scatter(reduced, flat, self.groups.shard_group, ordered=self.ordered_sum)
-        self.pool.peer_memory.reduce_scatter(reduced, buffer.shared, flat.numel())
-        return nothing
+    def _reduce(self, buffer: GradBuffer, flat: Tensor, adds_up: bool) -> Finish:
+        memory = self.pool.peer_memory
+        if self._squares is not None:
+            target = self._sum_of_earlier() if adds_up else self._grad_shard
+            memory.reduce_scatter(target, self._squares, buffer.shared, buffer.addends, adds_up=adds_up)
+            return self._note_reduced
+        reduced = torch.empty_like(self._grad_shard) if adds_up else self._grad_shard
+        if memory is None:
+            finish = collectives.reduce_scatter(reduced, flat, self.groups.shard_group, ordered=self.ordered_sum)
+        else:
+            finish = nothing
+            squares = memory.squares_for(len(reduced))  # of a sum that replicas add to
+            memory.reduce_scatter(reduced, squares, buffer.shared, buffer.addends, adds_up=False)
+        return lambda: self._take_in(finish, reduced, adds_up)
 
     def _pack(self, buffer: GradBuffer, grads: Sequence[Tensor | None]) -> None:
         places, gaps = self._views_of(buffer)
         present = [i for i, grad in enumerate(grads) if grad is not None]
-        zeros = gaps
+        empty = gaps
         if len(present) < len(grads):
-            zeros = gaps + [places[i] for i, grad in enumerate(grads) if grad is None and places[i].numel()]
-        if zeros:
-            torch._foreach_zero_(zeros)
+            empty = gaps + [places[i] for i, grad in enumerate(grads) if grad is None and places[i].numel()]
+            places, grads = [places[i] for i in present], [grads[i] for i in present]
+        if empty:
+            torch._foreach_zero_(empty)
         if present:
             with torch.no_grad():
-                torch._foreach_copy_([places[i] for i in present], [grads[i] for i in present])
+                torch._foreach_copy_(places, grads)
 
     def _views_of(self, buffer: GradBuffer) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters' places in ``buffer`` and the gaps between them; made once."""
@@ -198,6 +218,9 @@ class Bucket:
 
     def _check_grads(self, grads: Sequence[Tensor | None]) -> None:
         """Autograd gives a gradient its parameter's shape; ``.grad.data`` takes any, and copying would broadcast it."""
+        present = [grad for grad in grads if grad is not None]
+        if list(map(_shape, present)) == self.shapes and set(map(_layout, present)) == {torch.strided}:
+            return
         for name, grad, shape in zip(self.names, grads, self.shapes, strict=True):
             if grad is None or (grad.shape == shape and grad.layout is torch.strided):
                 continue
@@ -223,18 +246,20 @@ class Bucket:
         else:
             collectives.all_reduce(reduced, self.groups.replicate_group)
         if adds_up:
-            self._add_up(reduced)
-        self._set_grad_state(GradState.REDUCED)
-        self._grad_mark = self.stream.mark()
+            self._sum_of_earlier().add_(reduced)
+        self._note_reduced()
 
-    def _add_up(self, reduced: Tensor) -> None:
-        """Micro-batches are summed in fp32, whatever the wire carried."""
+    def _note_reduced(self) -> None:
+        self._set_grad_state(GradState.REDUCED)
+        self.stream.mark(self._grad_mark)
+
+    def _sum_of_earlier(self) -> Tensor:
+        """What this step's further micro-batches are added to: fp32, whatever the wire carries."""
+        if self._grad_shard.dtype == torch.float32:
+            return self._grad_shard
         if self._accumulator is None:
-            if self._grad_shard.dtype == torch.float32:
-                self._grad_shard.add_(reduced)
-                return
             self._accumulator = self._grad_shard.float()
-        self._accumulator.add_(reduced)
+        return self._accumulator
 
     @in_phase("grad_sync")
     def finish_grad_sync(self) -> Tensor:
@@ -254,7 +279,7 @@ class Bucket:
         self._set_grad_state(GradState.EMPTY)
         self._accumulator = None
         self.used = [False] * len(self.params)
-        self._ready = [False] * len(self.params)
+        self._missing = set(range(len(self.params)))
 
     # ---- parameters: (the shard is updated) ... start_param_sync ... finish_param_sync
 
@@ -267,7 +292,7 @@ class Bucket:
         self._set_param_state(ParamState.GATHERING)
         with self.stream.fork() as self._param_stream:
             self._finish_gather = self._gather() if start is None else start()
-            self._param_mark = self.stream.mark()
+            self.stream.mark(self._param_mark)
 
     def _gather(self) -> Finish:
         if self.pool.peer_memory is not None:

@@ -7,6 +7,7 @@ sum of squares of fp32 numbers overflows it: it is finite exactly when every gra
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,38 +29,44 @@ class GradNorm:
     """Computes the verdict of a step; all ranks call it together, with all grad shards reduced.
 
     Everything it returns stays on the device. ``total`` is [] fp64: the sum of squares of the summed, still scaled
-    gradients over all parameters. ``used`` holds for each bucket [params] fp32, 1 where the parameter had a gradient
-    on some rank.
+    gradients over all parameters. ``used`` is [params of all buckets] fp32, 1 where the parameter had a gradient on
+    some rank.
     """
 
     def __init__(self, main_groups: ShardGroups, device: torch.device, sum_of_squares: SumOfSquares):
         self.main_groups, self.device, self.sum_of_squares = main_groups, device, sum_of_squares
         self._uses: dict[tuple[bool, ...], Tensor] = {}  # the last pattern of uses of each group, on the device
 
-    def __call__(self, buckets: Sequence[Bucket]) -> tuple[Tensor, dict[Bucket, Tensor]]:
+    def __call__(self, buckets: Sequence[Bucket]) -> tuple[Tensor, Tensor]:
         by_groups: dict[ShardGroups, list[Bucket]] = {}
         for bucket in buckets:
             by_groups.setdefault(bucket.groups, []).append(bucket)
-        used: dict[Bucket, Tensor] = {}
         if not buckets:  # every parameter is frozen
-            return torch.zeros((), dtype=torch.float64, device=self.device), used
-        totals = [self._judge(groups, members, used) for groups, members in by_groups.items()]
+            return torch.zeros((), dtype=torch.float64, device=self.device), torch.zeros(0, device=self.device)
+        totals, used = zip(*(self._judge(groups, members) for groups, members in by_groups.items()), strict=True)
         if list(by_groups) == [self.main_groups]:
-            return totals[0], used
+            return totals[0], used[0]
         # Groups of their own (experts): every rank of a group brings an equal share of that group's sum.
         total = torch.stack([t / groups.num_ranks for t, groups in zip(totals, by_groups, strict=True)]).sum()
         for axis in self.main_groups.axes:
             collectives.all_reduce(total, axis)
-        return total, used
+        members = list(itertools.chain.from_iterable(by_groups.values()))
+        used_of = dict(zip(members, torch.cat(used).split([len(b.params) for b in members]), strict=True))
+        return total, torch.cat([used_of[bucket] for bucket in buckets])
 
-    def _judge(self, groups: ShardGroups, buckets: list[Bucket], used: dict[Bucket, Tensor]) -> Tensor:
-        squares = self.sum_of_squares([bucket.finish_grad_sync() for bucket in buckets])
-        message = torch.cat([squares.reshape(1), self._uses_on_device(buckets)])
+    def _judge(self, groups: ShardGroups, buckets: list[Bucket]) -> tuple[Tensor, Tensor]:
+        """The total of these buckets, and which of their parameters were used."""
+        message = torch.cat([self._squares_of(buckets).reshape(1), self._uses_on_device(buckets)])
         for axis in groups.axes:
             collectives.all_reduce(message, axis)
-        by_bucket = (message[1:] > 0).float().split([len(bucket.params) for bucket in buckets])
-        used.update(zip(buckets, by_bucket, strict=True))
-        return message[0] / groups.replicate_world_size
+        return message[0] / groups.replicate_world_size, (message[1:] > 0).float()
+
+    def _squares_of(self, buckets: list[Bucket]) -> Tensor:
+        """[] fp64, of the shards on this rank."""
+        grads = [bucket.finish_grad_sync() for bucket in buckets]
+        if buckets[0].squares is None:  # as of all that share its ranks
+            return self.sum_of_squares(grads)
+        return torch.cat([bucket.squares for bucket in buckets]).sum()
 
     def _uses_on_device(self, buckets: list[Bucket]) -> Tensor:
         """[params of all buckets] fp64; copied to the device only when the pattern is new."""

@@ -6,28 +6,30 @@ else writes. Every update moves it too: a graph that still needs the old values 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.nn import Parameter
 
 from lion_dist.sharding.bucket import Bucket
 
+_version = operator.attrgetter("_version")
+
 
 class ParamWatch:
-    """The version counters of parameters after the optimizer's last update."""
+    """The version counters of the buckets' parameters after the optimizer's last update."""
 
     def __init__(self):
-        self._versions: dict[Parameter, int] = {}
+        self._versions: dict[Bucket, list[int]] = {}
 
-    def add(self, params: Iterable[Parameter]) -> None:
-        self._versions.update((p, p._version) for p in params)
+    def add(self, buckets: Iterable[Bucket]) -> None:
+        self._versions.update((bucket, list(map(_version, bucket.params))) for bucket in buckets)
 
-    def note_updates(self, params: Iterable[Parameter]) -> None:
-        """The optimizer has updated them."""
-        params = list(params)
-        torch.autograd.graph.increment_version(params)
-        self.add(params)
+    def note_updates(self, buckets: Sequence[Bucket], params: Iterable[Parameter]) -> None:
+        """The optimizer has updated ``params``, which are some or all of those in ``buckets``."""
+        torch.autograd.graph.increment_version(list(params))
+        self.add(buckets)
 
     def find_changes(self, bucket: Bucket) -> bool:
         """Whether somebody else has written parameters of ``bucket``, or given them other memory, since the last call.
@@ -35,6 +37,6 @@ class ParamWatch:
         Afterwards they lie in the flat buffer. What is written through ``.data`` in place leaves no trace.
         """
         moved = bucket.take_back_params()
-        written = [p for p in bucket.params if self._versions[p] != p._version]
-        self.add(written)
-        return moved or bool(written)
+        known = self._versions[bucket]
+        self.add([bucket])
+        return moved or known != self._versions[bucket]

@@ -8,6 +8,9 @@ arrives as it was sent, gradients are summed in fp32 in rank order and rounded o
 Memory comes from ``torch.distributed._symmetric_memory``, whose interface torch calls alpha; all use of it is here.
 Each collective is closed by barriers on both sides, kernels that wait for the other GPUs: before it every rank's part
 is there, after it nobody reads that any more. All is queued on the current stream and the host waits for nothing.
+
+Tensors and addresses are the same in every step, so a collective is recorded once as a CUDA graph and replayed from
+then on: 6 us of the host, where a reduce-scatter's two barriers, copies and kernel take 90, and 210 within a step.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from __future__ import annotations
 import logging
 import socket
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +30,8 @@ from lion_dist.sharding import collectives
 from lion_dist.sharding.process_groups import backend_for
 
 logger = logging.getLogger(__name__)
+
+MOST_RECORDINGS = 1024  # of one buffer
 
 allocated_bytes = 0  # by this process; torch.cuda.memory_allocated() does not count them
 
@@ -46,6 +52,7 @@ class PeerBuffer:
 
     flat: Tensor
     peers: tuple[Tensor, ...]
+    recordings: dict[tuple, torch.cuda.CUDAGraph | None] = field(default_factory=dict, repr=False)  # PeerMemory's
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device, memory: PeerMemory | None) -> PeerBuffer:
@@ -62,6 +69,7 @@ class PeerMemory:
     def __init__(self, group: ProcessGroup, device: torch.device):
         """All ranks of ``group`` together, as every method. RuntimeError where the driver or the container forbids."""
         self.rank, self.world_size, self._group, self._device = group.rank(), group.size(), group, device
+        self._recorder = torch.cuda.Stream(device)
         self._meeting_place, self._handle = self._rendezvous(1024, torch.uint8)  # no byte of it is used
 
     def _rendezvous(self, numel: int, dtype: torch.dtype):
@@ -85,6 +93,35 @@ class PeerMemory:
         self._handle.barrier(channel=1)  # nobody reads it before it is zero; collectives may run on another stream
         return PeerBuffer(flat, peers)
 
+    def _run(self, buffer: PeerBuffer, what: tuple, queue: Callable[[], None]) -> None:
+        """``queue()``, which allocates nothing; or its recording, known by ``what``: all that it depends on but
+        ``buffer``, addresses among it.
+
+        The first call runs as it is: it may compile and load kernels, which a recording cannot.
+        """
+        recordings = buffer.recordings
+        if not buffer.flat.is_cuda or torch.cuda.is_current_stream_capturing():
+            queue()
+        elif what not in recordings:
+            if len(recordings) >= MOST_RECORDINGS:  # of memory that moves
+                recordings.clear()
+            recordings[what] = None
+            queue()
+        else:
+            if recordings[what] is None:
+                recordings[what] = self._record(queue)
+            recordings[what].replay()
+
+    def _record(self, queue: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._recorder):  # not torch.cuda.graph(), which waits for the device
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads may do as they like
+            try:
+                queue()
+            finally:
+                graph.capture_end()
+        return graph
+
     def _barrier(self) -> None:
         """What follows on the current stream follows what every rank has queued before its own call."""
         self._handle.barrier(channel=0)
@@ -93,32 +130,60 @@ class PeerMemory:
         """Every rank's shard of ``buffer`` [world_size * shard_numel] becomes that of all."""
         shard_numel = buffer.flat.numel() // self.world_size
         collectives.count_sent((self.world_size - 1) * shard_numel * buffer.flat.itemsize)
-        self._barrier()
-        for step in range(1, self.world_size):  # each rank reads from another one first
-            owner = (self.rank + step) % self.world_size
-            first = owner * shard_numel
-            buffer.flat.narrow(0, first, shard_numel).copy_(buffer.peers[owner].narrow(0, first, shard_numel))
-        self._barrier()
+
+        def queue() -> None:
+            self._barrier()
+            for owner in self._others():
+                first = owner * shard_numel
+                buffer.flat.narrow(0, first, shard_numel).copy_(buffer.peers[owner].narrow(0, first, shard_numel))
+            self._barrier()
+
+        self._run(buffer, ("all_gather",), queue)
 
     def reduce_scatter(
         self,
         output: Tensor,  # [shard_numel], fp32 or the buffer's dtype
+        squares: Tensor,  # squares_for(shard_numel): sums of squares of what output holds in the end
         buffer: PeerBuffer,
-        numel: int,  # of the buffer's first elements, world_size * shard_numel, this rank's addend
+        addends: Tensor,  # [addends_numel(numel) or more], the buffer's dtype: room for the peers'
+        *,
+        adds_up: bool,  # to what fp32 output holds already
     ) -> None:
-        """This rank's shard of the sum: in fp32, ``((g0 + g1) + g2) + ...`` in rank order, rounded once if at all."""
+        """This rank's shard of the sum of every rank's first ``world_size * shard_numel`` elements of ``buffer``.
+
+        In fp32, ``((g0 + g1) + g2) + ...`` in rank order, and rounded to output's dtype at the end.
+        """
         from lion_dist.sharding.ordered_sum_triton import ordered_sum
 
         shard_numel = output.numel()
         first = self.rank * shard_numel
         collectives.count_sent((self.world_size - 1) * shard_numel * buffer.flat.itemsize)
-        others = buffer.flat.new_empty(self.world_size - 1, shard_numel)
-        self._barrier()
-        for step in range(1, self.world_size):
-            owner = (self.rank + step) % self.world_size
-            others[owner - (owner > self.rank)].copy_(buffer.peers[owner].narrow(0, first, shard_numel))
-        ordered_sum(output, buffer.flat.narrow(0, first, shard_numel), others, self.rank)
-        self._barrier()
+
+        def queue() -> None:
+            received = addends[: (self.world_size - 1) * shard_numel].view(-1, shard_numel)
+            self._barrier()
+            for owner in self._others():
+                received[owner - (owner > self.rank)].copy_(buffer.peers[owner].narrow(0, first, shard_numel))
+            own = buffer.flat.narrow(0, first, shard_numel)
+            ordered_sum(output, squares, own, received, self.rank, adds_up=adds_up)
+            self._barrier()
+
+        what = "reduce_scatter", shard_numel, output.dtype, adds_up, *map(Tensor.data_ptr, (output, squares, addends))
+        self._run(buffer, what, queue)
+
+    def addends_numel(self, numel: int) -> int:
+        """Room that :meth:`reduce_scatter` takes for what peers have of ``numel`` elements."""
+        return numel - numel // self.world_size
+
+    def squares_for(self, shard_numel: int) -> Tensor:
+        """[n] fp64: room for the sums of squares of ``shard_numel`` elements, zeros."""
+        from lion_dist.sharding.ordered_sum_triton import squares_for
+
+        return squares_for(shard_numel, self._device)
+
+    def _others(self) -> list[int]:
+        """The other ranks, in an order in which each reads from another one first."""
+        return [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
 
 
 def _remote(handle, rank: int, numel: int, dtype: torch.dtype) -> Tensor:

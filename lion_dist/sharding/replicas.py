@@ -208,7 +208,9 @@ class ReplicaCheck:
             if rows.is_cuda:
                 on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
                 on_host.copy_(rows, non_blocking=True)
-                rows, finish = on_host, self.stream.mark().synchronize
+                copied = self.stream.new_mark()
+                self.stream.mark(copied)
+                rows, finish = on_host, copied.event.synchronize
         return _Look(groups, holdings, checksums, sent, rows, finish)
 
     def _raise_what_is_found(self, looks: list[_Look]) -> None:

@@ -19,8 +19,9 @@ class Verdict:
     """What all ranks know about the gradients of the step that is about to be taken; on the device."""
 
     sum_of_squares: Tensor  # [] fp64, of the summed gradients as backward left them (scaled, not averaged)
-    skip: Tensor  # [] fp32, 1 when a gradient is not finite
-    used: dict[Bucket, Tensor]  # [params] fp32
+    outcome: Tensor  # [2] bool: the step is taken, the step is skipped because a gradient is not finite
+    skip: Tensor  # [] fp32, 1 when it is
+    used: Tensor  # [params of all buckets] fp32, 1 where the parameter had a gradient
     grad_version: int  # of the gradients that were judged; a later backward outdates the verdict
     clip_coefficient: Tensor | None = None  # [] fp32
 
@@ -39,6 +40,9 @@ class Judge:
         self._grad_norm = GradNorm(groups, device, sum_of_squares)
         self._device, self._default_divisor = device, divisor
         self._divisor: float | Tensor | None = None
+        # Made once: small operations on the device cost 10 us of the host each, and a step ends with a row of them.
+        self._default_unscaling = torch.full((), divisor, dtype=torch.float64, device=device).reciprocal()
+        self._taken_or_skipped = torch.tensor([True, False]).to(device)
 
     def forget_step(self) -> None:
         self.verdict = self._divisor = self.inverse_loss_scale = None
@@ -57,7 +61,8 @@ class Judge:
     def decide(self, buckets: Sequence[Bucket], grad_version: int) -> None:
         """Ask all ranks, once, about the reduced gradients of ``buckets``."""
         total, used = self._grad_norm(buckets)
-        self.verdict = Verdict(total, (~total.isfinite()).float(), used, grad_version)
+        outcome = (total < math.inf) == self._taken_or_skipped  # NaN is not below
+        self.verdict = Verdict(total, outcome, outcome[1].float(), used, grad_version)
 
     def set_divisor(self, count: float | Tensor) -> None:
         """Of this step's summed gradients."""
@@ -69,14 +74,14 @@ class Judge:
 
     def unscaling(self, loss_scale: Tensor | None) -> Tensor:
         """[] fp64: what turns a sum of scaled gradients into the gradient."""
-        divisor = self._default_divisor if self._divisor is None else self._divisor
-        if isinstance(divisor, Tensor):
-            divisor = divisor.to(self._device, torch.float64)
-        else:
-            divisor = torch.full((), divisor, dtype=torch.float64, device=self._device)  # a copy would wait
-        if loss_scale is not None:
-            divisor = divisor * loss_scale.double()
-        factor = divisor.reciprocal()
+        factor = self._default_unscaling
+        if self._divisor is not None or loss_scale is not None:
+            divisor = self._default_divisor if self._divisor is None else self._divisor
+            if isinstance(divisor, Tensor):
+                divisor = divisor.to(self._device, torch.float64)
+            else:
+                divisor = torch.full((), divisor, dtype=torch.float64, device=self._device)  # a copy would wait
+            factor = (divisor if loss_scale is None else divisor * loss_scale.double()).reciprocal()
         return factor if self.inverse_loss_scale is None else factor * self.inverse_loss_scale.double()
 
     def grad_scale(self, loss_scale: Tensor | None) -> Tensor:

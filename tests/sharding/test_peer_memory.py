@@ -1,6 +1,7 @@
 """Collectives over memory that peers read: here ranks are threads, and each other's tensors are just there."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from lion_dist import ShardedLion, ShardingConfig
 from lion_dist.sharding import collectives, peer_memory
-from lion_dist.sharding.ordered_sum_triton import ordered_sum
+from lion_dist.sharding.ordered_sum_triton import ordered_sum, squares_for
 from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the kernel; interpreted on a CPU
@@ -80,15 +81,42 @@ def test_reduce_scatter_sums_in_fp32_in_rank_order(ranks, dtype, monkeypatch):
     flats = [torch.randn(ranks * shard_numel + 64).to(DEVICE, dtype) for _ in range(ranks)]
     outputs = [torch.full((shard_numel,), torch.nan, device=DEVICE) for _ in range(ranks)]
 
-    def one_at_a_time(*arguments):
+    def one_at_a_time(*arguments, **options):
         with in_turn:
-            ordered_sum(*arguments)
+            ordered_sum(*arguments, **options)
 
     monkeypatch.setattr("lion_dist.sharding.ordered_sum_triton.ordered_sum", one_at_a_time)
-    on_ranks(flats, lambda memory, buffer: memory.reduce_scatter(outputs[memory.rank], buffer, ranks * shard_numel))
+
+    def reduce(memory, buffer):
+        addends = torch.empty(memory.addends_numel(len(buffer.flat)), dtype=dtype, device=DEVICE)
+        squares = squares_for(shard_numel, DEVICE)
+        memory.reduce_scatter(outputs[memory.rank], squares, buffer, addends, adds_up=False)
+
+    on_ranks(flats, reduce)
     expected = in_rank_order([flat[: ranks * shard_numel] for flat in flats]).view(ranks, -1)
     for output, wanted in zip(outputs, expected, strict=True):
         assert torch.equal(output, wanted)
+
+
+def test_a_collective_is_recorded_when_it_comes_again_and_replayed_from_then_on(monkeypatch):
+    """Over other memory it is another one."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    done = []
+    memory = PeerMemory.__new__(PeerMemory)
+    memory._record = lambda queue: done.append("record") or SimpleNamespace(replay=lambda: done.append("replay"))
+    buffer = SimpleNamespace(flat=SimpleNamespace(is_cuda=True), recordings={})
+    for what in (1, 1, 1, 2):
+        memory._run(buffer, (what,), lambda: done.append("queue"))
+    assert done == ["queue", "record", "replay", "replay", "queue"]
+
+
+def test_recordings_of_memory_that_moves_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    memory = PeerMemory.__new__(PeerMemory)
+    buffer = SimpleNamespace(flat=SimpleNamespace(is_cuda=True), recordings={})
+    for what in range(3 * peer_memory.MOST_RECORDINGS):
+        memory._run(buffer, (what,), lambda: None)
+    assert len(buffer.recordings) <= peer_memory.MOST_RECORDINGS
 
 
 def test_bytes_sent_are_what_peers_read():
@@ -98,18 +126,55 @@ def test_bytes_sent_are_what_peers_read():
     assert collectives.sent_bytes - before == 4 * 3 * 64 * 4
 
 
-@settings(max_examples=30)
-@given(ranks=st.integers(2, 8), rank=st.integers(0, 7), numel=st.sampled_from([1, 64, 2048, 5000]), seed=st.integers(0))
-def test_ordered_sum_is_the_sum_in_rank_order_whoever_computes_it(ranks, rank, numel, seed):
-    rank %= ranks
+def draw_addends(ranks, rank, numel, seed, dtype=torch.float32):
+    """[ranks, numel]; this rank's own; the others'."""
     generator = torch.Generator().manual_seed(seed % 2**32)
-    addends = torch.randn(ranks, numel, generator=generator).to(DEVICE)
+    addends = torch.randn(ranks, numel, generator=generator).to(DEVICE, dtype)
     addends[:, 0] = -0.0
-    others = torch.cat([addends[:rank], addends[rank + 1 :]])
+    return addends, addends[rank].clone(), torch.cat([addends[:rank], addends[rank + 1 :]])
+
+
+NUMELS = st.sampled_from([1, 64, 2048, 5000])
+
+
+@settings(max_examples=30)
+@given(ranks=st.integers(2, 8), rank=st.integers(0, 7), numel=NUMELS, seed=st.integers(0))
+def test_ordered_sum_is_the_sum_in_rank_order_whoever_computes_it(ranks, rank, numel, seed):
+    addends, own, others = draw_addends(ranks, rank % ranks, numel, seed)
     output = torch.full((numel,), torch.nan, device=DEVICE)
-    ordered_sum(output, addends[rank].clone(), others, rank)
+    ordered_sum(output, squares_for(numel, DEVICE), own, others, rank % ranks)
     expected = in_rank_order(list(addends))
     assert torch.equal(output, expected) and output[0].signbit()
+
+
+@settings(max_examples=30)
+@given(rank=st.integers(0, 2), numel=NUMELS, seed=st.integers(0), dtype=st.sampled_from(DTYPES))
+def test_further_micro_batches_are_added_to_the_sum_in_fp32(rank, numel, seed, dtype):
+    addends, own, others = draw_addends(3, rank, numel, seed, dtype)
+    earlier = torch.randn(numel, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    output = earlier.clone()
+    ordered_sum(output, squares_for(numel, DEVICE), own, others, rank, adds_up=True)
+    assert torch.equal(output, earlier + in_rank_order(list(addends)))
+
+
+@settings(max_examples=30)
+@given(rank=st.integers(0, 2), numel=NUMELS, seed=st.integers(0), dtype=st.sampled_from(DTYPES), adds_up=st.booleans())
+def test_squares_are_of_what_is_stored(rank, numel, seed, dtype, adds_up):
+    """After rounding, and with the earlier micro-batches. Places beyond the last block's end count nothing."""
+    _, own, others = draw_addends(3, rank, numel, seed, dtype)
+    output = torch.ones(numel, dtype=torch.float32 if adds_up else dtype, device=DEVICE)
+    squares = squares_for(numel, DEVICE).fill_(torch.nan)
+    ordered_sum(output, squares, own, others, rank, adds_up=adds_up)
+    torch.testing.assert_close(squares.sum(), output.double().square().sum(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_squares_are_not_finite_where_a_gradient_is_not(value):
+    _, own, others = draw_addends(2, 0, 5000, 0)
+    own[4321] = value
+    squares = squares_for(5000, DEVICE)
+    ordered_sum(torch.empty_like(own), squares, own, others, 0)
+    assert not squares.sum().isfinite()
 
 
 def test_a_rank_alone_has_nobody_to_read_from():
