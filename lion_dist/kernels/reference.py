@@ -60,8 +60,9 @@ class StepScalars:
             # Python numbers meet the tensors as fp64 scalars: nothing is copied to the device, so nothing waits.
             lr64, decay64 = (x.double().reshape(()) if isinstance(x, Tensor) else x for x in (lr, weight_decay))
             decay = (1.0 - lr64 * decay64).float()
-            return cls(lr64.float() if isinstance(lr, Tensor) else torch.full_like(decay, lr), decay, *betas)
-        return cls(float(lr), 1.0 - float(lr) * float(weight_decay), *betas)
+            lr = lr64.float() if isinstance(lr, Tensor) else torch.full_like(decay, lr)
+            return cls(lr, decay, *map(float, betas))
+        return cls(float(lr), 1.0 - float(lr) * float(weight_decay), *map(float, betas))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from lion_dist.kernels.triton_launch import (
     SEARCH_STRIDE,
     TL_DTYPES,
     blocks_of,
+    current_stream,
     launch_on,
     upload,
 )
@@ -105,7 +106,7 @@ class SumOfSquares:
         """They belong to one stream, in whose order the caching allocator recycles them."""
         dtype, device = tensors[0].dtype, tensors[0].device
         addresses, numels = [tensor.data_ptr() for tensor in tensors], [tensor.numel() for tensor in tensors]
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        stream = current_stream(tensors[0]) if device.type == "cuda" else None
         key = (stream, block, addresses, numels)
         if dtype not in self._tables or self._tables[dtype].key != key:
             numels = torch.tensor(numels)

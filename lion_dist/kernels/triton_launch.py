@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from lion_dist.kernels import reference
 from lion_dist.kernels.reference import StepScalars
@@ -70,6 +71,11 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
+def current_stream(tensor: Tensor) -> int:
+    """On the GPU of ``tensor``. As Triton asks for it: torch.cuda.current_stream() takes 10 us to make an object."""
+    return driver.active.get_current_stream(tensor.get_device())
+
+
 def blocks_of(numels: Tensor, block: int) -> tuple[Tensor, Tensor, int]:
     """What ``_find_tensor`` looks up: the first block of each tensor [T] int32, the coarse search table int32; and how
     many blocks of ``block`` elements tensors of ``numels`` [T] int64 have together."""
@@ -116,12 +122,12 @@ class AddressTable:
         return cls(*(upload(table, tensors.device) for table in tables), num_blocks)
 
     def grads_on_device(self, grads) -> Tensor:
-        addresses = [grad.data_ptr() for grad in grads]
+        addresses = list(map(Tensor.data_ptr, grads))
         if not self.rows.is_cuda:
             return torch.tensor(addresses)
         if torch.cuda.is_current_stream_capturing():
             return self._grads_for_capture(addresses)
-        key = (torch.cuda.current_stream().cuda_stream, addresses)
+        key = (current_stream(self.rows), addresses)
         if key != self.grad_key:
             table = torch.frombuffer(array("q", addresses), dtype=torch.int64)  # a quarter of torch.tensor()'s time
             self.grads, self.grad_key = upload(table, self.rows.device), key
@@ -167,9 +173,10 @@ def launch_on(device: torch.device) -> torch.cuda.device:
 
 def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, seed) -> None:
     """Arguments as ``lion_update_``'s, on one GPU (or, in Triton's interpreter, on the CPU)."""
-    if all(param.numel() == 0 for param in tensors.params):
+    if not any(tensors.numels):
         return
     shape = _launch_shape(tensors, grads)
+    on_device = isinstance(scalars.lr, Tensor)
     arguments = {
         "lr": scalars.lr,
         "decay": scalars.decay,
@@ -181,36 +188,44 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
         "skip": skip,
         "active": active,
         "seed_key": reference.as_int32(reference.seed_key_int(seed)),
-        "SCALARS_ON_DEVICE": isinstance(scalars.lr, Tensor),
+        "SCALARS_ON_DEVICE": on_device,
         "STOCHASTIC_MOMENTUM": tensors.stochastic_momentum,
         "BLOCK": shape.block,
         "MASKED_BLOCK": masked_block(shape),
         "VECTOR": shape.vector,
-        "num_warps": shape.num_warps,
-        "enable_fp_fusion": False,
     }
+    # All that the binary depends on besides ``tensors``; of numbers nothing but their types, which are always the same.
+    variant = shape, grads[0].dtype, on_device, *[t if t is None else t.dtype for t in (grad_scale, skip, active)]
     with launch_on(tensors.device):
         if len(tensors.params) == 1:
-            _launch_flat(tensors, grads[0], shape, arguments)
+            kernel, num_blocks, own_arguments = _flat_kernel, *_flat_arguments(tensors, grads[0], shape)
         else:
-            _launch_list(tensors, grads, shape, arguments)
+            kernel, num_blocks, own_arguments = _list_kernel, *_list_arguments(tensors, grads, shape)
+        arguments |= own_arguments
+        compiled = tensors.launch_cache.get(variant)
+        if compiled is None:
+            options = {"num_warps": shape.num_warps, "enable_fp_fusion": False}
+            tensors.launch_cache[variant] = kernel[(num_blocks,)](**arguments, **options)  # None in the interpreter
+        else:  # as above, in a tenth of the host's time: Triton does not look for the binary once more
+            compiled[(num_blocks, 1, 1)](*map(arguments.get, kernel.arg_names))
 
 
-def _launch_flat(tensors, grad, shape: LaunchShape, arguments: dict) -> None:
+def _flat_arguments(tensors, grad, shape: LaunchShape) -> tuple[int, dict]:
+    """How many blocks there are, and the arguments of ``_flat_kernel`` alone."""
     param = tensors.params[0]
-    _flat_kernel[(triton.cdiv(param.numel(), shape.block),)](
-        param,
-        None if tensors.mains is None else tensors.mains[0],
-        tensors.exp_avgs[0],
-        grad,
-        param.numel(),
-        0 if tensors.index_starts is None else tensors.index_starts[0],
-        tensors.steps if tensors.is_stochastic else None,
-        **arguments,
-    )
+    return triton.cdiv(param.numel(), shape.block), {
+        "param": param,
+        "main": None if tensors.mains is None else tensors.mains[0],
+        "exp_avg": tensors.exp_avgs[0],
+        "grad": grad,
+        "numel": param.numel(),
+        "index_start": 0 if tensors.index_starts is None else tensors.index_starts[0],
+        "step": tensors.steps if tensors.is_stochastic else None,
+    }
 
 
-def _launch_list(tensors, grads, shape: LaunchShape, arguments: dict) -> None:
+def _list_arguments(tensors, grads, shape: LaunchShape) -> tuple[int, dict]:
+    """How many blocks there are, and the arguments of ``_list_kernel`` alone."""
     table = tensors.launch_cache.get(shape.block)
     if table is None:
         if tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -219,15 +234,14 @@ def _launch_list(tensors, grads, shape: LaunchShape, arguments: dict) -> None:
                 "uploaded now. Run a step before the capture, as torch.cuda.graph's warm-up does anyway."
             )
         table = tensors.launch_cache[shape.block] = AddressTable.build(tensors, shape.block)
-    _list_kernel[(table.num_blocks,)](
-        table.rows,
-        table.grads_on_device(grads),
-        table.first_blocks,
-        table.search_table,
-        PARAM_DTYPE=TL_DTYPES[tensors.params[0].dtype],
-        MAIN_DTYPE=None if tensors.mains is None else TL_DTYPES[tensors.mains[0].dtype],
-        EXP_AVG_DTYPE=TL_DTYPES[tensors.exp_avgs[0].dtype],
-        GRAD_DTYPE=TL_DTYPES[grads[0].dtype],
-        STRIDE=SEARCH_STRIDE,
-        **arguments,
-    )
+    return table.num_blocks, {
+        "rows": table.rows,
+        "grads": table.grads_on_device(grads),
+        "first_blocks": table.first_blocks,
+        "search_table": table.search_table,
+        "PARAM_DTYPE": TL_DTYPES[tensors.params[0].dtype],
+        "MAIN_DTYPE": None if tensors.mains is None else TL_DTYPES[tensors.mains[0].dtype],
+        "EXP_AVG_DTYPE": TL_DTYPES[tensors.exp_avgs[0].dtype],
+        "GRAD_DTYPE": TL_DTYPES[grads[0].dtype],
+        "STRIDE": SEARCH_STRIDE,
+    }

@@ -38,7 +38,7 @@ class LionTensors:
     index_starts: Sequence[int] | None = None  # T canonical indices of the first elements; random bits need them
     steps: Tensor | None = None  # [T] int64 on the device, completed steps; random bits need them
     stochastic_momentum: bool = False
-    launch_cache: dict = field(default_factory=dict, repr=False)  # the backend's: tables that outlive a call
+    launch_cache: dict = field(default_factory=dict, repr=False)  # the backend's: what outlives a call
 
     def __post_init__(self):
         columns = [self.params, self.exp_avgs] + ([] if self.mains is None else [self.mains])

@@ -203,6 +203,23 @@ def test_eager_steps_between_replays_do_not_disturb_the_graph():
         assert_same(captured, eager)
 
 
+@pytest.mark.parametrize("numels", [NUMELS, [5000]], ids=["list", "flat"])
+def test_one_group_is_updated_with_one_kind_of_arguments_after_another(numels):
+    """Each kind is a binary of its own, and the group remembers which."""
+    case = gpu_case(Storage(BF16, INT16, BF16), numels)
+    actual, expected = case.tensors(), case.tensors()
+    one, active = torch.ones((), device="cuda"), torch.ones(len(numels), device="cuda")
+    kinds = [{}, {"grad_scale": one / 2}, {"skip": 0 * one}, {"skip": one}, {"active": active}, {"active": 0 * active}]
+    kinds += [{"grad_scale": one, "skip": 0 * one, "active": active}]
+    kinds += [{"grads": [grad.to(dtype) for grad in case.grads]} for dtype in GRAD_DTYPES]
+    for lr, betas in ((1e-3, (0.9, 0.99)), (1e-3 * one, (0.9, 0.99)), (1e-2, (0, 0)), (0, (0.5, 0.75))):
+        kinds += [{"scalars": StepScalars.from_group(lr, betas, 0.1)}]
+    for kind in kinds + kinds[::-1]:
+        for tensors, backend in ((actual, "triton"), (expected, "chunked_reference")):
+            lion_update_(tensors, backend=backend, **(case.arguments() | kind))
+        assert_same(actual, expected)
+
+
 def test_another_stream_reads_the_right_gradients():
     case = gpu_case()
     actual, expected = case.tensors(), case.tensors()
