@@ -22,7 +22,7 @@ from lion_dist.engine_state import is_flat_param, main_as, movable_state, share_
 from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, split_main
 from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
 from lion_dist.metrics import OFF, Meter, measure_batch, metrics_of_rank
-from lion_dist.param_batch import GroupBatches, ParamBatch, addresses, flat, local_tensor, local_tensors
+from lion_dist.param_batch import GroupBatches, ParamBatch, flat, local_tensor, local_tensors
 
 _grad, _version = map(operator.attrgetter, ("grad", "_version"))
 GROUP_KEYS = ("lr", "betas", "weight_decay")  # lion-pytorch's, so that param groups travel both ways
@@ -106,11 +106,6 @@ def refresh_main_(main: Tensor, param: Tensor) -> None:
         main.copy_(torch.where(main.to(param.dtype) == param, main, param.float()))
 
 
-def _marks(params: Sequence[Tensor], where: Sequence[int]) -> list[tuple[int, int]]:
-    """What changes when a parameter is written or given other memory: (version counter, address) of each."""
-    return list(zip(map(_version, params), where, strict=True))
-
-
 def has_fp32_main(tensors: LionTensors) -> bool:
     return tensors.mains is not None and tensors.mains[0].dtype == torch.float32
 
@@ -160,7 +155,8 @@ class Lion(Optimizer):
         self.metrics_every = metrics_every
         self._meter: Meter = OFF  # until the first step, when parameters are where they will stay
         self._known_batches: dict[int, GroupBatches] = {}  # by id of the param group, from the last step
-        self._written: dict[int, tuple] = {}  # by id, of params with fp32 main params: _marks() after our last write
+        # Of params with main params, by id: (version counter, address) after our last write; or the batch knows it.
+        self._written: dict[int, tuple[int | None, int]] = {}
         super().__init__(params, defaults)
 
     shares_verdict = False  # lion_dist.GradScaler: every rank that holds a shard knows of every other's overflow
@@ -236,7 +232,7 @@ class Lion(Optimizer):
         batch.write_back()
         torch.autograd.graph.increment_version(params)  # the Triton kernel writes behind autograd's back
         if has_fp32_main(tensors):
-            self._written.update(zip(map(id, params), _marks(params, batch.addresses), strict=True))
+            batch.written = list(map(_version, params))
 
     def _make_meter(self) -> None:
         if self._meter is OFF and self.metrics_every:
@@ -286,12 +282,14 @@ class Lion(Optimizer):
         """The group's parameters that have a gradient, in batches of like tensors (one launch each), and gradients."""
         params = group["params"]
         grads = list(map(_grad, params))
-        if type(None) in set(map(type, grads)):
+        if set(map(type, grads)) != {Tensor}:
             params, grads = [p for p in params if p.grad is not None], [g for g in grads if g is not None]
-        grads = local_tensors(grads)
+            grads = local_tensors(grads)
         known = self._known_batches.get(id(group))
         matched = None if known is None else known.match(params, grads, self.state)
         if matched is None:
+            if known is not None:
+                self._remember_written(known.batches)
             self._create_states()  # all at once: a group's state that comes later would outdate this group's batches
             matched = self._sort_into_batches(params, grads)
             self._known_batches[id(group)] = GroupBatches(params, [batch for batch, _ in matched], self.state)
@@ -313,6 +311,8 @@ class Lion(Optimizer):
             members = [params[i] for i in positions]
             states = [self.state_of(p) for p in members]
             batch = ParamBatch(positions, members, states, self._flatten(members), grad_dtype)
+            if has_fp32_main(batch.tensors):
+                batch.written = self._written_versions(batch)
             result.append((batch, [grads[i].contiguous() for i in positions]))
         return result
 
@@ -343,7 +343,7 @@ class Lion(Optimizer):
         main = main_for(param, precision.main_params_for(dtype))
         if main is not None:
             state["main_param"] = main.contiguous()
-            self._written[id(param)] = _marks([param], addresses([param]))[0]
+            self._written[id(param)] = param._version, local_tensor(param).data_ptr()
         if precision.is_stochastic(dtype):
             state["step"] = torch.zeros((), dtype=torch.int64, device=local_tensor(param).device)
         return state
@@ -362,15 +362,27 @@ class Lion(Optimizer):
                 total += param.numel()
         return starts
 
+    def _remember_written(self, batches: Sequence[ParamBatch]) -> None:
+        """For the batches that take the place of these."""
+        for batch in batches:
+            if has_fp32_main(batch.tensors):
+                marks = zip(batch.written, batch.addresses, strict=True)
+                self._written.update(zip(map(id, batch.params), marks, strict=True))
+
+    def _written_versions(self, batch: ParamBatch) -> list[int | None]:
+        """The version counter after our last write of each parameter; None where that was elsewhere, or is unknown."""
+        marks = [self._written.get(id(param), (None, None)) for param in batch.params]
+        return [version if at == now else None for (version, at), now in zip(marks, batch.addresses, strict=True)]
+
     def _refresh_stale_main(self, batch: ParamBatch) -> None:
         """fp32 main params follow parameters that somebody else has written since our last step, or put elsewhere
         (load_state_dict, EMA, ``param.data = ...``)."""
         if not has_fp32_main(batch.tensors):
             return
-        known, marks = list(map(self._written.get, map(id, batch.params))), _marks(batch.params, batch.addresses)
-        if known == marks:
+        versions = list(map(_version, batch.params))
+        if versions == batch.written:
             return
-        mains = zip(known, marks, batch.tensors.params, batch.tensors.mains, strict=True)
+        mains = zip(batch.written, versions, batch.tensors.params, batch.tensors.mains, strict=True)
         for before, now, low_precision, main in mains:
             if before != now:
                 refresh_main_(main, low_precision)

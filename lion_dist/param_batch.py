@@ -7,7 +7,7 @@ of looking at one parameter after the other.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.nn import Parameter
 
 from lion_dist.kernels.update import LionTensors
 
-_shape, _layout_and_dtype = operator.attrgetter("shape"), operator.attrgetter("layout", "dtype")
+_shape, _layout, _dtype = map(operator.attrgetter, ("shape", "layout", "dtype"))
+_exp_avg = operator.itemgetter("exp_avg")
 _PLAIN = (Tensor, Parameter)
 
 
@@ -34,9 +35,8 @@ def flat(tensor: Tensor) -> Tensor:
     return local_tensor(tensor.detach()).reshape(-1)
 
 
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """Where the local memory of each begins."""
-    return list(map(Tensor.data_ptr, local_tensors(tensors)))
+def _same_objects(some: Collection, others: Collection) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 class ParamBatch:
@@ -49,6 +49,7 @@ class ParamBatch:
 
     Attributes:
         addresses: where the local memory of each parameter begins.
+        written: with fp32 main params, the version counter that our last step left on each parameter; None: unknown.
     """
 
     def __init__(
@@ -60,32 +61,36 @@ class ParamBatch:
         grad_dtype: torch.dtype,
     ):
         self.positions, self.params, self.states, self.tensors = positions, params, states, tensors
-        self._grad_kind = torch.strided, grad_dtype
-        self._device_index = tensors.params[0].get_device()  # a quarter of the time that .device takes; a CPU is -1
         local = local_tensors(params)
-        self._shapes = list(map(_shape, local))
-        self.addresses = addresses(params)
+        alike = {
+            _layout: torch.strided,
+            _dtype: grad_dtype,
+            Tensor.get_device: tensors.params[0].get_device(),  # a quarter of the time that .device takes; a CPU is -1
+            Tensor.is_contiguous: True,
+        }
+        self._expected = {_shape: list(map(_shape, local))} | {ask: [a] * len(local) for ask, a in alike.items()}
+        self._are_plain = local is params  # and stay so: a DTensor in their place would be at address 0
+        self.addresses = self._addresses_of(params)
+        self.written: list[int | None] = []
         self._state_memory = self._state_addresses()
         # Non-contiguous parameters are updated in a copy, and the copy is made anew at each step.
         self.copied = [(p, copy) for p, copy in zip(local, tensors.params, strict=True) if not p.is_contiguous()]
 
+    def _addresses_of(self, tensors: Sequence[Tensor]) -> list[int]:
+        return list(map(Tensor.data_ptr, tensors if self._are_plain else local_tensors(tensors)))
+
     def _state_addresses(self) -> list[int]:
-        return addresses([state["exp_avg"] for state in self.states])
+        return self._addresses_of(list(map(_exp_avg, self.states)))
 
     def still_holds(self) -> bool:
         """Parameters and momentum are where they were: a user may put others in their place."""
-        if self.copied or addresses(self.params) != self.addresses:
+        if self.copied or self._addresses_of(self.params) != self.addresses:
             return False
         return self._state_addresses() == self._state_memory
 
     def accepts(self, grads: Sequence[Tensor]) -> bool:
         """Local gradients of the right dtype, shape and layout for these parameters."""
-        return (
-            list(map(_layout_and_dtype, grads)).count(self._grad_kind) == len(self._shapes)
-            and list(map(_shape, grads)) == self._shapes
-            and set(map(Tensor.get_device, grads)) == {self._device_index}
-            and all(map(Tensor.is_contiguous, grads))
-        )
+        return all(list(map(ask, grads)) == answers for ask, answers in self._expected.items())
 
     def write_back(self) -> None:
         for param, copy in self.copied:
@@ -97,12 +102,11 @@ class GroupBatches:
 
     def __init__(self, params: list[Tensor], batches: list[ParamBatch], state: Mapping[Tensor, dict]):
         self.batches = batches
-        self._ids = list(map(id, params))
-        self._state_ids = list(map(id, state.values()))  # the batches keep them alive: an id is not used again
+        self._params, self._states = list(params), list(state.values())
 
     def match(self, params: list[Tensor], grads: Sequence[Tensor], state: Mapping[Tensor, dict]):
         """[(batch, its gradients)] when everything is as it was, else None."""
-        if list(map(id, params)) != self._ids or list(map(id, state.values())) != self._state_ids:
+        if not (_same_objects(params, self._params) and _same_objects(state.values(), self._states)):
             return None
         result = []
         for batch in self.batches:

@@ -413,9 +413,40 @@ def test_sparse_gradient_is_refused_and_nothing_is_changed():
     assert torch.equal(table.weight, before) and torch.equal(other, torch.ones(3))
 
 
-def test_gradient_of_another_shape_is_refused_and_nothing_is_changed():
+@pytest.mark.parametrize("shape", [(5, 3), (1, 1)])
+def test_sparse_gradient_after_a_dense_one_is_refused(shape):
+    param = param_of(*shape)
+    param.grad = torch.ones(shape)
+    opt = Lion([param], lr=LR)
+    opt.step()
+    before = param.detach().clone()
+    param.grad = torch.ones(shape).to_sparse()
+    with pytest.raises(RuntimeError, match="no sparse update"):
+        opt.step()
+    assert torch.equal(param, before)
+
+
+def test_gradient_that_is_given_another_dtype_or_order_between_steps():
+    param, twin = param_of(4, 6), param_of(4, 6)
+    opt, plain = Lion([param], lr=LR), Lion([twin], lr=LR)
+    for step in range(8):
+        param.grad, twin.grad = gradient_like(param, step), gradient_like(param, step).bfloat16().float()
+        param.grad.data = param.grad.bfloat16()
+        if step % 2:
+            param.grad.data = param.grad.t().contiguous().t()
+        if step % 4 > 1:
+            param.grad.data = param.grad.float()
+        opt.step(), plain.step()
+    assert torch.equal(param, twin)
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_gradient_of_another_shape_is_refused_and_nothing_is_changed(steps_before):
     first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 2))
-    opt = Lion([first, second], lr=LR)
+    opt = Lion([first, second], lr=LR if steps_before == 0 else 0.0)
+    for _ in range(steps_before):
+        first.grad, second.grad = torch.ones(3), torch.ones(4, 2)
+        opt.step()
     first.grad, second.grad = torch.ones(3), torch.ones(4, 2)
     for shape in ((1,), (4,), (2, 4)):
         second.grad.data = torch.ones(shape)

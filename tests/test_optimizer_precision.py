@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lion_dist import Lion, PrecisionPolicy
+from lion_dist import Lion, PrecisionPolicy, optimizer
 from lion_dist.kernels.reference import join_main
 from tests.test_optimizer import LR, gradient_like, param_of, run
 
@@ -329,6 +329,31 @@ def test_fp32_main_params_follow_a_parameter_that_is_given_other_memory():
         param.grad = torch.ones(3, dtype=BF16)
         opt.step()
         assert (opt.state[param]["main_param"] - value).abs().max() < 2**-6  # the 16 bits below the parameter's stay
+
+
+def test_fp32_main_params_follow_once_and_only_what_was_changed(monkeypatch):
+    """Also when other parameters get gradients than in the step before, and when one gets none while it is changed."""
+    refreshed = []
+    monkeypatch.setattr(optimizer, "refresh_main_", lambda main, param: refreshed.append(param.tolist()))
+    params = [nn.Parameter(torch.zeros(1, dtype=BF16)) for _ in range(3)]
+    opt = Lion(params, 0.0, precision=PrecisionPolicy("fp32"))
+
+    def step(*with_gradient: int):
+        for i, param in enumerate(params):
+            param.grad = torch.ones_like(param) if i in with_gradient else None
+        opt.step()
+
+    for with_gradient in ((0, 1, 2), (0, 1, 2), (0, 1), (1, 2), (0,), (0, 1, 2)):
+        step(*with_gradient)
+    assert refreshed == []
+    with torch.no_grad():
+        params[1].fill_(1.0)
+    params[2].data = torch.full((1,), 2.0, dtype=BF16)
+    step(0)
+    assert refreshed == []
+    step(0, 1, 2)
+    step(0, 1, 2)
+    assert sorted(refreshed) == [[1.0], [2.0]]
 
 
 def test_parameters_of_several_dtypes_in_one_group():
