@@ -2,31 +2,27 @@
 
     torchrun --nproc-per-node 4 -m lion_dist.benchmarks.deepspeed_step --csv docs/benchmarks/deepspeed_step.csv
 
-For each ZeRO stage both engines live in one process and take turns, in blocks of steps that start with one and with the
-other alternately, so that drift of the machine meets both alike. The interval is of the mean ratio over pairs of blocks
-(Student's t, 95%). bf16 engine, micro-batch and model as ``lion_dist.benchmarks.step``; clipping at 1.0.
+For each ZeRO stage both engines take turns as ``lion_dist.benchmarks.paired`` says. bf16 engine, micro-batch and model
+as ``lion_dist.benchmarks.step``; clipping at 1.0.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import math
 import os
-import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lion_dist.benchmarks import paired
 from lion_dist.benchmarks.llama import SIZES, make_llama
 from lion_dist.benchmarks.report import Rows, version_of
 from lion_dist.benchmarks.timing import free_gpu_memory
 from lion_dist.integrations.deepspeed import lion_optimizer
 
-T_95 = {5: 2.571, 7: 2.365, 9: 2.262, 11: 2.201, 15: 2.131, 19: 2.093}  # two-sided, by degrees of freedom
 LION_PARAMS = {"lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.1}
 
 
@@ -60,21 +56,6 @@ def step_of(engine, tokens: Tensor) -> Callable[[], None]:
     return step
 
 
-def time_block(step: Callable[[], None], steps: int) -> float:
-    """ms a step, of the slowest rank."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    dist.barrier()
-    start.record()
-    for _ in range(steps):
-        step()
-    end.record()
-    torch.cuda.synchronize()
-    slowest = torch.tensor(start.elapsed_time(end) / steps, device="cuda")
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return slowest.item()
-
-
 def momentum_bytes(engine) -> int:
     return sum(state["exp_avg"].nbytes for state in engine.optimizer.optimizer.state.values() if "exp_avg" in state)
 
@@ -89,12 +70,7 @@ def measure(args, stage: int) -> dict:
     for step in steps:
         for _ in range(args.warm_up):
             step()
-    times: list[list[float]] = [[], []]
-    for block in range(args.blocks):
-        for i in (0, 1) if block % 2 == 0 else (1, 0):
-            times[i].append(time_block(steps[i], args.steps))
-    ratios = [ours / theirs for ours, theirs in zip(*times, strict=True)]
-    half = T_95[args.blocks - 1] * statistics.stdev(ratios) / math.sqrt(args.blocks)
+    found = paired.compare(*steps, args, device)
     own, theirs = (momentum_bytes(engine) for engine in engines)
     del engines, steps
     free_gpu_memory()
@@ -102,10 +78,10 @@ def measure(args, stage: int) -> dict:
         "zero_stage": stage,
         "ranks": dist.get_world_size(),
         "micro_batch": args.micro_batch,
-        "lion_dist_ms": round(statistics.median(times[0]), 3),
-        "fused_lion_ms": round(statistics.median(times[1]), 3),
-        "ratio": round(statistics.mean(ratios), 4),
-        "half_interval_95": round(half, 4),
+        "lion_dist_ms": round(found.ms[0], 3),
+        "fused_lion_ms": round(found.ms[1], 3),
+        "ratio": round(found.ratio, 4),
+        "half_interval_95": round(found.half_interval, 4),
         "blocks": args.blocks,
         "lion_dist_momentum_bytes": own,
         "fused_lion_momentum_bytes": theirs,
@@ -115,16 +91,8 @@ def measure(args, stage: int) -> dict:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--stages", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
-    add("--size", default="1.35B", choices=list(SIZES))
-    add("--seq-len", type=int, default=2048)
-    add("--micro-batch", type=int, default=4)
-    add("--blocks", type=int, default=10, choices=[dof + 1 for dof in T_95])
-    add("--steps", type=int, default=5, help="in a block")
-    add("--warm-up", type=int, default=5)
-    add("--compile", action="store_true", help="torch.compile each block of the model")
-    add("--csv", type=Path, help="write the rows here")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
+    paired.add_arguments(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU is visible, and FusedLion has no CPU op")
