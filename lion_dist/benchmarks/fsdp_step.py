@@ -5,8 +5,8 @@
 
 Without and with resharding, a peer and this Lion, in the precision nearest to the peer's, take turns as
 ``lion_dist.benchmarks.paired`` says. Engines, model and micro-batch as ``lion_dist.benchmarks.step``; clipping at 1.0.
-Peers that are missing or fail over DTensors are named. lion-pytorch's Triton kernel is not started over shards, where
-it ends the process (it walks over whole tensors).
+Peers that are missing or fail over DTensors are named. The Triton kernels of lion-pytorch and optimi are not started
+over shards, where they end the process (an illegal memory access).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def lion_pytorch_foreach(params):
 def optimi_kahan(params):
     from optimi import Lion
 
-    return Lion(params, **SETTINGS, kahan_sum=True)
+    return Lion(params, **SETTINGS, kahan_sum=True, triton=False, foreach=False)
 
 
 PEERS = [
