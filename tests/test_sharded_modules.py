@@ -71,26 +71,6 @@ def train_compiled(how: str, backend: str) -> None:
     train_beside_the_oracle(model, call, opt, expected)
 
 
-def compile_after_a_forward(how: str, backend: str) -> None:
-    """The layers have lost their hooks in it: what is compiled reads their parameters, and waits."""
-    torch._dynamo.reset()
-    model = mlp(*WIDTHS)
-    expected = copy.deepcopy(model)
-    opt = ShardedLion(model.parameters(), module=model, sharding=ShardingConfig(bucket_numel=300), **SETTINGS)
-    model(batches_of(0)[0])
-    assert not model[0]._forward_pre_hooks
-    call = torch.compile(model, backend=backend) if how == "around" else model
-    if how == "in place":
-        model.compile(backend=backend)
-    train_beside_the_oracle(model, call, opt, expected)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("how", ["around", "in place"])
-def test_model_compiled_after_a_forward_trains_as_any_other(gloo, how, backend):
-    gloo.run(2, compile_after_a_forward, how, backend)
-
-
 @pytest.mark.parametrize("how", ["compiled before", "compiled after", "in place", "in place after", "layers in place"])
 def test_compiled_module_trains_as_any_other(gloo, how):
     gloo.run(2, train_compiled, how, "eager")
