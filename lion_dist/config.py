@@ -98,10 +98,10 @@ class ShardingConfig:
         param_sync: how updated parameters reach the other ranks. ``"gather"`` sends them, 2 or 4 bytes each.
             ``"coded"`` sends how they moved, 0.2 to 0.4 bytes each, and every rank replays that: the same bits on
             every rank for a fifth of the traffic or less, and some arithmetic (docs/coded-param-sync.md).
-        peer_memory: GPUs of one host read each other's parameters and gradients by copy engines, where NCCL's kernels
-            would slow the computation beside them; gradients are summed in fp32 in rank order. None: where all ranks of
-            the shard group can (NCCL elsewhere; a warning says why when one host's GPUs cannot). False: NCCL. True:
-            an error where they cannot.
+        peer_memory: GPUs of one host copy parameters and gradients between each other's memory by copy engines, where
+            NCCL's kernels would slow the computation beside them; gradients are summed in fp32 in rank order. None:
+            where all ranks of the shard group can (NCCL elsewhere; a warning says why when one host's GPUs cannot).
+            False: NCCL. True: an error where they cannot.
         update_in_backward: update each bucket as soon as its gradients are reduced, and gather it, inside backward;
             ``step()`` finishes what is left. There is no norm to clip by and no verdict to skip by: an element whose
             gradient is not finite stays. A parameter that nobody used counts as one with a zero gradient. All backward

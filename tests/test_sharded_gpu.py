@@ -4,6 +4,7 @@ own. So parity means: equal to ``Lion`` fed that run's reduced gradients and the
 import copy
 import os
 import socket
+import time
 
 import pytest
 import torch
@@ -195,6 +196,65 @@ def gradients_are_summed_in_rank_order(device, sharding, dtype):
         assert torch.equal(found[param], total.to(dtype))
 
 
+class Uneven(nn.Module):
+    """Sizes that leave gaps in buckets; gradients that are transposed; a layer that the last rank does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.optional, self.last = nn.Linear(255, 129), nn.Linear(129, 129), nn.Linear(129, 33)
+        self.weight = nn.Parameter(torch.randn(63, 33))
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        x = self.first(x)
+        if dist.get_rank() < dist.get_world_size() - 1:
+            x = x + self.optional(x)
+        return (self.last(x) @ self.weight.t() * self.scale).float().square().mean()
+
+
+def gradients_are_summed_whoever_is_late(device, wire):
+    """Each step another rank is late, at another moment, and with two micro-batches every second step."""
+    torch.manual_seed(0)
+    model = Uneven().to(device, torch.bfloat16)
+    twin = copy.deepcopy(model)
+    sharding = ShardingConfig(bucket_numel=5000, peer_memory=True, reduce_dtype=wire, average=False)
+    optimizer = ShardedLion(model.parameters(), lr=1e-3, module=model, sharding=sharding)
+    rank, ranks, late = dist.get_rank(), dist.get_world_size(), torch.Generator().manual_seed(0)
+    for step in range(40):
+        expected = {}
+        for micro_batch in range(1 + step % 2):
+            batch = torch.randn(32, 255, device=device, dtype=torch.bfloat16)
+            moments = torch.randint(0, 3, (ranks,), generator=late).tolist()
+            if moments[rank] == 1:
+                torch.cuda._sleep(3_000_000)
+            loss = model(batch)
+            if moments[rank] == 2:
+                time.sleep(0.005)
+            loss.backward()
+            twin(batch).backward()
+            for name, other in twin.named_parameters():
+                grad = torch.zeros_like(other) if other.grad is None else other.grad
+                addends = [torch.empty_like(grad) for _ in range(ranks)]
+                dist.all_gather(addends, grad.contiguous())
+                total = sum(addend.to(wire or grad.dtype).float() for addend in addends)
+                if step % 2 == 0:
+                    expected[name] = total.to(wire or grad.dtype)
+                elif micro_batch == 0:
+                    expected[name] = total.to(wire or grad.dtype).float()
+                else:
+                    expected[name] = expected[name] + total
+                other.grad = None
+        found = reduced_gradients(optimizer)
+        for name, param in model.named_parameters():
+            assert torch.equal(found[param], expected[name]), (step, name)
+        norm = optimizer.clip_grad_norm_(1.0)
+        squares = sum(grad.double().square().sum() for grad in expected.values())
+        torch.testing.assert_close(norm, squares.sqrt().float(), rtol=1e-6, atol=0)
+        optimizer.step()
+        optimizer.finish_param_sync()
+        twin.load_state_dict(model.state_dict())
+
+
 def parameters_may_be_written_as_soon_as_they_are_whole(device):
     """One rank writes over its parameters at once; the others must not read that as its update."""
     torch.manual_seed(0)
@@ -221,6 +281,12 @@ needs_peers = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs tw
 @pytest.mark.parametrize("ordered, dtype", [(False, torch.bfloat16), (True, torch.float32)], ids=["bf16", "fp32"])
 def test_peer_memory_sums_gradients_in_rank_order(ordered, dtype):
     on_all_gpus(gradients_are_summed_in_rank_order, {"peer_memory": True, "ordered_sum": ordered}, dtype)
+
+
+@needs_peers
+@pytest.mark.parametrize("wire", [None, torch.float32], ids=["bf16", "fp32 wire"])
+def test_peer_memory_sums_gradients_whoever_is_late(wire):
+    on_all_gpus(gradients_are_summed_whoever_is_late, wire)
 
 
 @needs_peers

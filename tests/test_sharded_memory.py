@@ -151,10 +151,10 @@ def watch_the_pool() -> None:
     opt = ShardedLion(model.parameters(), module=model, sharding=ShardingConfig(bucket_numel=LAYER_NUMEL))
     taken, original = [], GradBufferPool.take
 
-    def take(pool, numel):
-        buffer, flat = original(pool, numel)
+    def take(pool):
+        buffer = original(pool)
         taken.append(buffer.flat.data_ptr())
-        return buffer, flat
+        return buffer
 
     GradBufferPool.take = take
     try:

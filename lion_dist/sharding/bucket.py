@@ -4,7 +4,8 @@ The tensors of a bucket, with N = shard_world_size and the geometry of ``layout.
 
     flat_params  [numel]        the parameters are views of it; full on every rank
     param_shard  [shard_numel]  this rank's part of flat_params, a view
-    grad buffer  [numel]        this micro-batch's gradients, packed; from a pool, on their way out
+    grad buffer  [numel]        this micro-batch's gradients, packed; from a pool, on their way out. Over peer memory
+                                nothing is packed, and it is what the other ranks send of theirs (``grad_push.py``)
     grad_shard   [shard_numel]  this rank's part of the gradients summed over ranks (and micro-batches)
 """
 
@@ -21,6 +22,7 @@ from torch.nn import Parameter
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import CommStream, GradBuffer, GradBufferPool, gaps_of, views_of
 from lion_dist.sharding.collectives import Finish, nothing
+from lion_dist.sharding.grad_push import GradPush
 from lion_dist.sharding.layout import BucketLayout
 from lion_dist.sharding.peer_memory import zeros
 from lion_dist.sharding.phases import NO_CLOCK, PhaseClock, in_phase
@@ -66,7 +68,7 @@ class Bucket:
         params: they become views of the flat buffer; their values are kept.
         names: for errors.
         groups: the ranks that share and replicate the bucket.
-        pool: of gradient buffers, in the dtype of the wire; its ``peer_memory`` moves the bucket's bytes, or else
+        pool: of gradient buffers, in the dtype of the wire; its ``peer_memory`` moves the bucket's bytes, else
             ``collectives``.
         ordered_sum: gradients are summed in fp32 in rank order (see ``collectives.reduce_scatter``).
         stream: where communication is queued.
@@ -104,8 +106,11 @@ class Bucket:
         self._grad_shard = torch.zeros(self.layout.shard_numel, dtype=wire_dtype, device=self.device)
         self._accumulator: Tensor | None = None  # fp32, when micro-batches are added up over a 16-bit wire
         self._squares: Tensor | None = None  # of the shard, where peers' gradients are summed up
-        if pool.peer_memory is not None and groups.replicate_group is None:
-            self._squares = pool.peer_memory.squares_for(self.layout.shard_numel)
+        self._push: GradPush | None = None
+        if pool.peer_memory is not None:
+            self._push = GradPush(self.layout, self.shapes, pool.peer_memory, pool.dtype, self.device)
+            if groups.replicate_group is None:
+                self._squares = self._push.squares()
 
         self.grad_state = GradState.EMPTY
         self.param_state = ParamState.FULL
@@ -161,40 +166,44 @@ class Bucket:
 
     @in_phase("grad_sync")
     def start_grad_sync(self) -> None:
-        """Pack the gradients there are (zeros for the others), forget them, and start their reduce-scatter."""
+        """Start the reduce-scatter of the gradients there are (zeros for the others), and forget them."""
         if self.grad_state is GradState.SYNCING:
             self.complete_reduction()
         grads = list(map(_grad, self.params))
         self._check_grads(grads)
         adds_up = self.grad_state is GradState.REDUCED
         self._set_grad_state(GradState.SYNCING)
-        with self.stream.fork():  # packing too: backward goes on beside it
-            buffer, flat = self.pool.take(self.layout.numel)
-            self._pack(buffer, grads)
+        with self.stream.fork():  # packing and sending too: backward goes on beside it
+            reduce = self._pack_and_reduce if self._push is None else self._push_and_sum
+            self._finish_reduce = reduce(grads, adds_up)
             for param in self.params:
                 param.grad = None
-            self.stream.hold(grads)
-            self._finish_reduce = self._reduce(buffer, flat, adds_up)
             if self.stream.stream is not None:  # the rest only joins the queue, as the buffer's next use will
                 self.complete_reduction()
-            else:
-                buffer.release = self.complete_reduction
         self._missing = set(range(len(self.params)))
 
-    def _reduce(self, buffer: GradBuffer, flat: Tensor, adds_up: bool) -> Finish:
-        memory = self.pool.peer_memory
+    def _pack_and_reduce(self, grads: Sequence[Tensor | None], adds_up: bool) -> Finish:
+        buffer = self.pool.take()
+        self._pack(buffer, grads)
+        self.stream.hold(grads)
+        if self.stream.stream is None:
+            buffer.release = self.complete_reduction
+        reduced = torch.empty_like(self._grad_shard) if adds_up else self._grad_shard
+        flat = buffer.flat[: self.layout.numel]
+        finish = collectives.reduce_scatter(reduced, flat, self.groups.shard_group, ordered=self.ordered_sum)
+        return lambda: self._take_in(finish, reduced, adds_up)
+
+    def _push_and_sum(self, grads: Sequence[Tensor | None], adds_up: bool) -> Finish:
+        buffer = self.pool.take()
         if self._squares is not None:
             target = self._sum_of_earlier() if adds_up else self._grad_shard
-            memory.reduce_scatter(target, self._squares, buffer.shared, buffer.addends, adds_up=adds_up)
+            self._push(buffer, grads, target, self._squares, adds_up=adds_up)
+            self.stream.hold(grads)
             return self._note_reduced
-        reduced = torch.empty_like(self._grad_shard) if adds_up else self._grad_shard
-        if memory is None:
-            finish = collectives.reduce_scatter(reduced, flat, self.groups.shard_group, ordered=self.ordered_sum)
-        else:
-            finish = nothing
-            squares = memory.squares_for(len(reduced))  # of a sum that replicas add to
-            memory.reduce_scatter(reduced, squares, buffer.shared, buffer.addends, adds_up=False)
-        return lambda: self._take_in(finish, reduced, adds_up)
+        reduced = torch.zeros_like(self._grad_shard) if adds_up else self._grad_shard
+        self._push(buffer, grads, reduced, self._push.squares(), adds_up=False)  # squares of a sum that replicas add to
+        self.stream.hold(grads)
+        return lambda: self._take_in(nothing, reduced, adds_up)
 
     def _pack(self, buffer: GradBuffer, grads: Sequence[Tensor | None]) -> None:
         places, gaps = self._views_of(buffer)

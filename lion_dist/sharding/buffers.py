@@ -120,16 +120,20 @@ class CommStream:
 
 
 class GradBuffer:
-    """A full bucket's gradients on their way out: taken by one bucket at a time."""
+    """Of one bucket at a time: its gradients on their way out, packed; over peer memory what other ranks send here.
+
+    Attributes:
+        shared: all that there is of it; peers write into it.
+        flat: it, as a tensor.
+        views: what each bucket has cut it into.
+    """
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, peer_memory: PeerMemory | None):
+        if peer_memory is not None:
+            numel = peer_memory.received_numel(numel)
         self.shared = zeros(numel, dtype, device, peer_memory)
         self.flat = self.shared.flat
-        self.addends: Tensor | None = None  # room for those of peers
-        if peer_memory is not None:
-            self.addends = torch.empty(peer_memory.addends_numel(numel), dtype=dtype, device=device)
-        self.nbytes = self.flat.nbytes + (0 if self.addends is None else self.addends.nbytes)
-        self.views: dict[object, tuple[list[Tensor], list[Tensor]]] = {}  # of each bucket: its places and gaps
+        self.views: dict[object, object] = {}
         self.release: Finish = nothing  # completes the last bucket's use of it
 
 
@@ -139,15 +143,18 @@ class GradBufferPool:
     Stage 2 keeps no full gradient: a bucket's gradients are packed, reduced and forgotten, and the buffer serves the
     next bucket. Taking a buffer first completes its last use, so that is how far communication may fall behind. On a
     CUDA stream one buffer does, for its uses queue up in order, packing included; what waits there is the gradients of
-    ``CommStream.HELD`` buckets. So three buckets are in memory on either device, and nearly a fourth where addends of
-    peers are received (``peer_memory``).
+    ``CommStream.HELD`` buckets. So three buckets are in memory on either device. Over peer memory two buffers receive
+    in turn (``grad_push.py``), each of all but a rank's own share of a bucket: three buckets on two ranks, up to four.
     """
 
     DEPTH = 3
+    RECEIVING = 2
 
     def __init__(self, dtype: torch.dtype, device: torch.device, peer_memory: PeerMemory | None = None):
         self.dtype, self.device, self.peer_memory = dtype, device, peer_memory
-        self._depth = 1 if device.type == "cuda" else self.DEPTH
+        self._depth = self.DEPTH
+        if device.type == "cuda":
+            self._depth = 1 if peer_memory is None else self.RECEIVING
         self._buffers: list[GradBuffer] = []
         self._numel = 0
         self._turn = 0
@@ -159,8 +166,8 @@ class GradBufferPool:
                 buffer.release()  # a reduction may read it yet: its memory must not be given to others
             self._numel, self._buffers = numel, []
 
-    def take(self, numel: int) -> tuple[GradBuffer, Tensor]:
-        """A buffer and its first ``numel`` elements; nothing else reads or writes it until its ``release`` ran."""
+    def take(self) -> GradBuffer:
+        """A buffer, which nothing else reads or writes until its ``release`` ran."""
         if len(self._buffers) < self._depth:
             buffer = self._add()
         else:
@@ -168,7 +175,7 @@ class GradBufferPool:
         self._turn += 1
         buffer.release()
         buffer.release = nothing
-        return buffer, buffer.flat[:numel]
+        return buffer
 
     def reserve(self) -> None:
         """Memory that peers read is allocated now, by all ranks together: they come to ``take()`` at other times."""
@@ -181,4 +188,4 @@ class GradBufferPool:
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers)
+        return sum(buffer.flat.nbytes for buffer in self._buffers)

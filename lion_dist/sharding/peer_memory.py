@@ -1,16 +1,18 @@
-"""Collectives between GPUs of one host that read each other's memory: copy engines move the bytes, not SMs.
+"""Collectives between GPUs of one host that reach each other's memory: copy engines move the bytes, not SMs.
 
 NCCL's kernels take SMs and memory bandwidth from the computation that they overlap with. A copy from a peer's memory
-takes neither. (Two H100 on NVLink, 26 all-gathers of 104 MB beside matrix products: 4.3 ms, and the products are as
-fast as alone; by NCCL 8.3 ms, and the products are 7% slower. It takes less of the host, too.) And because every addend
-arrives as it was sent, gradients are summed in fp32 in rank order and rounded once, whatever the wire's dtype.
+takes neither, one into it little. (Two H100 on NVLink, 26 all-gathers of 104 MB beside matrix products: 4.3 ms, and the
+products are as fast as alone; by NCCL 8.3 ms, and the products are 7% slower. It takes less of the host, too.) And
+because every addend arrives as it was sent, gradients are summed in fp32 in rank order and rounded once, whatever the
+wire's dtype.
 
 Memory comes from ``torch.distributed._symmetric_memory``, whose interface torch calls alpha; all use of it is here.
-Each collective is closed by barriers on both sides, kernels that wait for the other GPUs: before it every rank's part
-is there, after it nobody reads that any more. All is queued on the current stream and the host waits for nothing.
+A gather is closed by barriers on both sides, kernels that wait for the other GPUs: before it every rank's part is
+there, after it nobody reads that any more. (A reduction does with one: ``grad_push.py``.) All is queued on the current
+stream and the host waits for nothing.
 
-Tensors and addresses are the same in every step, so a collective is recorded once as a CUDA graph and replayed from
-then on: 6 us of the host, where a reduce-scatter's two barriers, copies and kernel take 90, and 210 within a step.
+What has the same tensors and addresses in every step is recorded once as a CUDA graph and replayed from then on: 6 us
+of the host, where a barrier takes 5, a copy 4 and a Triton kernel 37, and twice that within a step.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def _count_allocated(nbytes: int) -> None:
 
 @dataclass(frozen=True)
 class PeerBuffer:
-    """Memory of the same size on each rank of a group, that all of them can read.
+    """Memory of the same size on each rank of a group, that all of them can read and write.
 
     Attributes:
         flat: [numel], this rank's.
@@ -64,7 +66,7 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device, memory: PeerMemo
 
 
 class PeerMemory:
-    """The ranks of one group as readers of each other's memory. Use :func:`connect`, which asks whether they can be."""
+    """The ranks of one group, who reach each other's memory. Use :func:`connect`, which asks whether they do."""
 
     def __init__(self, group: ProcessGroup, device: torch.device):
         """All ranks of ``group`` together, as every method. RuntimeError where the driver or the container forbids."""
@@ -133,56 +135,36 @@ class PeerMemory:
 
         def queue() -> None:
             self._barrier()
-            for owner in self._others():
+            for owner in self.others():
                 first = owner * shard_numel
                 buffer.flat.narrow(0, first, shard_numel).copy_(buffer.peers[owner].narrow(0, first, shard_numel))
             self._barrier()
 
         self._run(buffer, ("all_gather",), queue)
 
-    def reduce_scatter(
-        self,
-        output: Tensor,  # [shard_numel], fp32 or the buffer's dtype
-        squares: Tensor,  # squares_for(shard_numel): sums of squares of what output holds in the end
-        buffer: PeerBuffer,
-        addends: Tensor,  # [addends_numel(numel) or more], the buffer's dtype: room for the peers'
-        *,
-        adds_up: bool,  # to what fp32 output holds already
-    ) -> None:
-        """This rank's shard of the sum of every rank's first ``world_size * shard_numel`` elements of ``buffer``.
-
-        In fp32, ``((g0 + g1) + g2) + ...`` in rank order, and rounded to output's dtype at the end.
-        """
-        from lion_dist.sharding.ordered_sum_triton import ordered_sum
-
-        shard_numel = output.numel()
-        first = self.rank * shard_numel
-        collectives.count_sent((self.world_size - 1) * shard_numel * buffer.flat.itemsize)
-
-        def queue() -> None:
-            received = addends[: (self.world_size - 1) * shard_numel].view(-1, shard_numel)
-            self._barrier()
-            for owner in self._others():
-                received[owner - (owner > self.rank)].copy_(buffer.peers[owner].narrow(0, first, shard_numel))
-            own = buffer.flat.narrow(0, first, shard_numel)
-            ordered_sum(output, squares, own, received, self.rank, adds_up=adds_up)
-            self._barrier()
-
-        what = "reduce_scatter", shard_numel, output.dtype, adds_up, *map(Tensor.data_ptr, (output, squares, addends))
-        self._run(buffer, what, queue)
-
-    def addends_numel(self, numel: int) -> int:
-        """Room that :meth:`reduce_scatter` takes for what peers have of ``numel`` elements."""
+    def received_numel(self, numel: int) -> int:
+        """Room for what the other ranks have of this one's shard of ``numel`` elements."""
         return numel - numel // self.world_size
 
-    def squares_for(self, shard_numel: int) -> Tensor:
-        """[n] fp64: room for the sums of squares of ``shard_numel`` elements, zeros."""
-        from lion_dist.sharding.ordered_sum_triton import squares_for
+    def place_at(self, owner: int, received: PeerBuffer, shard_numel: int) -> Tensor:
+        """[shard_numel]: where this rank puts its addend to the shard of ``owner``, in that one's ``received``."""
+        row = self.rank - (self.rank > owner)
+        return received.peers[owner].narrow(0, row * shard_numel, shard_numel)
 
-        return squares_for(shard_numel, self._device)
+    def when_all_have_sent(self, received: PeerBuffer, what: tuple, queue: Callable[[], None]) -> None:
+        """``queue()`` on the current stream, behind all that every rank has copied into ``received``.
 
-    def _others(self) -> list[int]:
-        """The other ranks, in an order in which each reads from another one first."""
+        It is recorded, so it allocates nothing and depends on nothing but ``what`` and the contents of memory.
+        """
+
+        def wait_and_queue() -> None:
+            self._barrier()
+            queue()
+
+        self._run(received, ("received", *what), wait_and_queue)
+
+    def others(self) -> list[int]:
+        """The other ranks, in an order in which each has another one first."""
         return [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
 
 

@@ -28,12 +28,13 @@ def compile_squares(dtype):
 
 
 def compile_ordered_sum(dtype):
-    """Of four ranks; as Triton specializes it on shards, which begin on and have multiples of 64 elements."""
-    types = dict.fromkeys(["output", "own", "others"], "*bf16" if dtype == BF16 else "*fp32")
-    types |= {"squares": "*fp64", "numel": "i64"}
+    """Of four ranks; as Triton specializes it on buffers, which begin on 16 bytes."""
+    types = dict.fromkeys(["output", "others"], "*bf16" if dtype == BF16 else "*fp32")
+    aligned = list(types)
+    types |= {"squares": "*fp64", "pieces": "*i64", "piece_of_block": "*i32", "addresses": "*i64", "row_numel": "i64"}
     constants = {"RANK": 1, "RANKS": 4, "ADDS_UP": False, "BLOCK": ordered_sum_triton.BLOCK}
     kernel, warps = ordered_sum_triton._ordered_sum_kernel, ordered_sum_triton.NUM_WARPS
-    return compile_for_hopper(kernel, types, constants, warps, aligned=list(types))
+    return compile_for_hopper(kernel, types, constants, warps, aligned=aligned)
 
 
 def main() -> None:

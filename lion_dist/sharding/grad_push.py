@@ -1,0 +1,114 @@
+"""A reduce-scatter over peer memory that packs nothing.
+
+Every piece of a gradient is copied from where autograd left it into the memory of the rank that owns it, and the kernel
+that sums reads this rank's own pieces where they are. Gradients packed into one buffer, for the others to read, move
+four bytes more a bf16 element through the memory that backward needs: 43.4 ms a step instead of 42.2 (two H200, 1.35 B
+parameters, micro-batch 1; forward and backward alone 37.3).
+
+Two buffers receive in turn, so one barrier a reduction is enough: behind the barrier of the last reduction every rank
+has summed up the one before, and its buffer is free again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lion_dist.sharding import collectives
+from lion_dist.sharding.buffers import GradBuffer, views_of
+from lion_dist.sharding.layout import BucketLayout
+from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory
+
+
+class GradPush:
+    """The reduce-scatters of one bucket: this rank's shard of the sum of all ranks' gradients.
+
+    In fp32, ``((g0 + g1) + g2) + ...`` in rank order, and rounded to the output's dtype at the end.
+
+    Args:
+        shapes: of the bucket's parameters.
+        dtype: of the wire.
+    """
+
+    def __init__(
+        self,
+        layout: BucketLayout,
+        shapes: Sequence[torch.Size],
+        memory: PeerMemory,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        from lion_dist.sharding.ordered_sum_triton import OrderedSum
+
+        self._layout, self._shapes, self._memory, self._dtype = layout, shapes, memory, dtype
+        first, _ = layout.shard_range(memory.rank)
+        own = layout.slices(memory.rank)
+        self._own = [(s.param, s.param_start * dtype.itemsize) for s in own]  # bytes from its beginning
+        self._sum = OrderedSum([(s.bucket_start - first, s.numel) for s in own], device)
+        self._leaving = [(owner, s) for owner in memory.others() for s in layout.slices(owner)]
+
+    def squares(self) -> Tensor:
+        """[n] fp64: room for sums of squares of parts of the output, zeros."""
+        return self._sum.squares()
+
+    def __call__(
+        self,
+        buffer: GradBuffer,  # in which every rank receives, the same on all of them
+        grads: Sequence[Tensor | None],  # of the bucket's parameters; None: zeros
+        output: Tensor,  # [shard_numel], fp32 or of the wire's dtype; its padding stays as it is
+        squares: Tensor,  # of what output holds in the end
+        *,
+        adds_up: bool,  # to what fp32 output holds already
+    ) -> None:
+        """All is queued on the current stream, and reads ``grads``."""
+        shard_numel, memory = self._layout.shard_numel, self._memory
+        collectives.count_sent((memory.world_size - 1) * shard_numel * self._dtype.itemsize)
+        readable = self._readable(grads)
+        self._send(buffer, readable)
+        own = [(readable[param], start) for param, start in self._own]
+        self._sum.read_at([0 if grad is None else grad.data_ptr() + start for grad, start in own])
+        others = buffer.flat[: (memory.world_size - 1) * shard_numel].view(-1, shard_numel)
+        what = self, adds_up, *map(Tensor.data_ptr, (output, squares))
+        queue = lambda: self._sum(output, squares, others, memory.rank, adds_up=adds_up)  # noqa: E731
+        memory.when_all_have_sent(buffer.shared, what, queue)
+
+    @torch.no_grad()
+    def _readable(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Contiguous, in the wire's dtype, from a multiple of 16 bytes on: as autograd left them, or else copies."""
+        present = [grad for grad in grads if grad is not None]
+        if all(map(self._is_readable, present)):
+            return grads
+        odd = [i for i, grad in enumerate(grads) if grad is not None and not self._is_readable(grad)]
+        flat = torch.empty(self._layout.numel, dtype=self._dtype, device=grads[odd[0]].device)
+        places = views_of(flat, self._layout, self._shapes)
+        torch._foreach_copy_([places[i] for i in odd], [grads[i] for i in odd])
+        return [places[i] if i in odd else grad for i, grad in enumerate(grads)]
+
+    def _is_readable(self, grad: Tensor) -> bool:
+        return grad.dtype is self._dtype and grad.is_contiguous() and grad.data_ptr() % 16 == 0
+
+    @torch.no_grad()
+    def _send(self, buffer: GradBuffer, grads: Sequence[Tensor | None]) -> None:
+        if self not in buffer.views:
+            buffer.views[self] = self._places_in(buffer.shared)
+        for (_, piece), place in zip(self._leaving, buffer.views[self], strict=True):
+            grad = grads[piece.param]
+            if grad is None:
+                place.zero_()
+            elif place.shape == grad.shape:
+                place.copy_(grad)
+            else:
+                place.copy_(grad.view(-1)[piece.param_start : piece.param_stop])
+
+    def _places_in(self, received: PeerBuffer) -> list[Tensor]:
+        """Where each leaving piece goes, in the shape of its parameter if that is all of it."""
+        places = []
+        for owner, piece in self._leaving:
+            first, _ = self._layout.shard_range(owner)
+            place = self._memory.place_at(owner, received, self._layout.shard_numel)
+            place = place.narrow(0, piece.bucket_start - first, piece.numel)
+            whole = piece.numel == self._layout.param_numels[piece.param]
+            places.append(place.view(self._shapes[piece.param]) if whole else place)
+        return places
