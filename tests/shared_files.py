@@ -1,0 +1,64 @@
+"""Peer memory of processes that have no GPUs: files that all ranks of a group map."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lion_dist import sharded_optimizer
+from lion_dist.sharding import collectives
+from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory
+
+
+class SharedFiles(PeerMemory):
+    """``PeerMemory`` but for where the memory comes from, and with gloo's barrier."""
+
+    def __init__(self, group, folder: Path):
+        self.rank, self.world_size, self._group, self._device = group.rank(), group.size(), group, torch.device("cpu")
+        self._handle, self._folder, self._count = self, folder, 0
+
+    def barrier(self, channel: int) -> None:
+        dist.barrier(self._group)
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> PeerBuffer:
+        self._count += 1
+        paths = [self._folder / f"{self._count}-{rank}" for rank in range(self.world_size)]
+        map_file = lambda path: torch.from_file(str(path), shared=True, size=numel, dtype=dtype)  # noqa: E731
+        flat = map_file(paths[self.rank]).zero_()
+        dist.barrier(self._group)  # all files are there
+        peers = tuple(flat if rank == self.rank else map_file(path) for rank, path in enumerate(paths))
+        dist.barrier(self._group)  # and may go
+        return PeerBuffer(flat, peers)
+
+
+@contextlib.contextmanager
+def shared_files() -> Iterator[None]:
+    """``ShardedLion``s made within have peer memory."""
+    folders, connect = [], sharded_optimizer.connect
+
+    def connect_by_files(group, _device, _wanted):
+        if group is None:
+            return None
+        folder = tempfile.mkdtemp(dir="/dev/shm") if group.rank() == 0 else None
+        folders.append(collectives.gather_objects(folder, group)[0])
+        return SharedFiles(group, Path(folders[-1]))
+
+    sharded_optimizer.connect = connect_by_files
+    try:
+        yield
+    finally:
+        sharded_optimizer.connect = connect
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays until it is not
+
+
+def over_shared_files(function: Callable, *args):
+    """``function(*args)`` with peer memory; the files go when it is done."""
+    with shared_files():
+        return function(*args)
