@@ -178,7 +178,7 @@ class GradBufferPool:
         return buffer
 
     def reserve(self) -> None:
-        """Memory that peers read is allocated now, by all ranks together: they come to ``take()`` at other times."""
+        """Memory that peers write is allocated now, by all ranks together: they come to ``take()`` at other times."""
         while self.peer_memory is not None and len(self._buffers) < self._depth:
             self._add()
 

@@ -77,10 +77,9 @@ class GradPush:
     @torch.no_grad()
     def _readable(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Contiguous, in the wire's dtype, from a multiple of 16 bytes on: as autograd left them, or else copies."""
-        present = [grad for grad in grads if grad is not None]
-        if all(map(self._is_readable, present)):
-            return grads
         odd = [i for i, grad in enumerate(grads) if grad is not None and not self._is_readable(grad)]
+        if not odd:
+            return grads
         flat = torch.empty(self._layout.numel, dtype=self._dtype, device=grads[odd[0]].device)
         places = views_of(flat, self._layout, self._shapes)
         torch._foreach_copy_([places[i] for i in odd], [grads[i] for i in odd])

@@ -251,38 +251,70 @@ def test_squares_are_not_finite_where_a_gradient_is_not(value, one_launch_at_a_t
     assert not torch.stack([squares.sum() for _, squares in found]).sum().isfinite()
 
 
-def draw_pieces(numels):
-    """(start, numel) of pieces with padding after each, and the elements that they and their padding take."""
-    starts = list(itertools.accumulate((-(-numel // 64) * 64 + 64 for numel in numels), initial=0))
-    return list(zip(starts, numels, strict=False)), starts[-1]
+class Addends:
+    """Of one shard, in pieces with padding after each, of which nobody may read."""
+
+    def __init__(self, ranks, rank, numels, seed, dtype):
+        starts = list(itertools.accumulate((-(-numel // 64) * 64 + 64 for numel in numels), initial=0))
+        self.shard_numel, self.rank = starts.pop(), rank
+        self.pieces = [slice(start, start + numel) for start, numel in zip(starts, numels, strict=True)]
+        generator = torch.Generator().manual_seed(seed)
+        self.of_ranks = torch.randn(ranks, self.shard_numel, generator=generator).to(DEVICE, dtype)
+        self.of_ranks[:, self.pieces[-1].start] = -0.0
+        self.own = [self.of_ranks[rank, piece].clone() for piece in self.pieces]
+        self.others = torch.cat([self.of_ranks[:rank], self.of_ranks[rank + 1 :]])
+        for piece in self.pieces:
+            self.others[:, piece.stop : piece.stop + 64] = torch.nan
+
+    def sum_into(self, output, adds_up=False):
+        """Returns the squares."""
+        ordered_sum = OrderedSum([(piece.start, piece.stop - piece.start) for piece in self.pieces], DEVICE)
+        ordered_sum.read_at([piece.data_ptr() for piece in self.own])
+        squares = ordered_sum.squares().fill_(torch.nan)
+        ordered_sum(output, squares, self.others, self.rank, adds_up=adds_up)
+        return squares
+
+    def in_pieces(self, shard):
+        return torch.cat([shard[piece] for piece in self.pieces])
 
 
-WIRES = st.sampled_from(DTYPES)
+SEEDS, WIRES = st.integers(0, 2**32 - 1), st.sampled_from(DTYPES)
 NUMELS = st.lists(st.sampled_from([1, 64, 2047, 2048, 5000]), min_size=1, max_size=4)
 
 
 @settings(max_examples=30)
-@given(ranks=st.integers(2, 8), rank=st.integers(0, 7), numels=NUMELS, seed=st.integers(0, 2**32 - 1), dtype=WIRES)
+@given(ranks=st.integers(2, 8), rank=st.integers(0, 7), numels=NUMELS, seed=SEEDS, dtype=WIRES)
 def test_ordered_sum_is_the_sum_in_rank_order_whoever_computes_it(ranks, rank, numels, seed, dtype):
     """-0 stays -0, and nothing between pieces is read or written."""
-    rank %= ranks
-    pieces, shard_numel = draw_pieces(numels)
-    addends = torch.randn(ranks, shard_numel, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-    addends[:, pieces[-1][0]] = -0.0
-    total, ordered_sum = OrderedSum(pieces, DEVICE), in_rank_order(list(addends))
-    own = [addends[rank, start : start + numel].clone() for start, numel in pieces]
-    others = torch.cat([addends[:rank], addends[rank + 1 :]])
-    for start, numel in pieces:
-        others[:, start + numel : start + numel + 64] = torch.nan
-    output, squares = torch.full((shard_numel,), 7.0, device=DEVICE), total.squares().fill_(torch.nan)
-    total.read_at([piece.data_ptr() for piece in own])
-    total(output, squares, others, rank)
-    expected = torch.full_like(output, 7.0)
-    for start, numel in pieces:
-        expected[start : start + numel] = ordered_sum[start : start + numel]
-    assert torch.equal(output, expected) and output[pieces[-1][0]].signbit()
-    in_pieces = torch.cat([expected[start : start + numel] for start, numel in pieces])
-    torch.testing.assert_close(squares.sum(), in_pieces.double().square().sum(), rtol=1e-14, atol=0)
+    addends = Addends(ranks, rank % ranks, numels, seed, dtype)
+    output = torch.full((addends.shard_numel,), 7.0, device=DEVICE)
+    addends.sum_into(output)
+    total, expected = in_rank_order(list(addends.of_ranks)), torch.full_like(output, 7.0)
+    for piece in addends.pieces:
+        expected[piece] = total[piece]
+    assert torch.equal(output, expected) and output[addends.pieces[-1].start].signbit()
+
+
+@settings(max_examples=30)
+@given(rank=st.integers(0, 2), numels=NUMELS, seed=SEEDS, dtype=WIRES)
+def test_further_micro_batches_are_added_to_the_sum_in_fp32(rank, numels, seed, dtype):
+    addends = Addends(3, rank, numels, seed, dtype)
+    earlier = torch.randn(addends.shard_numel, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    output = earlier.clone()
+    addends.sum_into(output, adds_up=True)
+    expected = earlier + in_rank_order(list(addends.of_ranks))
+    assert torch.equal(addends.in_pieces(output), addends.in_pieces(expected))
+
+
+@settings(max_examples=30)
+@given(rank=st.integers(0, 2), numels=NUMELS, seed=SEEDS, dtype=WIRES, adds_up=st.booleans())
+def test_squares_are_of_what_is_stored(rank, numels, seed, dtype, adds_up):
+    """After rounding, and with the earlier micro-batches. Places beyond a piece's end count nothing."""
+    addends = Addends(3, rank, numels, seed, dtype)
+    output = torch.ones(addends.shard_numel, dtype=torch.float32 if adds_up else dtype, device=DEVICE)
+    squares = addends.sum_into(output, adds_up=adds_up)
+    expected = addends.in_pieces(output).double().square().sum()
+    torch.testing.assert_close(squares.sum(), expected, rtol=1e-14, atol=0)
 
 
 def test_a_rank_alone_has_nobody_to_read_from():
