@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lion_dist.checkpoint.errors import CheckpointError
+from lion_dist.sharding.collectives import gather_objects
 
 T = TypeVar("T")
 # CheckpointException is torch.distributed.checkpoint's, and derives from BaseException.
@@ -31,18 +32,23 @@ class Ranks:
 
     @classmethod
     def here(cls) -> Ranks:
-        """The first call in a process group makes the gloo group: every rank takes part.
+        """Every rank takes part. The first call in a process group makes the gloo group, and so does the first one
+        after a failed exchange, which leaves a gloo group broken for good.
 
-        So does the first one after a failed exchange, which leaves a gloo group broken for good. Its time-out is
-        torch's default (30 minutes), not that of training's group: ranks wait in it while others write, and a slow file
-        system must not fail a save.
+        Its time-out is torch's default (30 minutes), not that of training's group: ranks wait in it while others write,
+        and a slow file system must not fail a save. So they meet in training's group first, where a rank that has died
+        is found as soon as in a step, and agree on whether to connect: an exchange may fail on some of them only.
+
+        Raises:
+            CheckpointError: a rank did not come.
         """
         global _group_of_world
         if not dist.is_initialized():
             return cls(None)
         world = dist.group.WORLD
-        if _group_of_world is None or _group_of_world[0] is not world:
-            with _explained():
+        is_connected = _group_of_world is not None and _group_of_world[0] is world
+        with _explained():
+            if not all(gather_objects(is_connected, world)):
                 _group_of_world = world, dist.new_group(backend="gloo")
         return cls(_group_of_world[1])
 
@@ -62,10 +68,8 @@ class Ranks:
         """Every rank's ``value`` (a small picklable object), in rank order, on every rank."""
         if self.group is None:
             return [value]
-        values: list = [None] * self.size
         with self.exchanging():
-            dist.all_gather_object(values, value, group=self.group)
-        return values
+            return gather_objects(value, self.group)
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:

@@ -2,9 +2,13 @@
 
 ``python -m tests.checkpoint.killed points FOLDER first|again`` kills one save before each of its system calls in turn;
 ``python -m tests.checkpoint.killed moments FOLDER COUNT`` kills two ranks, which save all the time, COUNT times at
-random moments. After each kill the parent looks at what is left. The last line printed says what was seen, as JSON.
+random moments. After each kill the parent looks at what is left.
+``python -m tests.checkpoint.killed left FOLDER unconnected|saved|in-background`` kills one rank of two before its first
+save, after one, or in the background of one; the other rank saves without it. The last line printed says what was seen,
+as JSON.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -13,6 +17,7 @@ import signal
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -193,12 +198,41 @@ def kill_at_random_moments(folder, count):
     return seen
 
 
+# ---- one rank of two, and the other saves on
+
+
+def save_when_left(folder, how):
+    """The error of this process's save after the only other rank has died."""
+    rank = 0 if os.fork() else 1
+    meeting = f"file://{folder.parent / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    model = model_of(1)
+    arguments = {"model": model, "optimizer": ShardedLion(model.parameters(), module=model, lr=1e-3)}
+    if how == "saved":
+        checkpoint.save(folder / "first", **arguments)
+    elif how == "in-background":
+        if rank == 1:
+            die_before(1)
+        with contextlib.suppress(checkpoint.CheckpointError):
+            checkpoint.save_async(folder / "first", **arguments).wait()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        checkpoint.save(folder / "second", **arguments)
+    except checkpoint.CheckpointError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, folder, how = sys.argv[1:]
     if what == "points":
         os.fsync = lambda descriptor: None  # 50 ms each on a busy disk, and a kill does not show what they are for
         result = kill_at_each_point(Path(folder), overwriting=how == "again")
+    elif what == "left":
+        result = save_when_left(Path(folder), how)
     else:
         result = kill_at_random_moments(Path(folder), int(how))
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    os._exit(0)  # gloo, which has lost a rank, may abort at the interpreter's own end

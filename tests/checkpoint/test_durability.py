@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 save_module = importlib.import_module("lion_dist.checkpoint.save")  # as an attribute, the name is the function's
 
 
-def run_killed(*args):
+def run_killed(*args, timeout=600):
     command = [sys.executable, "-m", "tests.checkpoint.killed", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -53,6 +53,12 @@ def test_kills_at_random_moments_lose_no_finished_save(tmp_path):
     assert seen["kills"] == 24
     assert seen["partial"] > 0  # some did hit a save
     assert seen["newest"] > 1
+
+
+@pytest.mark.parametrize("when", ["unconnected", "saved", "in-background"])
+def test_a_rank_whose_peer_has_died_does_not_wait_for_it_in_the_next_save(tmp_path, when):
+    error = run_killed("left", tmp_path / "folder", when, timeout=90)["error"]  # gloo's default is 30 minutes
+    assert "the ranks lost each other while they saved or loaded" in error
 
 
 # ---- a disk that does not take it
