@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.sharding.collectives import gather_objects
+from lion_dist.sharding.process_groups import backend_for
 
 T = TypeVar("T")
 # CheckpointException is torch.distributed.checkpoint's, and derives from BaseException.
@@ -38,6 +40,8 @@ class Ranks:
         Its time-out is torch's default (30 minutes), not that of training's group: ranks wait in it while others write,
         and a slow file system must not fail a save. So they meet in training's group first, where a rank that has died
         is found as soon as in a step, and agree on whether to connect: an exchange may fail on some of them only.
+        Where training's group carries no CPU tensors (NCCL alone) they do not: it may have no communicator of all ranks
+        yet, which takes memory on every GPU, and this rank's GPU need not be the current one.
 
         Raises:
             CheckpointError: a rank did not come.
@@ -48,7 +52,8 @@ class Ranks:
         world = dist.group.WORLD
         is_connected = _group_of_world is not None and _group_of_world[0] is world
         with _explained():
-            if not all(gather_objects(is_connected, world)):
+            training = world if backend_for(world, torch.device("cpu")) == "gloo" else None
+            if not all(gather_objects(is_connected, training)):
                 _group_of_world = world, dist.new_group(backend="gloo")
         return cls(_group_of_world[1])
 
