@@ -97,10 +97,10 @@ def test_layout_is_a_value():
 def test_bucket_of_4096_ranks_is_laid_out_in_moments():
     """A 7 B model's bucket for one rank of 4,096: integers only, nothing is allocated."""
     numels = tuple([4096 * 4096, 4096] * 50)
-    start = time.perf_counter()
+    start = time.process_time()
     layout = BucketLayout(numels, 4096)
     pieces = layout.slices(4095)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
     assert pieces[-1].param == 99 and layout.numel < sum(numels) * 1.01
 
 
