@@ -41,7 +41,7 @@ class ShardedParams:
         return [self.module_names.get(p, f"param.{first + i}") for i, p in enumerate(group["params"])]
 
     def groups_for(self, group: dict) -> ShardGroups:
-        where = group["process_group"]
+        where = group.get("process_group")
         if where is None:
             return self.groups
         if where not in self._own_groups:
