@@ -87,7 +87,7 @@ def _warn_of_own_groups(live: LiveState) -> None:
     if experts:
         warnings.warn(
             f"lion_dist: parameters like {experts[0]!r} belong to a process_group of their own. The consolidated state "
-            f"has those of rank {_rank()}'s groups; for the others consolidate to a rank of each, and save a file each.",
+            f"has those of rank {_rank()}'s groups; for the others consolidate to a rank of each and save its file.",
             stacklevel=4,
         )
 
@@ -146,7 +146,8 @@ def _whole_tensors(shard: BucketShard) -> Iterator[tuple[Parameter, str, Tensor]
         steps[shard.slice_params] = shard.steps
         collectives.all_reduce_max(steps, group)  # those who own elements of a parameter count alike
         for param, step in zip(bucket.params, steps, strict=True):
-            yield param, "step", step
+            if param.numel():  # nobody counts for the others
+                yield param, "step", step
 
 
 def _rank() -> int:
