@@ -174,11 +174,13 @@ class BucketShard:
                 local, start = (flat[:0], 0) if i is None else (slices[i], bucket.slices[i].param_start)
                 state[param][kind] = self._full_or_boxed(param.shape, start, local, boxed)
         for position, param in enumerate(bucket.params if self.steps is not None else ()):
-            if not param.numel():
-                continue  # nobody counts for it
             i = owned.get(position)
             local = self.steps[:0] if i is None else self.steps[i : i + 1]
-            state[param]["step"] = self._full_or_boxed(torch.Size(()), 0, local, boxed)
+            state[param]["step"] = (
+                self._full_or_boxed(torch.Size(()), 0, local, boxed)
+                if param.numel()
+                else self.steps.new_zeros(())  # nobody counts for it
+            )
         return state
 
     def _full_or_boxed(self, shape: torch.Size, start: int, local: Tensor, boxed: Callable[..., BoxedTensor]) -> Tensor:

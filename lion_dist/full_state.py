@@ -146,8 +146,7 @@ def _whole_tensors(shard: BucketShard) -> Iterator[tuple[Parameter, str, Tensor]
         steps[shard.slice_params] = shard.steps
         collectives.all_reduce_max(steps, group)  # those who own elements of a parameter count alike
         for param, step in zip(bucket.params, steps, strict=True):
-            if param.numel():  # nobody counts for the others
-                yield param, "step", step
+            yield param, "step", step
 
 
 def _rank() -> int:
