@@ -35,6 +35,7 @@ from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.backward_updates import BackwardUpdates
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
+from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
 from lion_dist.sharding.param_sync import GatherParams, SendCodes
@@ -42,7 +43,7 @@ from lion_dist.sharding.param_watch import ParamWatch
 from lion_dist.sharding.peer_memory import PeerMemory, connect
 from lion_dist.sharding.process_groups import ShardGroups, backend_for, resolve_groups
 from lion_dist.sharding.replicas import Frozen, ReplicaCheck
-from lion_dist.sharding.scheduler import GradScheduler, ParamScheduler
+from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
 from lion_dist.state_dicts import LiveState, LoadPlan, refuse_emptied
 
@@ -71,7 +72,7 @@ class ShardedLion(Optimizer):
     An unused parameter (no gradient on any rank) is left as it was. A rank without a batch calls ``step()`` all the
     same and takes part with zeros. Between ``step()`` and the next forward, reading parameters through the module waits
     for them; a reference held elsewhere needs :meth:`finish_param_sync` first (see "the hazard" in
-    ``sharding/scheduler.py``).
+    ``sharding/forward_hooks.py``).
     """
 
     _step_supports_amp_scaling = True  # the verdict and the factor stay on the device
@@ -116,7 +117,7 @@ class ShardedLion(Optimizer):
         self._pools: dict[tuple, GradBufferPool] = {}
         self._peer_memories: dict[ShardGroups, PeerMemory | None] = {}
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
-        self.param_scheduler: ParamScheduler | None = None
+        self.forward_hooks: ForwardHooks | None = None
         self._backward_updates: BackwardUpdates | None = None
         self._param_sync = SendCodes() if sharding.param_sync == "coded" else GatherParams()
         self._is_built = False
@@ -143,7 +144,7 @@ class ShardedLion(Optimizer):
             self.grad_scheduler.after_start = self._backward_updates
         self._check_agreement(groups)
         if self._module is not None:
-            self.param_scheduler = ParamScheduler(self._module)
+            self.forward_hooks = ForwardHooks(self._module)
             strangers = [p.data for p in self._module.parameters() if p not in self._params.names]
             for tensor in [*strangers, *self._module.buffers()]:
                 self.groups.broadcast(tensor)
@@ -202,8 +203,8 @@ class ShardedLion(Optimizer):
         for pool in self._pools.values():
             pool.reserve()
         self.grad_scheduler.add_buckets([shard.bucket for shard in new])
-        if self.param_scheduler is not None:
-            self.param_scheduler.add_buckets([shard.bucket for shard in new])
+        if self.forward_hooks is not None:
+            self.forward_hooks.add_buckets([shard.bucket for shard in new])
         self.shards += new
         if self.sharding.update_in_backward:
             self._batches += [ShardBatch([shard]) for shard in new]
@@ -272,6 +273,8 @@ class ShardedLion(Optimizer):
             self._finish_backward_updates()
             return loss
         verdict = self._judge_gradients()
+        if self.forward_hooks is not None:
+            self.forward_hooks.note_sync_starts()
         grad_scale = self._judge.grad_scale(self._loss_scale)
         if self.sharding.check_replicas_every:
             with self._meter.clock.phase("measure"):
@@ -296,16 +299,18 @@ class ShardedLion(Optimizer):
         self._watch.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
         self._counters += verdict.outcome
         self._forget_step()
-        if self.param_scheduler is None:
+        if self.forward_hooks is None:
             self.finish_param_sync()
         else:
-            self.param_scheduler.finish_strangers()
+            self.forward_hooks.finish_outside()
         self._meter.end_step(verdict.skip, self._counters)
         return loss
 
     @torch.no_grad()
     def _update_in_backward(self, bucket: Bucket) -> None:
         (batch,) = [batch for batch in self._batches if batch.shards[0].bucket is bucket]
+        if self.forward_hooks is not None:
+            self.forward_hooks.note_sync_starts()
         bucket.finish_param_sync()  # one whose modules did not run forward since the last step
         self._refresh_stale_main(batch.shards)
         trained = [param.requires_grad for param in bucket.params]
@@ -342,10 +347,10 @@ class ShardedLion(Optimizer):
         self._stream.release()
         self._counters[0] += 1
         self._forget_step()
-        if self.param_scheduler is None:
+        if self.forward_hooks is None:
             self.finish_param_sync()
         else:
-            self.param_scheduler.finish_strangers()
+            self.forward_hooks.finish_outside()
 
     def _forget_step(self) -> None:
         if self._backward_updates is not None:
@@ -537,8 +542,8 @@ class ShardedLion(Optimizer):
         The optimizer takes no step afterwards; another can be constructed over the same parameters.
         """
         self.finish_param_sync()
-        if self.param_scheduler is not None:
-            self.param_scheduler.close()
+        if self.forward_hooks is not None:
+            self.forward_hooks.close()
         self.grad_scheduler.close()
         self._is_closed = True
 

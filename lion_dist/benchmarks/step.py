@@ -4,6 +4,9 @@
     torchrun --nproc-per-node 2 -m lion_dist.benchmarks.step --size tiny --seq-len 32 --steps 5      # on CPUs
     python -m lion_dist.benchmarks.step --pretend-ranks 4      # one GPU: all that an engine costs but communication
 
+``host``: the time until the calls of a step return when the device was idle before; ``exposed``: how much longer a step
+takes, back to back, than the device does when the host is ahead of it. Both depend on the host, whose speed is printed.
+
 Times are of the slowest rank, medians over the steps; the ratio is to forward and backward alone on one rank's batch,
 without communication or step, measured in the same run. Engines whose packages are missing are named and left out.
 With pretended ranks (torch's fake process group) collectives take no time and move nothing: the floor of an engine.
@@ -171,6 +174,7 @@ def time_steps(step: Step, batches: list[Tensor], steps: int, warm_up: int, devi
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     dist.barrier()
+    host, on_device = (_host_ms(step, batches), _device_ms(step, batches)) if on_gpu else (0.0, 0.0)
     marks = []
     for _ in range(steps + 1):
         if on_gpu:
@@ -186,11 +190,45 @@ def time_steps(step: Step, batches: list[Tensor], steps: int, warm_up: int, devi
     else:
         times = [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
     peak = _allocated(torch.cuda.max_memory_allocated()) if on_gpu else 0
-    slowest = torch.tensor([*times, peak], dtype=torch.float64, device=device)
+    slowest = torch.tensor([*times, peak, host, on_device], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    *times, peak = slowest.tolist()
-    cuts = statistics.quantiles(times, n=10)
-    return {"ms_median": statistics.median(times), "ms_p10": cuts[0], "ms_p90": cuts[8], "peak_gb": peak / 1e9}
+    *times, peak, host, on_device = slowest.tolist()
+    cuts, median = statistics.quantiles(times, n=10), statistics.median(times)
+    result = {"ms_median": median, "ms_p10": cuts[0], "ms_p90": cuts[8], "peak_gb": peak / 1e9}
+    return result | ({"host_ms": host, "exposed_ms": median - on_device} if on_gpu else {})
+
+
+def _host_ms(step: Step, batches: list[Tensor], repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step(batches)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def _device_ms(step: Step, batches: list[Tensor], repeats: int = 5) -> float:
+    """Of steps that wait on the device behind a pause in which the host queues them."""
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(400_000_000)  # cycles, 0.2 s
+        start.record()
+        step(batches)
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def seconds_of_additions() -> float:
+    """How fast the host runs Python: ten million additions."""
+    start, total = time.perf_counter(), 0
+    for i in range(10_000_000):
+        total += i
+    return time.perf_counter() - start
 
 
 def _allocated(by_allocator: int) -> int:
@@ -288,6 +326,8 @@ def main() -> None:
     else:
         dist.init_process_group("gloo")
     rows = Rows(args.csv if dist.get_rank() == 0 else None, device)
+    host = round(seconds_of_additions(), 2)
+    say(f"host: ten million additions in Python take {host} s")
     baseline: dict[int, float] = {}  # ms, by micro-batch
     for micro_batch, name, build in turns(args):
         if args.pretend_ranks and name.startswith(("DDP", "DeepSpeed")):
@@ -296,10 +336,18 @@ def main() -> None:
         row = measure(args, name, build, micro_batch, device)
         if row is None:
             continue
-        row = rows.add(row | {"ratio": round(row["ms_median"] / baseline.setdefault(micro_batch, row["ms_median"]), 3)})
+        row = rows.add(
+            row
+            | {
+                "host_speed_s": host,
+                "compiled": args.compile,
+                "ratio": round(row["ms_median"] / baseline.setdefault(micro_batch, row["ms_median"]), 3),
+            }
+        )
         say(
             f"micro-batch {micro_batch}  {row['ms_median']:9.2f} ms  x{row['ratio']:<6.3f} "
-            f"[{row['ms_p10']:.2f}, {row['ms_p90']:.2f}]  {row['peak_gb']:6.2f} GB  {name}"
+            f"[{row['ms_p10']:.2f}, {row['ms_p90']:.2f}]  host {row.get('host_ms', 0):6.2f}  exposed "
+            f"{row.get('exposed_ms', 0):6.2f}  {row['peak_gb']:6.2f} GB  {name}"
         )
     if args.png and dist.get_rank() == 0:
         draw(rows.rows, args.png)

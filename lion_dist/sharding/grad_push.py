@@ -11,7 +11,7 @@ has summed up the one before, and its buffer is free again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import GradBuffer, views_of
 from lion_dist.sharding.layout import BucketLayout
-from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory
+from lion_dist.sharding.peer_memory import PeerMemory
 
 
 class GradPush:
@@ -66,13 +66,22 @@ class GradPush:
         shard_numel, memory = self._layout.shard_numel, self._memory
         collectives.count_sent((memory.world_size - 1) * shard_numel * self._dtype.itemsize)
         readable = self._readable(grads)
-        self._send(buffer, readable)
-        own = [(readable[param], start) for param, start in self._own]
-        self._sum.read_at([0 if grad is None else grad.data_ptr() + start for grad, start in own])
-        others = buffer.flat[: (memory.world_size - 1) * shard_numel].view(-1, shard_numel)
-        what = self, adds_up, *map(Tensor.data_ptr, (output, squares))
-        queue = lambda: self._sum(output, squares, others, memory.rank, adds_up=adds_up)  # noqa: E731
-        memory.when_all_have_sent(buffer.shared, what, queue)
+        addresses = [0 if grad is None else grad.data_ptr() for grad in readable]
+
+        def prepare() -> tuple[Callable[[], None], Tensor]:
+            own = self._sum.table([addresses[i] and addresses[i] + start for i, start in self._own])
+            places = self._places_in(buffer)
+            others = buffer.flat[: (memory.world_size - 1) * shard_numel].view(-1, shard_numel)
+
+            def queue() -> None:
+                self._send(places, readable)
+                memory.barrier()  # every rank has sent
+                self._sum(output, squares, others, own, memory.rank, adds_up=adds_up)
+
+            return queue, own
+
+        what = self, adds_up, output.data_ptr(), squares.data_ptr(), *addresses
+        memory.run(buffer.shared, what, prepare)
 
     @torch.no_grad()
     def _readable(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -89,10 +98,8 @@ class GradPush:
         return grad.dtype is self._dtype and grad.is_contiguous() and grad.data_ptr() % 16 == 0
 
     @torch.no_grad()
-    def _send(self, buffer: GradBuffer, grads: Sequence[Tensor | None]) -> None:
-        if self not in buffer.views:
-            buffer.views[self] = self._places_in(buffer.shared)
-        for (_, piece), place in zip(self._leaving, buffer.views[self], strict=True):
+    def _send(self, places: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        for (_, piece), place in zip(self._leaving, places, strict=True):
             grad = grads[piece.param]
             if grad is None:
                 place.zero_()
@@ -101,12 +108,14 @@ class GradPush:
             else:
                 place.copy_(grad.view(-1)[piece.param_start : piece.param_stop])
 
-    def _places_in(self, received: PeerBuffer) -> list[Tensor]:
-        """Where each leaving piece goes, in the shape of its parameter if that is all of it."""
-        places = []
+    def _places_in(self, buffer: GradBuffer) -> list[Tensor]:
+        """Where each leaving piece goes, in the shape of its parameter if that is all of it; made once."""
+        if self in buffer.views:
+            return buffer.views[self]
+        places = buffer.views[self] = []
         for owner, piece in self._leaving:
             first, _ = self._layout.shard_range(owner)
-            place = self._memory.place_at(owner, received, self._layout.shard_numel)
+            place = self._memory.place_at(owner, buffer.shared, self._layout.shard_numel)
             place = place.narrow(0, piece.bucket_start - first, piece.numel)
             whole = piece.numel == self._layout.param_numels[piece.param]
             places.append(place.view(self._shapes[piece.param]) if whole else place)
