@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from lion_dist.bucket_shard import BucketShard
 from lion_dist.sharding import collectives
@@ -65,15 +64,6 @@ class Consolidated:
     def is_of(self, param_groups: Sequence[dict], shards: Sequence[BucketShard]) -> bool:
         """Whether nobody has written the state since, or added parameters. Our own step says so itself."""
         return self._moment == _moment_of(param_groups, shards)
-
-    def drop_at_next_step(self, optimizer: Optimizer) -> None:
-        """Let go of the memory, and of what is out of date."""
-
-        def drop(*_arguments) -> None:
-            handle.remove()
-            self._moment, self.state_dict = (), None
-
-        handle = optimizer.register_step_pre_hook(drop)
 
 
 def _moment_of(param_groups: Sequence[dict], shards: Sequence[BucketShard]) -> tuple:

@@ -263,6 +263,7 @@ class ShardedLion(Optimizer):
         """
         self._refuse_blind_scaler()
         refuse_emptied(self.state)
+        self._consolidated = None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -689,7 +690,6 @@ class ShardedLion(Optimizer):
         self._consolidated = None
         meet(self.groups, "consolidate_state_dict")
         self._consolidated = Consolidated.of(live, to)
-        self._consolidated.drop_at_next_step(self)
 
     def full_state_dict(self) -> dict:
         """What :meth:`consolidate_state_dict` gathered on this rank, in the format of plain ``Lion``: tensors in host

@@ -272,7 +272,8 @@ def _in_saved_order(live: LiveState, groups: Sequence[Mapping]) -> list[Paramete
         if set(named) == set(members):
             ordered += named
             continue
-        moved = [name for name, param, own in zip(names, named, members, strict=True) if param not in (None, own)]
+        triples = zip(names, named, members, strict=True)
+        moved = [name for name, param, own in triples if param is not None and param is not own]
         if moved:
             raise ValueError(
                 f"param group {i} of the saved state holds {moved[0]!r} where this optimizer has another parameter "
@@ -296,7 +297,7 @@ def _checked_state(kinds: object, param: Parameter, name: str) -> dict[str, Tens
             continue
         if not isinstance(value, Tensor | int | float):
             raise ValueError(f"the saved {kind} of {name!r} is a {type(value).__name__}, not a tensor")
-        value = torch.as_tensor(value)
+        value = value if isinstance(value, Tensor) else torch.tensor(value)  # other Lions count steps in an int
         if value.shape != shape:
             raise ValueError(f"the saved {kind} of {name!r} has shape {tuple(value.shape)}, here it is {tuple(shape)}")
         if kind == "exp_avg" and not value.dtype.is_floating_point:

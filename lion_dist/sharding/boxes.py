@@ -205,12 +205,12 @@ class BoxedTensor(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         boxed, kwargs = args[0], kwargs or {}
         aten = torch.ops.aten
-        if func in (aten.detach.default, aten.clone.default, aten._to_copy.default):
+        if func in (aten.detach.default, aten.clone.default, aten._to_copy.default) or func.overloadpacket is aten.to:
             boxes = {box: func(local, *args[1:], **kwargs) for box, local in boxed.boxes.items()}
             if boxes:
                 return boxed.with_boxes(boxes)
-            dtype, device = kwargs.get("dtype") or boxed.dtype, kwargs.get("device") or boxed.device
-            return type(boxed)(boxed.shape, {}, dtype=dtype, device=device, part=boxed.part)
+            like = func(torch.empty(0, dtype=boxed.dtype, device=boxed.device), *args[1:], **kwargs)
+            return type(boxed)(boxed.shape, {}, dtype=like.dtype, device=like.device, part=boxed.part)
         if func is aten.new_empty.default:  # torch's async_save makes a place for the copy, and fills its attributes
             return type(boxed)(args[1], {}, dtype=boxed.dtype, device=kwargs.get("device") or boxed.device)
         raise NotImplementedError(
