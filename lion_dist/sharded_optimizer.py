@@ -37,7 +37,7 @@ from lion_dist.sharding.buffers import CommStream, GradBufferPool
 from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
-from lion_dist.sharding.param_sync import GatherParams, SendCodes
+from lion_dist.sharding.param_sync import GatherParams, LeaveStale, SendCodes
 from lion_dist.sharding.param_watch import ParamWatch
 from lion_dist.sharding.peer_memory import PeerMemory, connect
 from lion_dist.sharding.process_groups import ShardGroups, backend_for, resolve_groups
@@ -262,6 +262,8 @@ class ShardedLion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._device.type == "cuda" and not isinstance(self._param_sync, LeaveStale):
+            self._refuse_bare_capture()
         if self._is_closed:
             raise RuntimeError("this ShardedLion has been closed: its model is no longer hooked up. Construct another.")
         if self._backward_updates is not None:
@@ -430,6 +432,13 @@ class ShardedLion(Optimizer):
             self._stream.release()
         return self._judge.verdict
 
+    def _refuse_bare_capture(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() inside torch.cuda.graph() would leave a gather in flight that no replay waits for. Use "
+                "lion_dist.CapturedStep, which captures the whole step and knows what lies between replays."
+            )
+
     def _refuse_blind_scaler(self) -> None:
         if isinstance(getattr(self, "found_inf", None), int):  # the sum of no checks at all
             del self.found_inf, self.grad_scale  # which the scaler, interrupted here, would leave for later steps
@@ -513,6 +522,36 @@ class ShardedLion(Optimizer):
         """Whatever follows may read every parameter of the model."""
         for shard in self.shards:
             shard.bucket.finish_param_sync()
+
+    # ---- what CapturedStep asks for
+
+    @contextlib.contextmanager
+    def param_sync_by(self, strategy: LeaveStale) -> Iterator[None]:
+        """Steps inside leave parameters to ``strategy``."""
+        before, self._param_sync = self._param_sync, strategy
+        try:
+            yield
+        finally:
+            self._param_sync = before
+
+    def start_param_sync(self) -> None:
+        """Gather every bucket's parameters, beside what follows."""
+        if self.forward_hooks is not None:
+            self.forward_hooks.note_sync_starts()
+        GatherParams().after_update(self.buckets)
+
+    def before_replay(self) -> None:
+        """Main params follow parameters that somebody else has written since the last step."""
+        self._refresh_stale_main(self.shards)
+
+    def after_replay(self) -> None:
+        """A captured step has updated the shards."""
+        buckets = self.buckets
+        for bucket in buckets:
+            bucket.leave_stale()
+        if self.forward_hooks is not None:
+            self.forward_hooks.note_sync_starts()
+        self._watch.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
 
     def refresh_main_params(self) -> None:
         """Make main params follow parameters that were written through ``.data``, which leaves no trace.

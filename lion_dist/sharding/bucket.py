@@ -44,6 +44,7 @@ class ParamState(Enum):
 
     FULL = "flat_params is the same on every rank"
     GATHERING = "the other shards are on their way: only param_shard may be read"
+    STALE = "param_shard is new, the other shards are old, and nothing is on its way"
 
 
 _GRAD_TRANSITIONS = {
@@ -56,6 +57,10 @@ _GRAD_TRANSITIONS = {
 _PARAM_TRANSITIONS = {
     (ParamState.FULL, ParamState.GATHERING),
     (ParamState.GATHERING, ParamState.FULL),
+    (ParamState.FULL, ParamState.STALE),
+    (ParamState.STALE, ParamState.STALE),  # another replay of a captured step
+    (ParamState.STALE, ParamState.GATHERING),
+    (ParamState.GATHERING, ParamState.STALE),  # of a capture that failed
 }
 
 
@@ -312,6 +317,11 @@ class Bucket:
             self._finish_gather = self._gather() if start is None else start()
             self.stream.mark(self._param_mark)
 
+    def leave_stale(self) -> None:
+        """The shard is updated, and its gather is left to whoever needs the parameters."""
+        self._set_param_state(ParamState.STALE)
+        self._finish_gather = nothing
+
     def _gather(self) -> Finish:
         if self.pool.peer_memory is not None:
             self.pool.peer_memory.all_gather(self._shared_params)
@@ -322,6 +332,8 @@ class Bucket:
         """What follows may read every parameter. Costs nothing when no gather is under way."""
         if self.param_state is ParamState.FULL:
             return
+        if self.param_state is ParamState.STALE:
+            self.start_param_sync()
         with self.clock.phase("param_sync"):
             finish, self._finish_gather = self._finish_gather, nothing
             finish()

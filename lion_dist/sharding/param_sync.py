@@ -63,6 +63,17 @@ class GatherParams:
         """Nothing is left to start."""
 
 
+class LeaveStale:
+    """Nothing is sent: the next step gathers at its head (``captured_step.py``)."""
+
+    def after_update(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            bucket.leave_stale()
+
+    def after_updates(self, changed: Collection[Bucket]) -> None:
+        """Nothing is left to start."""
+
+
 class SendCodes:
     """Each bucket's update is encoded when its shard is updated; codes are sent when all ranks know their lengths."""
 
