@@ -130,8 +130,8 @@ class SumOfSquares:
     def _tables_for_capture(self, known: _Tables | None, where: list[int], numels: list[int], block: int, device):
         if known is None or known.key[1:] != (block, numels):
             raise RuntimeError(
-                "a CUDA graph is captured over gradients of sizes that no step has seen: their table cannot be uploaded "
-                "now. Run a step before the capture, as torch.cuda.graph's warm-up does anyway."
+                "a CUDA graph is captured over gradients of sizes that no step has seen: their "
+                "table cannot be uploaded now. Run a step before the capture."
             )
         addresses = addresses_in_capture(where, device)
         self._captured += [addresses, *known.sizes]
