@@ -12,6 +12,7 @@ Alternatives considered:
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -44,6 +45,8 @@ from lion_dist.sharding.process_groups import ShardGroups, backend_for, resolve_
 from lion_dist.sharding.replicas import Frozen, ReplicaCheck
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
+
+logger = logging.getLogger(__name__)
 
 
 class ShardedLion(Optimizer):
@@ -147,6 +150,26 @@ class ShardedLion(Optimizer):
                 self.groups.broadcast(tensor)
         self._is_built = True
         self._add_buckets(params)
+        if self.groups.is_first:
+            logger.info("%s", self._description())
+
+    def _description(self) -> str:
+        """What was chosen at construction, in a line for the log."""
+        numels = [bucket.layout.numel for bucket in self.buckets]
+        axes = [backend_for(axis, self._device) for axis in self.groups.axes]
+        transport = "peer memory" if any(self._peer_memories.values()) else (axes or ["none"])[0]
+        parts = [
+            f"{sum(p.numel() for p in self._params.names):,} parameters in {len(self._params.names)} tensors",
+            f"{self.groups.shard_world_size} ranks x {self.groups.replicate_world_size} replicas on {self._device.type}",
+            f"ZeRO stage {self.sharding.zero_stage}",
+            f"{len(numels)} buckets of up to {max(numels, default=0):,} elements",
+            f"transport: {transport}",
+            f"param sync: {self.sharding.param_sync}",
+            f"update: {choose_backend(self._device, self.use_triton)}",
+            f"main params: {self.precision.main_params}",
+            f"momentum: {self.precision.momentum_dtype or 'in the dtype of the parameters'}",
+        ]
+        return "ShardedLion: " + "; ".join(parts)
 
     def _choose_sum_of_squares(self) -> SumOfSquares:
         if choose_backend(self._device, self.use_triton) != "triton":

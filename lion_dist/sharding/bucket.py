@@ -135,6 +135,11 @@ class Bucket:
         return self.params[0].device
 
     @property
+    def label(self) -> str:
+        """For the profiler and for errors."""
+        return f"{self.names[0]} .. {self.names[-1]}" if len(self.names) > 1 else self.names[0]
+
+    @property
     def grad_shard(self) -> Tensor:
         """[shard_numel], the same tensor for the life of the bucket; ``finish_grad_sync()`` returns it or another."""
         return self._grad_shard
@@ -334,7 +339,7 @@ class Bucket:
             return
         if self.param_state is ParamState.STALE:
             self.start_param_sync()
-        with self.clock.phase("param_sync"):
+        with self.clock.phase("param_sync", self.label):
             finish, self._finish_gather = self._finish_gather, nothing
             finish()
             self.stream.join(self._param_mark)

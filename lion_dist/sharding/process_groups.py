@@ -44,6 +44,10 @@ class ShardGroups:
         return self.shard_world_size * self.replicate_world_size
 
     @property
+    def is_first(self) -> bool:
+        return self.shard_rank == self.replicate_rank == 0
+
+    @property
     def axes(self) -> tuple[ProcessGroup, ...]:
         """The groups with more than one rank, the sharding one first."""
         return tuple(group for group in (self.shard_group, self.replicate_group) if group is not None)
