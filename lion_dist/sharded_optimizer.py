@@ -160,7 +160,8 @@ class ShardedLion(Optimizer):
         transport = "peer memory" if any(self._peer_memories.values()) else (axes or ["none"])[0]
         parts = [
             f"{sum(p.numel() for p in self._params.names):,} parameters in {len(self._params.names)} tensors",
-            f"{self.groups.shard_world_size} ranks x {self.groups.replicate_world_size} replicas on {self._device.type}",
+            f"{self.groups.shard_world_size} ranks x {self.groups.replicate_world_size} replicas",
+            f"device: {self._device.type}",
             f"ZeRO stage {self.sharding.zero_stage}",
             f"{len(numels)} buckets of up to {max(numels, default=0):,} elements",
             f"transport: {transport}",
