@@ -36,13 +36,15 @@ from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
+from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.param_sync import GatherParams, SendCodes
 from lion_dist.sharding.param_watch import ParamWatch
 from lion_dist.sharding.peer_memory import PeerMemory, connect
-from lion_dist.sharding.process_groups import ShardGroups, backend_for, resolve_groups
+from lion_dist.sharding.process_groups import Progress, ShardGroups, backend_for, resolve_groups
 from lion_dist.sharding.replicas import Frozen, ReplicaCheck
 from lion_dist.sharding.scheduler import GradScheduler, ParamScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
+from lion_dist.step_choices import Factors, StepChoices
 
 
 class ShardedLion(Optimizer):
@@ -101,7 +103,8 @@ class ShardedLion(Optimizer):
         self.metrics_every = metrics_every
         self.precision, self.sharding, self.use_triton, self.cautious = precision, sharding, use_triton, cautious
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
-        self.groups = resolve_groups(process_group)
+        self._progress = Progress()
+        self.groups = resolve_groups(process_group)  # until ranks communicate; then of the optimizer's own
         self.shards: list[BucketShard] = []
         self._batches: list[ShardBatch] = []  # the same
         self._module = module
@@ -117,6 +120,7 @@ class ShardedLion(Optimizer):
         self._backward_updates: BackwardUpdates | None = None
         self._param_sync = SendCodes() if sharding.param_sync == "coded" else GatherParams()
         self._is_built = False
+        self._factors: Factors | None = None  # that the last step has used
         super().__init__(params, defaults)
         self._build(self.param_groups)
 
@@ -128,6 +132,8 @@ class ShardedLion(Optimizer):
         if not params:
             raise ValueError("ShardedLion got no parameters: every param group is empty")
         self._device = params[0][0].device
+        self._own_groups = self._params.own_groups = OwnGroups(self, self._device, self._progress)
+        self.groups = self._own_groups.like(self.groups)
         self._stream = CommStream(self._device)
         self._updates_mark = self._stream.new_mark()  # behind the last update in backward
         divisor = self.groups.num_ranks if self.sharding.average else 1
@@ -178,7 +184,9 @@ class ShardedLion(Optimizer):
 
     def _check_agreement(self, groups: list[dict]) -> None:
         choices = (self.sharding, self.precision, self._decoupled_from, self.cautious, self.metrics_every)
-        entries = [("ShardedLion", tuple(map(str, choices))), *self._params.described(groups)]
+        torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
+        entries = [("torch", (torch_release,)), ("ShardedLion", tuple(map(str, choices)))]
+        entries += self._params.described(groups)
         for axis in self.groups.axes:
             check_ranks_agree(entries, axis)
 
@@ -232,14 +240,33 @@ class ShardedLion(Optimizer):
 
     def _adopt_unfrozen(self) -> None:
         """Parameters that take gradients now get buckets. Every rank has started the reductions of the others, so that
-        ranks with and without a batch come to the new ones' broadcast at the same point."""
-        unfrozen = [(p, g) for p, g in self._frozen.items() if p.requires_grad]
+        ranks with and without a batch come to the new ones' broadcast at the same point; and ranks have compared that
+        they are the same ones."""
+        unfrozen = self._unfrozen()
         for param, _ in unfrozen:
             del self._frozen[param]
-        if unfrozen:
-            self._add_buckets(unfrozen)
-            for bucket in dict.fromkeys(self.grad_scheduler.bucket_of(param) for param, _ in unfrozen):
-                bucket.register_grads_left_by_autograd()
+        self._add_buckets(unfrozen)
+        for bucket in dict.fromkeys(self.grad_scheduler.bucket_of(param) for param, _ in unfrozen):
+            bucket.register_grads_left_by_autograd()
+
+    def _unfrozen(self) -> list[tuple[Parameter, dict]]:
+        """Parameters that take gradients and have no bucket yet, and their groups."""
+        return [(p, g) for p, g in self._frozen.items() if p.requires_grad]
+
+    # ---- what has to be the same on all ranks in every step
+
+    def _choices(self) -> StepChoices:
+        names = self._params.names
+        unfrozen = [names[param] for param, _ in self._unfrozen()]
+        # A look at the buckets that have missed a gradient in this step, for only there can one be frozen.
+        missing = [bucket for bucket in self.buckets if not all(bucket.used)]
+        frozen = [name for bucket in missing for name in bucket.names_without_grads()]
+        return StepChoices(self._factors_now(), self._factors, unfrozen, frozen)
+
+    def _factors_now(self) -> Factors:
+        judge = self._judge
+        others = judge.divisor, self._loss_scale, judge.inverse_loss_scale, judge.max_norm
+        return Factors.of(self.param_groups, *others)
 
     # ---- the step
 
@@ -290,7 +317,7 @@ class ShardedLion(Optimizer):
         buckets = self.buckets
         self._watch.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
         self._counters += verdict.outcome
-        self._forget_step()
+        self._end_step()
         if self.param_scheduler is None:
             self.finish_param_sync()
         else:
@@ -329,18 +356,27 @@ class ShardedLion(Optimizer):
         if self._loss_scale is not None:
             raise RuntimeError("a GradScaler judges gradients before the update: use update_in_backward=False with it")
         self.grad_scheduler.start_all_but(self._backward_updates.begun)
-        self._adopt_unfrozen()
-        self.grad_scheduler.start_all_but(self._backward_updates.begun)
+        with self._stream.fork():
+            self._judge.agreement.exchange(self._choices)
+        if self._unfrozen():
+            self._judge.agreement.wait()
+            self._adopt_unfrozen()
+            self.grad_scheduler.start_all_but(self._backward_updates.begun)
         self._backward_updates.finish()
         # A learning rate or divisor on the device may be changed from here on; the updates have read it.
         self._stream.join(self._updates_mark)
         self._stream.release()
         self._counters[0] += 1
-        self._forget_step()
+        self._end_step()
         if self.param_scheduler is None:
             self.finish_param_sync()
         else:
             self.param_scheduler.finish_strangers()
+
+    def _end_step(self) -> None:
+        self._factors = self._factors_now()
+        self._progress.step += 1
+        self._forget_step()
 
     def _forget_step(self) -> None:
         if self._backward_updates is not None:
@@ -418,12 +454,18 @@ class ShardedLion(Optimizer):
                 )
             self.finish_param_sync()  # a step without a forward since the last
             self.grad_scheduler.finish_backward()
-            self._adopt_unfrozen()
-            self.grad_scheduler.start_added()
-            with self._meter.clock.phase("norm"):
-                self._judge.decide(self.buckets, self.grad_scheduler.version)
+            if self._unfrozen():
+                self._decide()  # what ranks without such parameters do now, too
+                self._judge.agreement.wait()
+                self._adopt_unfrozen()
+                self.grad_scheduler.start_added()
+            self._decide()
             self._stream.release()
         return self._judge.verdict
+
+    def _decide(self) -> None:
+        with self._meter.clock.phase("norm"):
+            self._judge.decide(self.buckets, self.grad_scheduler.version, self._choices)
 
     def _refuse_blind_scaler(self) -> None:
         if isinstance(getattr(self, "found_inf", None), int):  # the sum of no checks at all
@@ -535,6 +577,7 @@ class ShardedLion(Optimizer):
         if self.param_scheduler is not None:
             self.param_scheduler.close()
         self.grad_scheduler.close()
+        self._own_groups.give_back()
         self._is_closed = True
 
     # ---- what there is

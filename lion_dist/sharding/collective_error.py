@@ -1,0 +1,52 @@
+"""What a rank was doing when it lost the others, where the backend says "Application timeout caused pair closure"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+REMEDY = (
+    "Another rank has ended (its own log says why), or it runs other collectives than this one: ranks must call "
+    "step(), clip_grad_norm_(), grad_norm(), metrics(), check_replicas(), resync_params() and add_param_group() "
+    "equally often and in one order, and run as many synchronized backward passes (outside of no_sync())."
+)
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed, or another rank did not come to it in time. ``__cause__`` is the backend's error.
+
+    Whoever knows more of what this rank was doing adds it with :meth:`during` while the error passes by.
+
+    Attributes:
+        doing: from the collective outwards, e.g. ``["all_to_all_single", "summing the gradients of ...", "step()"]``.
+    """
+
+    def __init__(self, collective: str, backend_says: str):
+        super().__init__(collective, backend_says)
+        self.doing = [collective]
+        self.backend_says = backend_says
+
+    def during(self, what: str) -> None:
+        self.doing.append(what)
+
+    def __str__(self) -> str:
+        rank = f"rank {dist.get_rank()} of {dist.get_world_size()}" if dist.is_initialized() else "this process"
+        doing = ", ".join(self.doing)
+        return f"{rank} waited in vain for other ranks: {doing}. {REMEDY} The backend says: {self.backend_says}"
+
+
+def attempt(collective: Callable, *args, **kwargs):
+    """``collective(...)``; a failure of the backend comes out as CollectiveError. (Where each call counts, inline.)"""
+    try:
+        return collective(*args, **kwargs)
+    except RuntimeError as error:
+        raise explained(error, collective.__name__) from error
+
+
+def explained(error: RuntimeError, collective: str) -> CollectiveError:
+    """For what torch.distributed raises. Memory that has run out is no other rank's fault, and is raised as it is."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    return CollectiveError(collective, f"{error!s:.300}")
