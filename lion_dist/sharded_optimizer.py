@@ -132,9 +132,9 @@ class ShardedLion(Optimizer):
         if not params:
             raise ValueError("ShardedLion got no parameters: every param group is empty")
         self._device = params[0][0].device
-        self._own_groups = self._params.own_groups = OwnGroups(self, self._device, self._progress)
+        self._own_groups = self._params.own_groups = OwnGroups(self, self._progress)
         self.groups = self._own_groups.like(self.groups)
-        self._stream = CommStream(self._device)
+        self._stream = CommStream(self._device, bounded=self.sharding.wait_in_backward)
         self._updates_mark = self._stream.new_mark()  # behind the last update in backward
         divisor = self.groups.num_ranks if self.sharding.average else 1
         self._judge = Judge(self.groups, self._device, divisor, self._choose_sum_of_squares())
@@ -142,7 +142,8 @@ class ShardedLion(Optimizer):
         self._replicas = ReplicaCheck(self.groups, self._stream, self._device, self.sharding.check_replicas_every)
         self._counters = torch.zeros(2, dtype=torch.int64, device=self._device)  # steps taken, steps skipped
         if self.sharding.update_in_backward:
-            self._backward_updates = BackwardUpdates(self._stream, self._update_in_backward)
+            may_wait = self.sharding.wait_in_backward
+            self._backward_updates = BackwardUpdates(self._stream, self._update_in_backward, may_wait)
             self.grad_scheduler.after_start = self._backward_updates
         self._check_agreement(groups)
         if self._module is not None:
@@ -225,8 +226,10 @@ class ShardedLion(Optimizer):
         wire = self.sharding.reduce_dtype or params[0].dtype
         if groups not in self._peer_memories:
             self._peer_memories[groups] = connect(groups.shard_group, self._device, self.sharding.peer_memory)
-        pool = GradBufferPool(wire, self._device, self._peer_memories[groups])
-        pool = self._pools.setdefault((wire, groups), pool)
+        if (wire, groups) not in self._pools:
+            bounded = self.sharding.wait_in_backward
+            self._pools[wire, groups] = GradBufferPool(wire, self._device, self._peer_memories[groups], bounded)
+        pool = self._pools[wire, groups]
         names = [self._params.names[p] for p in params]
         clock = self._meter.clock
         bucket = Bucket(params, names, groups, pool, ordered_sum=ordered, stream=self._stream, clock=clock)

@@ -207,7 +207,7 @@ class Bucket:
         reduced = torch.empty_like(self._grad_shard) if adds_up else self._grad_shard
         flat = buffer.flat[: self.layout.numel]
         finish = collectives.reduce_scatter(reduced, flat, self.groups.shard_group, ordered=self.ordered_sum)
-        return lambda: self._take_in(finish, reduced, adds_up)
+        return lambda: self._take_in(finish, reduced, adds_up, buffer)
 
     def _push_and_sum(self, grads: Sequence[Tensor | None], adds_up: bool) -> Finish:
         buffer = self.pool.take()
@@ -274,8 +274,10 @@ class Bucket:
             first, last = repr(self.names[0]), repr(self.names[-1])
             self.groups.progress.explain(error, f"{what} of {first}" + f" to {last}" * (first != last))
 
-    def _take_in(self, finish: Finish, reduced: Tensor, adds_up: bool) -> None:
+    def _take_in(self, finish: Finish, reduced: Tensor, adds_up: bool, buffer: GradBuffer | None = None) -> None:
         finish()
+        if buffer is not None:  # whoever takes it next must not wait for a later reduction of this bucket
+            buffer.release = nothing
         if self.ordered_sum:
             collectives.ordered_all_reduce(reduced, self.groups.replicate_group)
         else:

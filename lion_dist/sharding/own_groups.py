@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from lion_dist.sharding import collectives
-from lion_dist.sharding.process_groups import Progress, ShardGroups, backend_for
+from lion_dist.sharding.process_groups import Progress, ShardGroups
 
 # By the group whose ranks they have; they go when it does.
 _free: WeakKeyDictionary[ProcessGroup, list[ProcessGroup]] = WeakKeyDictionary()
@@ -43,8 +42,8 @@ class OwnGroups:
         progress: of the owner; once a collective has failed they are not given to anybody.
     """
 
-    def __init__(self, owner: object, device: torch.device, progress: Progress):
-        self._device, self._progress = device, progress
+    def __init__(self, owner: object, progress: Progress):
+        self._progress = progress
         self._borrowed: dict[ProcessGroup, ProcessGroup] = {}  # by whose ranks they have
         self._give_back = weakref.finalize(owner, _give_back, self._borrowed, progress)
         self._give_back.atexit = False
@@ -57,7 +56,7 @@ class OwnGroups:
         if given is None:
             return None
         if given not in self._borrowed:
-            self._borrowed[given] = _borrow(given, self._device)
+            self._borrowed[given] = _borrow(given)
         return self._borrowed[given]
 
     def give_back(self) -> None:
@@ -79,23 +78,24 @@ class _Offer:
     started: int
 
 
-def _borrow(given: ProcessGroup, device: torch.device) -> ProcessGroup:
+def _borrow(given: ProcessGroup) -> ProcessGroup:
     """All ranks of ``given`` together."""
-    free = {} if backend_for(given, device) == "fake" else {_offer(group): group for group in _free.get(given, ())}
+    is_pretended = dist.get_backend(given) == "fake"  # which does not count collectives
+    free = {} if is_pretended else {_offer(group): group for group in _free.get(given, ())}
     offers = collectives.gather_objects((f"lion_dist {uuid.uuid4().hex}", list(free)), given)
     name, wanted = offers[0]
     for offer in wanted:
         if all(offer in theirs for _, theirs in offers):
             _free[given].remove(free[offer])
             return free[offer]
-    return _make(given, name, device)
+    return _make(given, name)
 
 
 def _offer(group: ProcessGroup) -> _Offer:
     return _Offer(group.group_name, group._get_sequence_number_for_group())
 
 
-def _make(given: ProcessGroup, name: str, device: torch.device) -> ProcessGroup:
+def _make(given: ProcessGroup, name: str) -> ProcessGroup:
     """Another group of the ranks of ``given``, with its backends and its time-out.
 
     A default group that is bound to a GPU splits its communicator for each new group, by all ranks of the world. Where
@@ -114,7 +114,7 @@ def _make(given: ProcessGroup, name: str, device: torch.device) -> ProcessGroup:
             dist.Backend(_backends(given)),
             distributed_c10d._get_default_store(),
             name,
-            timeout=_timeout(given, device),
+            timeout=_timeout(given),
             device_id=world.bound_device_id,
             group_desc=f"ShardedLion's own, of {given.group_desc or given.group_name}",
         )
@@ -130,7 +130,7 @@ def _backends(group: ProcessGroup) -> str:
     return str(backend)
 
 
-def _timeout(group: ProcessGroup, device: torch.device) -> timedelta:
+def _timeout(group: ProcessGroup) -> timedelta:
     """How long ``group`` waits for a rank. Backends for tests have no options: torch's default."""
-    options = getattr(group._get_backend(device), "options", None)
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
     return getattr(options, "_timeout", distributed_c10d.default_pg_timeout)

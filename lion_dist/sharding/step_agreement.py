@@ -29,7 +29,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 
 from lion_dist.sharding import collectives
 from lion_dist.sharding.agreement import Entry
-from lion_dist.sharding.process_groups import ShardGroups, backend_for
+from lion_dist.sharding.process_groups import ShardGroups
 
 HASH_BITS = 40
 PATIENCE = timedelta(seconds=60)  # with a rank that does not say what it has: it may have ended
@@ -66,7 +66,7 @@ class StepAgreement:
     def __init__(self, groups: ShardGroups, device: torch.device):
         self._groups, self._device = groups, device
         # Ranks that are only pretended send nothing.
-        self.is_on = groups.num_ranks > 1 and all(backend_for(axis, device) != "fake" for axis in groups.axes)
+        self.is_on = groups.num_ranks > 1 and all(dist.get_backend(axis) != "fake" for axis in groups.axes)
         self._bits = min(HASH_BITS, 52 - groups.num_ranks.bit_length())
         self._messages = 0
         self._last: tuple[int, Tensor] | None = None  # the last hash of choices without tensors, and it on the device
@@ -178,7 +178,7 @@ def _say(everybody: list[tuple[int, list[Entry]]]) -> str:
             if repr(mine) != repr(theirs):
                 return (
                     f"ranks do not take the same step: {name} is {theirs!r} on rank {rank} and {mine!r} on rank "
-                    f"{first}. Let every rank compute it from the same numbers, or broadcast it from one rank."
+                    f"{first}. Set the same on every rank: compute it from the same numbers, or broadcast it from one rank."
                 )
     return (
         "ranks do not take the same step: a value on the device (a learning rate, a divisor, a loss scale) differed; "
