@@ -40,7 +40,7 @@ from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.param_sync import GatherParams, SendCodes
 from lion_dist.sharding.param_watch import ParamWatch
 from lion_dist.sharding.peer_memory import PeerMemory, connect
-from lion_dist.sharding.process_groups import Progress, ShardGroups, backend_for, resolve_groups
+from lion_dist.sharding.process_groups import Progress, ShardGroups, backend_for, explained, resolve_groups
 from lion_dist.sharding.replicas import Frozen, ReplicaCheck
 from lion_dist.sharding.scheduler import GradScheduler, ParamScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
@@ -126,6 +126,7 @@ class ShardedLion(Optimizer):
 
     # ---- construction
 
+    @explained("the construction of ShardedLion")
     def _build(self, groups: list[dict]) -> None:
         """All user input has been checked: from here on ranks communicate, and tensors change."""
         params = [(p, g) for g in groups for p in g["params"]]
@@ -167,6 +168,7 @@ class ShardedLion(Optimizer):
             "its state_dict() with torch.distributed.checkpoint and construct another."
         )
 
+    @explained("add_param_group()")
     def add_param_group(self, param_group: dict) -> None:
         """Append a param group; its parameters get buckets of their own. All ranks do so together, between steps."""
         super().add_param_group(param_group)
@@ -268,7 +270,8 @@ class ShardedLion(Optimizer):
 
     def _factors_now(self) -> Factors:
         judge = self._judge
-        others = judge.divisor, self._loss_scale, judge.inverse_loss_scale, judge.max_norm
+        loss_scale = self._loss_scale if judge.scaler_scale is None else judge.scaler_scale
+        others = judge.divisor, loss_scale, judge.inverse_loss_scale, judge.max_norm
         return Factors.of(self.param_groups, *others)
 
     # ---- the step
@@ -277,6 +280,7 @@ class ShardedLion(Optimizer):
     def buckets(self) -> list[Bucket]:
         return [shard.bucket for shard in self.shards]
 
+    @explained("step()")
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
         """Update this rank's shards and start gathering the others'. All ranks call it together.
@@ -485,6 +489,7 @@ class ShardedLion(Optimizer):
 
     # ---- gradients
 
+    @explained("clip_grad_norm_()")
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the global norm of this step's gradients; the next ``step()`` applies it.
 
@@ -496,18 +501,22 @@ class ShardedLion(Optimizer):
         self._judge_gradients()
         return self._judge.clip(max_norm, self._loss_scale)
 
+    @explained("grad_norm()")
     def grad_norm(self) -> Tensor:
         """[] fp32 on the device: the global norm of this step's gradients, averaged and unscaled, before clipping."""
         self._judge_gradients()
         return self._judge.norm(self._loss_scale)
 
-    def unscale_and_check_(self, inverse_loss_scale: Tensor) -> Tensor:
+    @explained("GradScaler.unscale_()")
+    def unscale_and_check_(self, inverse_loss_scale: Tensor, loss_scale: Tensor | None = None) -> Tensor:
         """For ``lion_dist.GradScaler``: multiply gradients by ``inverse_loss_scale`` in the next step.
+
+        ``loss_scale``: the scaler's, which ranks compare, whether this call unscales by it or ``step()``.
 
         Returns:
             [] fp32 on the device: 1 when a gradient is not finite on any rank.
         """
-        self._judge.inverse_loss_scale = inverse_loss_scale
+        self._judge.inverse_loss_scale, self._judge.scaler_scale = inverse_loss_scale, loss_scale
         return self._judge_gradients().skip
 
     def set_grad_divisor(self, count: float | Tensor) -> None:
@@ -530,6 +539,7 @@ class ShardedLion(Optimizer):
         finally:
             self.grad_scheduler.in_no_sync = before
 
+    @explained("backward_without_batch()")
     def backward_without_batch(self) -> None:
         """This rank has no micro-batch where others run one more backward: it takes part with zeros.
 
@@ -538,6 +548,7 @@ class ShardedLion(Optimizer):
         """
         self.grad_scheduler.finish_absent_pass()
 
+    @explained("zero_grad()")
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget this step's gradients and divisor. It does not wait for parameters in flight: it touches none."""
         if not set_to_none:
@@ -549,11 +560,13 @@ class ShardedLion(Optimizer):
 
     # ---- parameters
 
+    @explained("finish_param_sync()")
     def finish_param_sync(self) -> None:
         """Whatever follows may read every parameter of the model."""
         for shard in self.shards:
             shard.bucket.finish_param_sync()
 
+    @explained("refresh_main_params()")
     def refresh_main_params(self) -> None:
         """Make main params follow parameters that were written through ``.data``, which leaves no trace.
 
@@ -571,6 +584,7 @@ class ShardedLion(Optimizer):
                 shard.refresh_main()
                 self._changed.add(shard.bucket)
 
+    @explained("close()")
     def close(self) -> None:
         """Let go of the model: parameters are whole, hooks are removed, gradients stay with autograd.
 
@@ -593,6 +607,7 @@ class ShardedLion(Optimizer):
         """Steps that changed weights. Waits for the device."""
         return int(self._counters[0])
 
+    @explained("metrics()")
     def metrics(self) -> dict:
         """What the last measured step did, over all ranks; ``docs/metrics.md`` defines every key.
 
@@ -604,6 +619,7 @@ class ShardedLion(Optimizer):
         """
         return metrics_over_ranks(self._meter, self.groups) | {"skipped_steps": self.skipped_steps()}
 
+    @explained("check_replicas()")
     def check_replicas(self) -> None:
         """Compare checksums of all ranks' parameters, and wait for the result. All ranks call it together.
 
@@ -623,6 +639,7 @@ class ShardedLion(Optimizer):
                 frozen.append((name, param, self.groups))
         return self.buckets, frozen
 
+    @explained("resync_params()")
     def resync_params(self) -> None:
         """Replace every rank's parameters by their owners': the repair after a ``ReplicaError``. All ranks call it.
 
@@ -649,6 +666,7 @@ class ShardedLion(Optimizer):
 
     # ---- state_dict: boxes of full tensors by parameter name
 
+    @explained("state_dict()")
     def state_dict(self) -> dict:
         """This rank's part of the state, for torch.distributed.checkpoint.
 

@@ -269,8 +269,8 @@ class Bucket:
             raise
 
     def _explain(self, error: CollectiveError, what: str) -> None:
-        """Say in ``error`` what this bucket was doing; once, for a bucket may have waited for another one."""
-        if not self.groups.progress.is_lost:
+        """Say in ``error`` what this bucket was doing, unless it had to wait for another one, which has said it."""
+        if not error.is_explained:
             first, last = repr(self.names[0]), repr(self.names[-1])
             self.groups.progress.explain(error, f"{what} of {first}" + f" to {last}" * (first != last))
 

@@ -28,6 +28,11 @@ class CollectiveError(RuntimeError):
         self.doing = [collective]
         self.backend_says = backend_says
 
+    @property
+    def is_explained(self) -> bool:
+        """Whether it says more than the collective."""
+        return len(self.doing) > 1
+
     def during(self, what: str) -> None:
         self.doing.append(what)
 

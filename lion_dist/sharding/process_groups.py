@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -27,8 +29,25 @@ class Progress:
 
     def explain(self, error: CollectiveError, what: str) -> None:
         """Add what this rank was doing."""
-        error.during(what if self.is_lost else f"{what} in step {self.step}")
+        error.during(what if error.is_explained else f"{what} in step {self.step}")
         self.is_lost = True
+
+
+def explained(call: str) -> Callable[[Callable], Callable]:
+    """Decorates a method of an object that has a ``_progress``: errors of collectives inside name ``call``."""
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def within(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except CollectiveError as error:
+                self._progress.explain(error, call)
+                raise
+
+        return within
+
+    return decorate
 
 
 @dataclass(frozen=True)

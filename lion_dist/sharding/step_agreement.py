@@ -178,7 +178,7 @@ def _say(everybody: list[tuple[int, list[Entry]]]) -> str:
             if repr(mine) != repr(theirs):
                 return (
                     f"ranks do not take the same step: {name} is {theirs!r} on rank {rank} and {mine!r} on rank "
-                    f"{first}. Set the same on every rank: compute it from the same numbers, or broadcast it from one rank."
+                    f"{first}. Set it alike on every rank: from the same numbers, or broadcast from one rank."
                 )
     return (
         "ranks do not take the same step: a value on the device (a learning rate, a divisor, a loss scale) differed; "

@@ -38,6 +38,7 @@ class Judge:
     def __init__(self, groups: ShardGroups, device: torch.device, divisor: int, sum_of_squares: SumOfSquares):
         self.verdict: Verdict | None = None
         self.inverse_loss_scale: Tensor | None = None  # of a GradScaler that has unscaled already
+        self.scaler_scale: Tensor | None = None  # its scale
         self.agreement = StepAgreement(groups, device)
         self.divisor: float | Tensor | None = None  # of this step; None: the default
         self.max_norm: float | Tensor | None = None  # that this step is clipped to
@@ -49,7 +50,7 @@ class Judge:
         self._nothing = torch.zeros(0, dtype=torch.float64, device=device)
 
     def forget_step(self) -> None:
-        self.verdict = self.divisor = self.inverse_loss_scale = self.max_norm = None
+        self.verdict = self.divisor = self.inverse_loss_scale = self.scaler_scale = self.max_norm = None
 
     def drop_outdated(self, grad_version: int) -> None:
         """Of gradients that a later backward pass has added to."""
