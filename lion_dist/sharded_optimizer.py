@@ -365,6 +365,7 @@ class ShardedLion(Optimizer):
         self.grad_scheduler.start_all_but(self._backward_updates.begun)
         with self._stream.fork():
             self._judge.agreement.exchange(self._choices)
+            self._stream.mark(self._updates_mark)  # it has read a learning rate or divisor on the device, too
         if self._unfrozen():
             self._judge.agreement.wait()
             self._adopt_unfrozen()

@@ -82,7 +82,7 @@ def _borrow(given: ProcessGroup) -> ProcessGroup:
     """All ranks of ``given`` together."""
     is_pretended = dist.get_backend(given) == "fake"  # which does not count collectives
     free = {} if is_pretended else {_offer(group): group for group in _free.get(given, ())}
-    offers = collectives.gather_objects((f"lion_dist {uuid.uuid4().hex}", list(free)), given)
+    offers = collectives.gather_objects((f"lion_dist_{uuid.uuid4().hex}", list(free)), given)
     name, wanted = offers[0]
     for offer in wanted:
         if all(offer in theirs for _, theirs in offers):

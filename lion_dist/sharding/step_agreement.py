@@ -95,7 +95,7 @@ class StepAgreement:
         if not differs.is_cuda:
             self._on_host = differs
             self.wait()
-        elif torch.cuda.is_current_stream_capturing():  # what is replayed is not looked at
+        elif self._is_captured():  # what is replayed is not looked at
             self._message = None
         else:
             if self._copied is None:
@@ -109,7 +109,7 @@ class StepAgreement:
         Raises:
             DisagreementError: a difference.
         """
-        if self._message is None or (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if self._message is None or self._is_captured():
             return
         message, self._message = self._message, None
         if self._copied is not None:
@@ -130,9 +130,16 @@ class StepAgreement:
         number, tensors = int.from_bytes(digest) >> (64 - self._bits), choices.tensors()
         if tensors:
             return hash_on_device(tensors, number, self._bits, self._device)
-        if self._last is None or self._last[0] != number:  # most steps are like the one before
-            self._last = number, torch.full((1,), float(number), dtype=torch.float64, device=self._device)
-        return self._last[1]
+        if self._last is not None and self._last[0] == number:  # most steps are like the one before
+            return self._last[1]
+        own = torch.full((1,), float(number), dtype=torch.float64, device=self._device)
+        if not self._is_captured():  # its memory would be the graph's
+            self._last = number, own
+        return own
+
+    def _is_captured(self) -> bool:
+        """Whether a CUDA graph records this step."""
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _everybodys(self, message: _Message) -> list[tuple[int, list[Entry]]]:
         """(global rank, its entries) of every rank, as far as they say so in time; in the order of ranks."""
