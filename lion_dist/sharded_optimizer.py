@@ -47,7 +47,6 @@ from lion_dist.sharding.scheduler import GradScheduler, ParamScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
 from lion_dist.step_choices import Factors, StepChoices
 
-
 _requires_grad = operator.attrgetter("requires_grad")
 
 
