@@ -305,7 +305,7 @@ SAYS = {
 def test_a_call_that_other_ranks_do_not_make_ends_with_its_name(gloo, call):
     first, second = gloo.run(2, call_on_rank_0_only, call)
     for rank, text, says in ((0, first, SAYS[call]), (1, second, "reducing the gradients of '.*' in step 3")):
-        assert f"rank {rank} of 2 waited in vain for other ranks" in text
+        assert f"rank {rank} of 2 waited in vain for other ranks (the group's time-out is 3 s)" in text
         assert re.search(says, text), text
 
 

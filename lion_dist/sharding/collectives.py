@@ -64,8 +64,8 @@ def reduce_scatter(
     try:
         work = _reduce_scatter_single(output, flat, group=group, async_op=not flat.is_cuda)
     except RuntimeError as error:
-        raise explained(error, "reduce_scatter") from error
-    return _finish_of(work, "reduce_scatter")
+        raise explained(error, "reduce_scatter", group) from error
+    return _finish_of(work, "reduce_scatter", group)
 
 
 def _ordered_reduce_scatter(output: Tensor, flat: Tensor, group: ProcessGroup) -> Finish:
@@ -82,7 +82,7 @@ def _ordered_reduce_scatter(output: Tensor, flat: Tensor, group: ProcessGroup) -
     def finish() -> None:
         while pieces:
             part, received, _send, work = pieces.pop(0)
-            _finish_of(work, "all_to_all")()
+            _finish_of(work, "all_to_all", group)()
             total = output[part].copy_(received[0])
             for addend in received[1:]:
                 total.add_(addend)
@@ -98,8 +98,8 @@ def all_gather(flat: Tensor, shard: Tensor, group: ProcessGroup | None) -> Finis
     try:
         work = _all_gather_single(flat, shard, group=group, async_op=not flat.is_cuda)
     except RuntimeError as error:
-        raise explained(error, "all_gather") from error
-    return _finish_of(work, "all_gather")
+        raise explained(error, "all_gather", group) from error
+    return _finish_of(work, "all_gather", group)
 
 
 def all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
@@ -163,7 +163,7 @@ def _parts(numel: int, count: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-def _finish_of(work: dist.Work | None, collective: str) -> Finish:
+def _finish_of(work: dist.Work | None, collective: str, group: ProcessGroup) -> Finish:
     if work is None:
         return nothing
 
@@ -171,7 +171,7 @@ def _finish_of(work: dist.Work | None, collective: str) -> Finish:
         try:
             work.wait()
         except RuntimeError as error:
-            raise explained(error, collective) from error
+            raise explained(error, collective, group) from error
 
     return finish
 

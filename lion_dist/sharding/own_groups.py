@@ -21,13 +21,13 @@ from __future__ import annotations
 import uuid
 import weakref
 from dataclasses import dataclass
-from datetime import timedelta
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from lion_dist.sharding import collectives
+from lion_dist.sharding.collective_error import timeout_of
 from lion_dist.sharding.process_groups import Progress, ShardGroups
 
 # By the group whose ranks they have; they go when it does.
@@ -114,7 +114,7 @@ def _make(given: ProcessGroup, name: str) -> ProcessGroup:
             dist.Backend(_backends(given)),
             distributed_c10d._get_default_store(),
             name,
-            timeout=_timeout(given),
+            timeout=timeout_of(given),
             device_id=world.bound_device_id,
             group_desc=f"ShardedLion's own, of {given.group_desc or given.group_name}",
         )
@@ -128,9 +128,3 @@ def _backends(group: ProcessGroup) -> str:
     """As ``init_process_group`` takes them: "gloo", or "cpu:gloo,cuda:nccl"."""
     backend, _ = distributed_c10d._world.pg_map[group]
     return str(backend)
-
-
-def _timeout(group: ProcessGroup) -> timedelta:
-    """How long ``group`` waits for a rank. Backends for tests have no options: torch's default."""
-    options = getattr(group._get_backend(group._device_types[0]), "options", None)
-    return getattr(options, "_timeout", distributed_c10d.default_pg_timeout)
