@@ -7,6 +7,7 @@ from torch.nn import Parameter
 
 from lion_dist.config import PrecisionPolicy, check_hyperparameters
 from lion_dist.optimizer import check_param
+from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import ShardGroups, resolve_groups
 
 
@@ -20,6 +21,7 @@ class ShardedParams:
     Attributes:
         names: of the optimizer's parameters; they need not be the module's.
         module_names: of the module's parameters.
+        own_groups: set when ranks begin to communicate; None: the given groups are used as they are.
         canonical_starts: the canonical index of each parameter's first element (``sharding/layout.py``).
     """
 
@@ -28,8 +30,9 @@ class ShardedParams:
         self.module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
         self.names: dict[Parameter, str] = {}
         self.canonical_starts: dict[Parameter, int] = {}
+        self.own_groups: OwnGroups | None = None
         self._numel = 0
-        self._own_groups: dict[object, ShardGroups] = {}
+        self._resolved: dict[object, ShardGroups] = {}
 
     def names_of(self, group: dict) -> list[str]:
         """Of a param group that has come or is to come."""
@@ -41,17 +44,22 @@ class ShardedParams:
         return [self.module_names.get(p, f"param.{first + i}") for i, p in enumerate(group["params"])]
 
     def groups_for(self, group: dict) -> ShardGroups:
+        """The optimizer's own groups. The first call for other ranks than before makes some, all of them together."""
+        given = self._given_groups(group)
+        return given if self.own_groups is None else self.own_groups.like(given)
+
+    def _given_groups(self, group: dict) -> ShardGroups:
         where = group["process_group"]
         if where is None:
             return self.groups
-        if where not in self._own_groups:
-            self._own_groups[where] = resolve_groups(where)
-        return self._own_groups[where]
+        if where not in self._resolved:
+            self._resolved[where] = resolve_groups(where)
+        return self._resolved[where]
 
     def check(self, group: dict, first: Parameter | None) -> None:
         """Raise TypeError or ValueError unless ``group`` can be trained. ``first``: of all parameters."""
         check_hyperparameters(group)
-        self.groups_for(group)
+        self._given_groups(group)
         names = self.names_of(group)
         if len(set(group["params"])) < len(names):
             raise ValueError(f"a param group holds a parameter more than once: {', '.join(names)}")

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import CommStream, GradBuffer, GradBufferPool, gaps_of, views_of
+from lion_dist.sharding.collective_error import CollectiveError
 from lion_dist.sharding.collectives import Finish, nothing
 from lion_dist.sharding.grad_push import GradPush
 from lion_dist.sharding.layout import BucketLayout
@@ -181,6 +182,10 @@ class Bucket:
                 return False
         return True
 
+    def names_without_grads(self) -> list[str]:
+        """Of parameters that take no gradients any more."""
+        return [name for param, name in zip(self.params, self.names, strict=True) if not param.requires_grad]
+
     @in_phase("grad_sync")
     def start_grad_sync(self) -> None:
         """Start the reduce-scatter of the gradients there are (zeros for the others), and forget them."""
@@ -192,7 +197,11 @@ class Bucket:
         self._set_grad_state(GradState.SYNCING)
         with self.stream.fork():  # packing and sending too: backward goes on beside it
             reduce = self._pack_and_reduce if self._push is None else self._push_and_sum
-            self._finish_reduce = reduce(grads, adds_up)
+            try:
+                self._finish_reduce = reduce(grads, adds_up)
+            except CollectiveError as error:
+                self._explain(error, "starting to reduce the gradients")
+                raise
             for param in self.params:
                 param.grad = None
             if self.stream.stream is not None:  # the rest only joins the queue, as the buffer's next use will
@@ -208,7 +217,7 @@ class Bucket:
         reduced = torch.empty_like(self._grad_shard) if adds_up else self._grad_shard
         flat = buffer.flat[: self.layout.numel]
         finish = collectives.reduce_scatter(reduced, flat, self.groups.shard_group, ordered=self.ordered_sum)
-        return lambda: self._take_in(finish, reduced, adds_up)
+        return lambda: self._take_in(finish, reduced, adds_up, buffer)
 
     def _push_and_sum(self, grads: Sequence[Tensor | None], adds_up: bool) -> Finish:
         buffer = self.pool.take()
@@ -263,10 +272,22 @@ class Bucket:
     def complete_reduction(self) -> None:
         """Bring a reduction under way to its end. On a CUDA stream it is queued already and this costs nothing."""
         finish, self._finish_reduce = self._finish_reduce, nothing
-        finish()
+        try:
+            finish()
+        except CollectiveError as error:
+            self._explain(error, "reducing the gradients")
+            raise
 
-    def _take_in(self, finish: Finish, reduced: Tensor, adds_up: bool) -> None:
+    def _explain(self, error: CollectiveError, what: str) -> None:
+        """Say in ``error`` what this bucket was doing, unless it had to wait for another one, which has said it."""
+        if not error.is_explained:
+            first, last = repr(self.names[0]), repr(self.names[-1])
+            self.groups.progress.explain(error, f"{what} of {first}" + f" to {last}" * (first != last))
+
+    def _take_in(self, finish: Finish, reduced: Tensor, adds_up: bool, buffer: GradBuffer | None = None) -> None:
         finish()
+        if buffer is not None:  # whoever takes it next must not wait for a later reduction of this bucket
+            buffer.release = nothing
         if self.ordered_sum:
             collectives.ordered_all_reduce(reduced, self.groups.replicate_group)
         else:
@@ -319,7 +340,11 @@ class Bucket:
         """
         self._set_param_state(ParamState.GATHERING)
         with self.stream.fork() as self._param_stream:
-            self._finish_gather = self._gather() if start is None else start()
+            try:
+                self._finish_gather = self._gather() if start is None else start()
+            except CollectiveError as error:
+                self._explain(error, "starting to gather the parameters")
+                raise
             self.stream.mark(self._param_mark)
 
     def leave_stale(self) -> None:
@@ -341,7 +366,11 @@ class Bucket:
             self.start_param_sync()
         with self.clock.phase("param_sync", self.label):
             finish, self._finish_gather = self._finish_gather, nothing
-            finish()
+            try:
+                finish()
+            except CollectiveError as error:
+                self._explain(error, "gathering the parameters")
+                raise
             self.stream.join(self._param_mark)
             self.stream.join(self._param_mark, self._param_stream)  # whoever asks first may be on a stream of its own
         self._set_param_state(ParamState.FULL)
