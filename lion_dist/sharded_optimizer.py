@@ -221,7 +221,16 @@ class ShardedLion(Optimizer):
         pool = self._pools.setdefault((wire, groups), pool)
         names = [self._params.names[p] for p in params]
         clock = self._meter.clock
-        bucket = Bucket(params, names, groups, pool, ordered_sum=ordered, stream=self._stream, clock=clock)
+        bucket = Bucket(
+            params,
+            names,
+            groups,
+            pool,
+            ordered_sum=ordered,
+            stream=self._stream,
+            clock=clock,
+            row_major=self.precision.is_stochastic(params[0].dtype),
+        )
         groups.broadcast(bucket.flat_params)
         starts = [self._params.canonical_starts[p] for p in params]
         shard = BucketShard(bucket, group, self.precision, starts)
@@ -234,6 +243,8 @@ class ShardedLion(Optimizer):
         """Parameters that take gradients now get buckets. Every rank has started the reductions of the others, so that
         ranks with and without a batch come to the new ones' broadcast at the same point."""
         unfrozen = [(p, g) for p, g in self._frozen.items() if p.requires_grad]
+        if unfrozen:
+            self._params.check_memory({self._params.names[param]: param for param, _ in unfrozen})
         for param, _ in unfrozen:
             del self._frozen[param]
         if unfrozen:
@@ -516,7 +527,7 @@ class ShardedLion(Optimizer):
         """
         self.finish_param_sync()
         for shard in self.shards:
-            shard.bucket.take_back_params()
+            self._watch.find_changes(shard.bucket)
             shard.refresh_main()
 
     def _refresh_stale_main(self, shards: Iterable[BucketShard]) -> None:
