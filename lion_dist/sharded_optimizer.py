@@ -26,6 +26,7 @@ from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparamet
 from lion_dist.kernels.reference import StepScalars, cautious_lr
 from lion_dist.kernels.statistics import measure
 from lion_dist.kernels.update import choose_backend, lion_update_
+from lion_dist.membership import Membership
 from lion_dist.metrics import Meter, metrics_over_ranks
 from lion_dist.optimizer import decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
 from lion_dist.sharded_params import ShardedParams
@@ -108,6 +109,7 @@ class ShardedLion(Optimizer):
         self._params = ShardedParams(module, self.groups, precision)
         self._frozen: dict[Parameter, dict] = {}  # parameters that have no bucket yet, and their groups
         self._watch = ParamWatch()
+        self._membership = Membership(module)
         self._changed: set[Bucket] = set()  # by somebody else, since the last step
         self._is_closed = False
         self._pools: dict[tuple, GradBufferPool] = {}
@@ -146,6 +148,7 @@ class ShardedLion(Optimizer):
                 self.groups.broadcast(tensor)
         self._is_built = True
         self._add_buckets(params)
+        self._membership.note(self.param_groups)
 
     def _choose_sum_of_squares(self) -> SumOfSquares:
         if choose_backend(self._device, self.use_triton) != "triton":
@@ -175,6 +178,7 @@ class ShardedLion(Optimizer):
         self._params.add(group)
         if self._is_built:
             self._add_buckets([(p, group) for p in group["params"]])
+            self._membership.note(self.param_groups)
 
     def _check_agreement(self, groups: list[dict]) -> None:
         choices = (self.sharding, self.precision, self._decoupled_from, self.cautious, self.metrics_every)
@@ -265,7 +269,7 @@ class ShardedLion(Optimizer):
         A step whose gradients are not finite on any rank is skipped on all: weights and momentum stay as they were.
 
         Raises:
-            RuntimeError: inside ``no_sync()``.
+            RuntimeError: inside ``no_sync()``; or the param groups or the module hold other parameters than they did.
         """
         self._refuse_blind_scaler()
         loss = None
@@ -274,6 +278,8 @@ class ShardedLion(Optimizer):
                 loss = closure()
         if self._is_closed:
             raise RuntimeError("this ShardedLion has been closed: its model is no longer hooked up. Construct another.")
+        if self._membership.check(self.param_groups) and self.param_scheduler is not None:
+            self.param_scheduler.look_at_modules()
         if self._backward_updates is not None:
             self._finish_backward_updates()
             return loss
@@ -587,6 +593,20 @@ class ShardedLion(Optimizer):
             if param not in names and not param.requires_grad and type(param) is Parameter:
                 frozen.append((name, param, self.groups))
         return self.buckets, frozen
+
+    def broadcast_buffers(self) -> None:
+        """Make the module's buffers (such as BatchNorm's running statistics) the first rank's, on every rank.
+
+        All ranks call it together: before they evaluate, and after a resume. Between construction and this call each
+        rank's buffers follow its own batches.
+
+        Raises:
+            RuntimeError: no ``module`` was given.
+        """
+        if self._module is None:
+            raise RuntimeError("broadcast_buffers() needs the model: construct ShardedLion with module=model")
+        for buffer in self._module.buffers():
+            self.groups.broadcast(buffer)
 
     def resync_params(self) -> None:
         """Replace every rank's parameters by their owners': the repair after a ``ReplicaError``. All ranks call it.

@@ -62,8 +62,10 @@ _PARAM_TRANSITIONS = {
 
 @torch.no_grad()
 def _move_in(param: Parameter, place: Tensor) -> None:
+    """``place`` is a view of the flat buffer. The storage made here is the parameter's alone: share_memory_() moves a
+    storage elsewhere, and whatever else had it would move along."""
     place.copy_(param.clone() if param.data_ptr() == place.data_ptr() else param)  # the same memory, transposed
-    param.data = place
+    param.data = with_own_storage(place)
 
 
 class Bucket:
@@ -103,11 +105,10 @@ class Bucket:
 
         self._shared_params = zeros(self.layout.numel, params[0].dtype, params[0].device, pool.peer_memory)
         self.flat_params = self._shared_params.flat
-        self._places = list(map(with_own_storage, views_of(self.flat_params, self.layout, self.formats)))
-        self._addresses = list(map(Tensor.data_ptr, self._places))
-        self._strides = list(map(Tensor.stride, self._places))
+        self._places = views_of(self.flat_params, self.layout, self.formats)
         for param, place in zip(params, self._places, strict=True):
             _move_in(param, place)
+        self._addresses, self._strides = list(map(Tensor.data_ptr, params)), list(map(Tensor.stride, params))
         start, stop = self.layout.shard_range(groups.shard_rank)
         self.param_shard = self.flat_params[start:stop]
 

@@ -299,20 +299,30 @@ class ParamScheduler:
         self._in_forward = False  # of the root
         self._handles: list[RemovableHandle] = []
         self._finish = torch.compiler.disable(Bucket.finish_param_sync)
-        owners, others = self._owner_modules()
-        self._were_compiled = {owner: _is_compiled(owner) for owner in owners}  # when their hooks came
-        for owner, was_compiled in self._were_compiled.items():
-            if not was_compiled:
-                AwaitedParameters.install(owner, self._bucket_of)
-            self._before(owner, self._before_forward)
-        for other in others:
-            self._before(other, self._before_forward_without_params)
+        self._were_compiled: dict[nn.Module, bool] = {}  # of the owners, when they were first seen
+        self._hooked: set[nn.Module] = set()
+        self._hook_modules()
         self._before(module, self._before_root_forward)
         after = OwnModelHook(self._after_root_forward)
         self._handles.append(module.register_forward_hook(after, always_call=True))
-        for child in module.modules():
-            self._handles.append(child.register_state_dict_pre_hook(OwnModelHook(self._wait_for_all)))
-            self._handles.append(child.register_load_state_dict_pre_hook(OwnModelHook(self._wait_for_all)))
+
+    def _hook_modules(self) -> None:
+        """Hooks on the modules that have none yet: at first all, later those that the model has got since."""
+        owners, others = self._owner_modules()
+        for owner in owners:
+            if owner not in self._were_compiled:
+                self._were_compiled[owner] = _is_compiled(owner)
+                if not self._were_compiled[owner]:
+                    AwaitedParameters.install(owner, self._bucket_of)
+        hooks = [(owner, self._before_forward) for owner in owners]
+        for module, hook in [*hooks, *((other, self._before_forward_without_params) for other in others)]:
+            if module not in self._hooked:
+                self._before(module, hook)
+        for child in self.module.modules():
+            if child not in self._hooked:
+                self._hooked.add(child)
+                self._handles.append(child.register_state_dict_pre_hook(OwnModelHook(self._wait_for_all)))
+                self._handles.append(child.register_load_state_dict_pre_hook(OwnModelHook(self._wait_for_all)))
 
     def _before(self, module: nn.Module, function: Callable) -> None:
         self._handles.append(module.register_forward_pre_hook(OwnModelHook(function), prepend=True))
@@ -329,11 +339,14 @@ class ParamScheduler:
     def add_buckets(self, buckets: Sequence[Bucket]) -> None:
         self.buckets += buckets
         self._bucket_of.update((param, bucket) for bucket in buckets for param in bucket.params)
+        self.look_at_modules()
+
+    def look_at_modules(self) -> None:
+        """Find out which module owns which parameters; again whenever there are others."""
+        self._hook_modules()
         for child in self.module.modules():
             if isinstance(child._parameters, AwaitedParameters):
                 child._parameters.look_up()
-        for owner in self._owner_modules()[0]:  # layers that the module has got since
-            self._were_compiled.setdefault(owner, _is_compiled(owner))
         for owner, was_compiled in self._were_compiled.items():
             params = owner.parameters(recurse=was_compiled)
             self._owners[owner] = list(dict.fromkeys(self._bucket_of[p] for p in params if p in self._bucket_of))
