@@ -274,7 +274,7 @@ def test_two_parameters_over_one_memory_are_refused():
     model = TwoHeads()
     model.b.weight = nn.Parameter(model.a.weight.data)
     pointer = model.a.weight.data_ptr()
-    with pytest.raises(ValueError, match="'a.weight' and 'b.weight' are two tensors over the same memory.*one parameter"):
+    with pytest.raises(ValueError, match="'a.weight' and 'b.weight' are two tensors over the same memory"):
         ShardedLion(model.parameters(), module=model)
     with pytest.raises(ValueError, match="over the same memory"):
         ShardedLion([{"params": model.a.parameters()}, {"params": model.b.parameters()}], module=model)
