@@ -1,7 +1,7 @@
 """Who has written a parameter: the optimizer, or somebody else (``load_state_dict``, an EMA swap, surgery).
 
 Updates go through the flat buffer, which autograd does not see, so a parameter's version counter moves when somebody
-else writes, and whoever gives it other memory or strides is found by its address. Every update moves it too: a graph that still needs the old values says so when it runs backward.
+else writes. Every update moves it too: a graph that still needs the old values says so when it runs backward.
 """
 
 from __future__ import annotations
