@@ -594,11 +594,12 @@ class ShardedLion(Optimizer):
                 frozen.append((name, param, self.groups))
         return self.buckets, frozen
 
+    @torch.no_grad()
     def broadcast_buffers(self) -> None:
         """Make the module's buffers (such as BatchNorm's running statistics) the first rank's, on every rank.
 
-        All ranks call it together: before they evaluate, and after a resume. Between construction and this call each
-        rank's buffers follow its own batches.
+        All ranks call it together: before they evaluate, and before they save a checkpoint, which holds the first
+        rank's, and all ranks get those at a resume. In between, each rank's buffers follow its own batches.
 
         Raises:
             RuntimeError: no ``module`` was given.

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lion_dist import Lion, ShardedLion, ShardingConfig
+from lion_dist import Lion, ShardedLion, ShardingConfig, checkpoint
 from lion_dist.sharding.bucket import ParamState
 from tests.models import mlp
 from tests.oracle import assert_same_on_all_ranks, assert_same_params
@@ -362,3 +362,26 @@ def test_broadcast_buffers_makes_them_the_first_ranks(gloo):
 def test_broadcast_buffers_needs_the_module():
     with pytest.raises(RuntimeError, match="module=model"):
         ShardedLion(mlp(5, 5).parameters()).broadcast_buffers()
+
+
+def resume_with_statistics(path: str, resumed: bool) -> list[float]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+    opt = ShardedLion(model.parameters(), module=model)
+    if resumed:
+        checkpoint.load(path, model=model, optimizer=opt)
+    for number in range(2 if resumed else 0, 4):
+        opt.zero_grad()
+        model(X * (1 + dist.get_rank())).square().sum().backward()
+        opt.step()
+        if number == 1:
+            opt.broadcast_buffers()
+            checkpoint.save(path, model=model, optimizer=opt)
+    return model[1].running_var.tolist()
+
+
+def test_broadcast_before_a_save_a_resumed_run_has_every_ranks_buffers(gloo, tmp_path):
+    path = str(tmp_path / "checkpoint")
+    never_stopped = gloo.run(2, resume_with_statistics, path, False)
+    assert gloo.run(2, resume_with_statistics, path, True) == never_stopped
+    assert never_stopped[0] != never_stopped[1]
