@@ -28,6 +28,7 @@ from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparamet
 from lion_dist.kernels.reference import StepScalars, cautious_lr
 from lion_dist.kernels.statistics import measure
 from lion_dist.kernels.update import choose_backend, lion_update_
+from lion_dist.membership import Membership
 from lion_dist.metrics import Meter, metrics_over_ranks
 from lion_dist.optimizer import decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
 from lion_dist.sharded_params import ShardedParams
@@ -118,6 +119,7 @@ class ShardedLion(Optimizer):
         self._params = ShardedParams(module, self.groups, precision)
         self._frozen: dict[Parameter, dict] = {}  # parameters that have no bucket yet, and their groups
         self._watch = ParamWatch()
+        self._membership = Membership(module)
         self._changed: set[Bucket] = set()  # by somebody else, since the last step
         self._is_closed = False
         self._pools: dict[tuple, GradBufferPool] = {}
@@ -163,6 +165,7 @@ class ShardedLion(Optimizer):
         self._add_buckets(params)
         if self.groups.is_first:
             logger.info("%s", self._description())
+        self._membership.note(self.param_groups)
 
     def _description(self) -> str:
         """What was chosen at construction, in a line for the log."""
@@ -212,6 +215,7 @@ class ShardedLion(Optimizer):
         self._params.add(group)
         if self._is_built:
             self._add_buckets([(p, group) for p in group["params"]])
+            self._membership.note(self.param_groups)
 
     def _check_agreement(self, groups: list[dict]) -> None:
         choices = (self.sharding, self.precision, self._decoupled_from, self.cautious, self.metrics_every)
@@ -262,7 +266,16 @@ class ShardedLion(Optimizer):
         pool = self._pools[wire, groups]
         names = [self._params.names[p] for p in params]
         clock = self._meter.clock
-        bucket = Bucket(params, names, groups, pool, ordered_sum=ordered, stream=self._stream, clock=clock)
+        bucket = Bucket(
+            params,
+            names,
+            groups,
+            pool,
+            ordered_sum=ordered,
+            stream=self._stream,
+            clock=clock,
+            row_major=self.precision.is_stochastic(params[0].dtype),
+        )
         groups.broadcast(bucket.flat_params)
         starts = [self._params.canonical_starts[p] for p in params]
         shard = BucketShard(bucket, group, self.precision, starts)
@@ -276,6 +289,8 @@ class ShardedLion(Optimizer):
         ranks with and without a batch come to the new ones' broadcast at the same point; and ranks have compared that
         they are the same ones."""
         unfrozen = self._unfrozen()
+        if unfrozen:
+            self._params.check_memory({self._params.names[param]: param for param, _ in unfrozen})
         for param, _ in unfrozen:
             del self._frozen[param]
         self._add_buckets(unfrozen)
@@ -315,7 +330,7 @@ class ShardedLion(Optimizer):
         A step whose gradients are not finite on any rank is skipped on all: weights and momentum stay as they were.
 
         Raises:
-            RuntimeError: inside ``no_sync()``.
+            RuntimeError: inside ``no_sync()``; or the param groups or the module hold other parameters than they did.
         """
         self._refuse_blind_scaler()
         loss = None
@@ -326,6 +341,8 @@ class ShardedLion(Optimizer):
             self._refuse_bare_capture()
         if self._is_closed:
             raise RuntimeError("this ShardedLion has been closed: its model is no longer hooked up. Construct another.")
+        if self._membership.check(self.param_groups) and self.forward_hooks is not None:
+            self.forward_hooks.look_at_modules()
         if self._backward_updates is not None:
             self._finish_backward_updates()
             return loss
@@ -645,7 +662,7 @@ class ShardedLion(Optimizer):
         """
         self.finish_param_sync()
         for shard in self.shards:
-            shard.bucket.take_back_params()
+            self._watch.find_changes(shard.bucket)
             shard.refresh_main()
 
     def _refresh_stale_main(self, shards: Iterable[BucketShard]) -> None:
@@ -709,6 +726,22 @@ class ShardedLion(Optimizer):
             if param not in names and not param.requires_grad and type(param) is Parameter:
                 frozen.append((name, param, self.groups))
         return self.buckets, frozen
+
+    @torch.no_grad()
+    @explained("broadcast_buffers()")
+    def broadcast_buffers(self) -> None:
+        """Make the module's buffers (such as BatchNorm's running statistics) the first rank's, on every rank.
+
+        All ranks call it together: before they evaluate, and before they save a checkpoint, which holds the first
+        rank's, and all ranks get those at a resume. In between, each rank's buffers follow its own batches.
+
+        Raises:
+            RuntimeError: no ``module`` was given.
+        """
+        if self._module is None:
+            raise RuntimeError("broadcast_buffers() needs the model: construct ShardedLion with module=model")
+        for buffer in self._module.buffers():
+            self.groups.broadcast(buffer)
 
     @explained("resync_params()")
     def resync_params(self) -> None:

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from lion_dist.sharding.collectives import Finish, nothing
 from lion_dist.sharding.layout import BucketLayout
+from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.peer_memory import PeerMemory, zeros
 
 
-def views_of(flat: Tensor, layout: BucketLayout, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """The parameters' places in ``flat`` [layout.numel], each in its parameter's shape."""
+def views_of(flat: Tensor, layout: BucketLayout, formats: Sequence[MemoryFormat]) -> list[Tensor]:
+    """The parameters' places in ``flat`` [layout.numel], each in its parameter's shape and strides."""
     return [
-        flat[offset : offset + numel].view(shape)
-        for offset, numel, shape in zip(layout.offsets, layout.param_numels, shapes, strict=True)
+        memory_format.place_in(flat[offset : offset + numel])
+        for offset, numel, memory_format in zip(layout.offsets, layout.param_numels, formats, strict=True)
     ]
 
 
