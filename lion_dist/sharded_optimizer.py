@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lion_dist.bucket_shard import BucketShard, ShardBatch, make_batches, matching_tensors, params_of_slices
+from lion_dist.bucket_shard import BucketShard, ShardBatch, make_batches, params_of_slices
 from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparameters, check_interval
+from lion_dist.full_state import Consolidated, check_rank, copied_containers, maker_of_parts, meet
 from lion_dist.kernels.reference import StepScalars, cautious_lr
 from lion_dist.kernels.statistics import measure
 from lion_dist.kernels.update import choose_backend, lion_update_
@@ -48,6 +49,7 @@ from lion_dist.sharding.process_groups import Progress, ShardGroups, backend_for
 from lion_dist.sharding.replicas import Frozen, ReplicaCheck
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
+from lion_dist.state_dicts import LiveState, LoadPlan, refuse_emptied
 from lion_dist.step_choices import Factors, StepChoices
 
 _requires_grad = operator.attrgetter("requires_grad")
@@ -100,7 +102,7 @@ class ShardedLion(Optimizer):
         cautious: bool = False,
         metrics_every: int = 0,
     ):
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "process_group": None}
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
         check_interval("metrics_every", metrics_every)
         if sharding.update_in_backward and (cautious or metrics_every):
@@ -121,6 +123,7 @@ class ShardedLion(Optimizer):
         self._watch = ParamWatch()
         self._membership = Membership(module)
         self._changed: set[Bucket] = set()  # by somebody else, since the last step
+        self._consolidated: Consolidated | None = None
         self._is_closed = False
         self._pools: dict[tuple, GradBufferPool] = {}
         self._peer_memories: dict[ShardGroups, PeerMemory | None] = {}
@@ -251,6 +254,7 @@ class ShardedLion(Optimizer):
             self._batches += make_batches(new)
         self._watch.add(shard.bucket for shard in new)
         self._slice_params = params_of_slices(self.shards, self._device)
+        self.state.update(self._live_state.by_param(maker_of_parts(gatherable=False)))  # for those who look at it
 
     def _make_bucket(self, params: list[Parameter], group: dict) -> BucketShard:
         groups = self._params.groups_for(group)
@@ -333,6 +337,8 @@ class ShardedLion(Optimizer):
             RuntimeError: inside ``no_sync()``; or the param groups or the module hold other parameters than they did.
         """
         self._refuse_blind_scaler()
+        refuse_emptied(self.state)
+        self._consolidated = None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -647,7 +653,7 @@ class ShardedLion(Optimizer):
 
     def after_replay(self) -> None:
         """A captured step has updated the shards."""
-        buckets = self.buckets
+        buckets, self._consolidated = self.buckets, None
         for bucket in buckets:
             bucket.leave_stale()
         if self.forward_hooks is not None:
@@ -768,47 +774,105 @@ class ShardedLion(Optimizer):
         total["grads"] += sum(pool.nbytes for pool in self._pools.values())
         return total
 
-    # ---- state_dict: boxes of full tensors by parameter name
+    # ---- state_dict: this rank's part in torch's format (``state_dicts.py``), or on one rank the whole
+
+    @property
+    def counters(self) -> Tensor:
+        """[2] int64 on the device, live: steps taken, steps skipped."""
+        return self._counters
+
+    @property
+    def _live_state(self) -> LiveState:
+        return LiveState(self.param_groups, self.shards, self._params.names, self._counters)
+
+    def _settled_state(self) -> LiveState:
+        """With parameters whole, and main params that follow them."""
+        self.finish_param_sync()
+        self._refresh_stale_main(self.shards)
+        return self._live_state
 
     @explained("state_dict()")
     def state_dict(self) -> dict:
-        """This rank's part of the state, for torch.distributed.checkpoint.
+        """This rank's part of the state; between :meth:`consolidate_state_dict` and the next step, on its rank, all.
 
-        ``{"state": {name: {"exp_avg": ..., "main_param": ..., "step": ...}}, "param_groups": [...], "counters": ...}``
-
-        ``exp_avg`` and ``main_param`` are :class:`BoxedTensor`: views of the live shards, so that loading into them
-        loads the optimizer. They have the parameter's full shape and depend on neither ranks nor buckets. A parameter
-        of which this rank owns nothing is not listed; ``param_groups`` list all, by name.
+        ``{"state": {i: {"exp_avg": ..., "main_param": ..., "step": ...}}, "param_groups": [...], "counters": ...}``,
+        where ``i`` counts parameters as in torch. On one rank values are tensors. On several they are
+        :class:`BoxedTensor`: views of the live shards, so that loading into them loads the optimizer. They have the
+        parameter's full shape, depend on neither ranks nor buckets, and are what torch.distributed.checkpoint and its
+        ``get_optimizer_state_dict`` take. Pickling them is refused: see ``lion_dist.this_ranks_part``.
         """
-        self.finish_param_sync()
-        self._refresh_stale_main(self.shards)
-        state: dict[str, dict] = {}
-        for shard in self.shards:
-            for name, kinds in shard.state().items():
-                state[name] = kinds
-        groups = [
-            {k: v for k, v in g.items() if k not in ("params", "param_names", "process_group")}
-            | {"params": [self._params.names[p] for p in g["params"]]}
-            for g in self.param_groups
-        ]
-        return {"state": state, "param_groups": groups, "counters": self._counters}
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        live = self._settled_state()
+        consolidated = self._fresh_consolidated()
+        if consolidated is not None and consolidated.state_dict is not None:
+            result = copied_containers(consolidated.state_dict)
+        else:
+            # The rank that holds the whole takes no part in gathering it once more.
+            result = live.packed(live.by_param(maker_of_parts(gatherable=consolidated is None)))
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, result)
+            result = result if changed is None else changed
+        return result
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take a :meth:`state_dict` of the same ranks and buckets, or the one that a checkpoint was loaded into.
+        """Take a :meth:`state_dict` of this rank, or a full one, of which each rank takes its slices.
+
+        A full one is :meth:`full_state_dict` or that of ``Lion`` or lion-pytorch's Lion, of any number of ranks. Load
+        the model first. The keys of param groups stay those of a fresh optimizer, except for schedulers' own.
 
         Raises:
-            ValueError: other parameters, shapes or geometry; nothing is changed. To load on other ranks or buckets
-                use torch.distributed.checkpoint or ``lion_dist.checkpoint.load``.
+            ValueError: another rank's part, other parameters, shapes or settings; nothing is changed.
         """
-        mine = self.state_dict()
-        copies = matching_tensors(mine["state"], state_dict["state"])
-        groups = state_dict["param_groups"]
-        if [g["params"] for g in groups] != [g["params"] for g in mine["param_groups"]]:
-            raise ValueError("the saved param groups hold other parameters than this optimizer's, or in another order")
-        for group in groups:
-            check_hyperparameters(group)
-        for target, source in copies:
-            target.copy_(source)
-        self._counters.copy_(state_dict["counters"])
-        for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update({k: v for k, v in saved.items() if k != "params"})
+        if isinstance(state_dict, Mapping):
+            state_dict = dict(state_dict)
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                changed = hook(self, state_dict)
+                state_dict = state_dict if changed is None else changed
+        LoadPlan(self._settled_state(), state_dict).apply()
+        self._consolidated = None
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    @torch.no_grad()
+    @explained("consolidate_state_dict()")
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gather the whole state in host memory of one rank. All ranks call it together.
+
+        Until the next step :meth:`full_state_dict` and :meth:`state_dict` return it there. Other ranks hold one bucket
+        at a time. Parameters with a ``process_group`` of their own (experts) are those of the group of ``to``.
+
+        Args:
+            to: a global rank.
+
+        Raises:
+            ValueError: no such rank. RuntimeError: other ranks do not call it.
+        """
+        check_rank(to, self.groups)
+        live = self._settled_state()
+        self._consolidated = None
+        meet(self.groups, "consolidate_state_dict")
+        self._consolidated = Consolidated.of(live, to)
+
+    def full_state_dict(self) -> dict:
+        """What :meth:`consolidate_state_dict` gathered on this rank, in the format of plain ``Lion``: tensors in host
+        memory by number of the parameter, groups with ``param_names``. ``Lion``, lion-pytorch's Lion and
+        :meth:`load_state_dict` on any number of ranks take it.
+
+        Raises:
+            RuntimeError: nothing has been consolidated on this rank since the last step.
+        """
+        consolidated = self._fresh_consolidated()
+        if consolidated is None or consolidated.state_dict is None:
+            where = "" if consolidated is None else f" (it has, on rank {consolidated.to})"
+            raise RuntimeError(
+                f"the state has not been consolidated on this rank since it last changed{where}. Call "
+                "consolidate_state_dict(to=...) on all ranks first, and this on that rank alone."
+            )
+        return copied_containers(consolidated.state_dict)
+
+    def _fresh_consolidated(self) -> Consolidated | None:
+        if self._consolidated is not None and not self._consolidated.is_of(self.param_groups, self.shards):
+            self._consolidated = None
+        return self._consolidated

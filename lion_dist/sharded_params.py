@@ -52,7 +52,7 @@ class ShardedParams:
         return given if self.own_groups is None else self.own_groups.like(given)
 
     def _given_groups(self, group: dict) -> ShardGroups:
-        where = group["process_group"]
+        where = group.get("process_group")
         if where is None:
             return self.groups
         if where not in self._resolved:

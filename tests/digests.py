@@ -190,8 +190,14 @@ def _train(case: Case) -> dict[str, dict[str, list]]:
     opt.finish_param_sync()
     assert opt.taken_steps() == STEPS - (case.skipped_step is not None)
     result = {name: {"param": [((0,), _bytes(p))]} for name, p in model.named_parameters()}
-    for name, kinds in opt.state_dict()["state"].items():
-        for kind, value in kinds.items():
+    by_param = {param: name for name, param in model.named_parameters()}
+    names = [by_param[param] for group in opt.param_groups for param in group["params"]]
+    for i, kinds in opt.state_dict()["state"].items():
+        name = names[i]
+        for kind in ("exp_avg", "main_param", "step"):
+            if kind not in kinds or not kinds["exp_avg"].numel():  # of no elements there is nothing to digest
+                continue
+            value = kinds[kind]
             boxes = value.boxes if hasattr(value, "boxes") else {None: value}
             result[name][kind] = [(box.offsets if box else (0,), _bytes(local)) for box, local in boxes.items()]
     return result

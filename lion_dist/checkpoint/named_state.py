@@ -101,7 +101,7 @@ def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> NamedState:
     return NamedState(
         params,
         {name: boxed_local(buffer) for name, buffer in _persistent_buffers(model)},
-        optimizer.state_dict()["counters"] if isinstance(optimizer, ShardedLion) else None,
+        optimizer.counters if isinstance(optimizer, ShardedLion) else None,
         _tied_names(model, flats),
         groups,
         finish,
