@@ -112,7 +112,7 @@ class ShardedLion(Optimizer):
         self._watch = ParamWatch()
         self._changed: set[Bucket] = set()  # by somebody else, since the last step
         self._is_closed = False
-        self._is_updating = False  # or an exception has ended an update
+        self._updating: set[Bucket] = set()  # by the update under way, or by one that an exception has ended
         self._has_looked_for_wrappers = False  # before a step
         self._no_gradients = NoGradients()
         self._pools: dict[tuple, GradBufferPool] = {}
@@ -286,7 +286,7 @@ class ShardedLion(Optimizer):
         scalars = {id(group): self._scalars_of(group) for group in self.param_groups}
         with self._meter.clock.phase("norm"):
             cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
-        self._is_updating = True
+        self._updating.update(self.buckets)
         with self._meter.clock.phase("update"):
             used = verdict.used.index_select(0, self._slice_params)  # as float, of every slice
             for batch, active in zip(self._batches, used.split([b.num_slices for b in self._batches]), strict=True):
@@ -300,7 +300,7 @@ class ShardedLion(Optimizer):
             self._changed.clear()
         buckets = self.buckets
         self._watch.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
-        self._is_updating = False
+        self._updating.clear()
         self._counters += verdict.outcome
         self._forget_step()
         if self.param_scheduler is None:
@@ -315,7 +315,7 @@ class ShardedLion(Optimizer):
         (batch,) = [batch for batch in self._batches if batch.shards[0].bucket is bucket]
         bucket.finish_param_sync()  # one whose modules did not run forward since the last step
         self._refresh_stale_main(batch.shards)
-        self._is_updating = True
+        self._updating.add(bucket)
         trained = [param.requires_grad for param in bucket.params]
         if batch.tensors is not None:
             lion_update_(
@@ -332,7 +332,7 @@ class ShardedLion(Optimizer):
         self._watch.note_updates([bucket], (param for param in bucket.params if param.requires_grad))
         bucket.reset_grad()
         bucket.start_param_sync()
-        self._is_updating = False
+        self._updating.discard(bucket)
 
     def _on_device(self, flags: list[bool]) -> Tensor:
         return torch.tensor(flags, dtype=torch.float32).to(self._device, non_blocking=True)
@@ -590,17 +590,17 @@ class ShardedLion(Optimizer):
             param.grad = None
         for left_by_scaler in ("grad_scale", "found_inf"):  # by one whose step() was interrupted
             self.__dict__.pop(left_by_scaler, None)
-        if self._is_updating:
+        if self._updating or self._param_sync.is_interrupted:
             self._gather_again()
 
     def _gather_again(self) -> None:
-        """An exception has ended an update: let every rank hold what the owners hold."""
+        """An exception has ended an update or a replay of codes: let every rank hold what the owners hold."""
         self._param_sync.give_up()
         buckets = self.buckets
         for bucket in buckets:
             bucket.gather_again()
         self._watch.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
-        self._is_updating = False
+        self._updating.clear()
 
     # ---- parameters
 

@@ -54,6 +54,8 @@ class Codec(Protocol):
 class GatherParams:
     """Each bucket's all-gather starts when its shard is updated, together with those of one launch."""
 
+    is_interrupted = False  # whole parameters may be received again
+
     def after_update(self, buckets: Sequence[Bucket]) -> None:
         with buckets[0].stream.fork():  # once: each bucket's own changes nothing then
             for bucket in buckets:
@@ -114,13 +116,18 @@ class SendCodes:
         self._replays.append(replay)
         return replay
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether an exception has ended a replay: those parameters are neither old nor new."""
+        return any(replay.is_interrupted for replay in self._replays)
+
     def give_up(self) -> None:
         """An exception has ended an update: what the codes under way are relative to is not what ranks hold."""
         self._escapes.clear()
         for codec in self.codecs.values():
             codec.abandon()
         for replay in self._replays:
-            replay.is_wanted = False
+            replay.is_wanted = replay.is_interrupted = False
 
 
 class _Replay:
@@ -128,19 +135,20 @@ class _Replay:
 
     def __init__(self, finish_gather: Finish, bucket: Bucket, codec: Codec, messages: Tensor):
         self._finish_gather, self._bucket, self._codec, self._messages = finish_gather, bucket, codec, messages
-        self.is_wanted, self._has_begun = True, False
+        self.is_wanted, self.is_interrupted = True, False
 
     def __call__(self) -> None:
         self._finish_gather()
         if not self.is_wanted:
             return
-        if self._has_begun:
+        if self.is_interrupted:
             raise RuntimeError(
                 f"bucket of {self._bucket.names[0]!r}: an exception has ended the replay of coded parameters. Call "
-                "resync_params() on every rank, which makes them whole."
+                "zero_grad() on every rank, which makes them whole."
             )
-        self._has_begun = True
+        self.is_interrupted = True
         self._codec.replay(self._bucket.flat_params, self._messages.view(self._bucket.groups.shard_world_size, -1))
+        self.is_wanted = self.is_interrupted = False
 
 
 def _keep(*_tensors: Tensor) -> None:
