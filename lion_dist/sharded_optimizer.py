@@ -55,7 +55,9 @@ class ShardedLion(Optimizer):
     is given and is complete when ``step()`` returns otherwise.
 
     After backward ``p.grad`` is None, for the gradients live in shards: use :meth:`clip_grad_norm_` and
-    :meth:`grad_norm`, which see all of them. ``torch.nn.utils.clip_grad_norm_`` would see nothing.
+    :meth:`grad_norm`, which see all of them; :meth:`full_grad` and :meth:`set_full_grad` are for one parameter's.
+    ``torch.nn.utils.clip_grad_norm_`` sees nothing: it returns 0 and clips nothing. Gradients that the program writes
+    into ``p.grad`` count, unless it does so after backward has reduced them: ``step()`` raises then.
 
     Args:
         params: parameters, (name, parameter) pairs or param groups with their own ``lr``, ``betas``,

@@ -291,8 +291,8 @@ class Bucket:
         """The gradients of this rank's shard [shard_numel], summed over ranks and micro-batches of this step."""
         self.complete_reduction()
         self.stream.join(self._grad_mark)
-        self._refuse_interrupted()
         if self.grad_state is not GradState.REDUCED:
+            self._refuse_interrupted()
             raise RuntimeError(
                 f"bucket of {self.names[0]!r}: no gradient has been reduced ({self.grad_state.name}); "
                 "start_grad_sync() comes first"
