@@ -170,6 +170,13 @@ def test_zero_grad_on_all_ranks_recovers_from_an_exception_on_all(gloo, name):
     print(gloo.run(2, interrupt_everywhere, name, 100))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_zero_grad_on_all_ranks_recovers_wherever_the_exception_was(gloo, name, dtype):
+    print(gloo.run(2, interrupt_everywhere, name, 10**6, dtype, timeout=600))
+
+
 def test_zero_grad_recovers_over_peer_memory(gloo):
     print(gloo.run(2, over_shared_files, interrupt_everywhere, "stage 2", 30))
 

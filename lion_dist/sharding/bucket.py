@@ -310,13 +310,11 @@ class Bucket:
         nothing_used, nothing_ready = not any(self.used), len(self._missing) == len(self.params)
         if self.grad_state is GradState.EMPTY and nothing_used and nothing_ready:  # zero_grad() after step()
             return
-        try:
-            self.complete_reduction()
-        finally:
-            self._set_grad_state(GradState.EMPTY)
-            self._accumulator = None
-            self.used = [False] * len(self.params)
-            self._missing = set(range(len(self.params)))
+        self.complete_reduction()  # what is under way writes to grad_shard: when this raises, it is for the next call
+        self._set_grad_state(GradState.EMPTY)
+        self._accumulator = None
+        self.used = [False] * len(self.params)
+        self._missing = set(range(len(self.params)))
 
     @property
     def is_interrupted(self) -> bool:
