@@ -273,6 +273,11 @@ class ShardedLion(Optimizer):
                 loss = closure()
         if self._is_closed:
             raise RuntimeError("this ShardedLion has been closed: its model is no longer hooked up. Construct another.")
+        if self._updating:
+            raise RuntimeError(
+                "an exception has ended an update of parameters: ranks may hold different ones. Call zero_grad() on "
+                "every rank, which gathers them anew, and run the step again from its first backward."
+            )
         if self._backward_updates is not None:
             self._finish_backward_updates()
             return loss

@@ -181,6 +181,24 @@ def test_zero_grad_recovers_over_peer_memory(gloo):
     print(gloo.run(2, over_shared_files, interrupt_everywhere, "stage 2", 30))
 
 
+def step_without_zero_grad(name: str) -> str:
+    run = Run(SHARDINGS[name], PrecisionPolicy(), torch.float32)
+    place = next(p for p in run.places if p[1] == "call Bucket.start_param_sync")
+    with pytest.raises(KeyboardInterrupt), Calls(place, KeyboardInterrupt) as calls:
+        run.step(calls)
+    with pytest.raises(RuntimeError) as raised:
+        run.opt.step()
+    run.opt.zero_grad()
+    run.step(Calls())
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["stage 2", "update in backward"])
+def test_a_step_after_an_update_that_was_ended_is_refused(gloo, name):
+    for says in gloo.run(2, step_without_zero_grad, name):
+        assert "an exception has ended an update of parameters" in says and "Call zero_grad() on every rank" in says
+
+
 # ---- on one rank alone
 
 
