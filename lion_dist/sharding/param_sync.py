@@ -149,6 +149,7 @@ class _Replay:
         self.is_interrupted = True
         self._codec.replay(self._bucket.flat_params, self._messages.view(self._bucket.groups.shard_world_size, -1))
         self.is_wanted = self.is_interrupted = False
+        self._messages = None  # their memory goes now, not with the next step
 
 
 def _keep(*_tensors: Tensor) -> None:
