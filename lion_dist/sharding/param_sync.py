@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.collectives import Finish
+from lion_dist.sharding.collectives import Finish, nothing
 from lion_dist.sharding.layout import round_up
 
 TOO_MANY = 2**31 - 1
@@ -149,7 +149,7 @@ class _Replay:
         self.is_interrupted = True
         self._codec.replay(self._bucket.flat_params, self._messages.view(self._bucket.groups.shard_world_size, -1))
         self.is_wanted = self.is_interrupted = False
-        self._messages = None  # their memory goes now, not with the next step
+        self._messages, self._finish_gather = None, nothing  # their memory goes now, not with the next step
 
 
 def _keep(*_tensors: Tensor) -> None:
