@@ -32,15 +32,17 @@ from lion_dist.kernels.update import choose_backend, lion_update_
 from lion_dist.membership import Membership
 from lion_dist.metrics import Meter, metrics_over_ranks
 from lion_dist.optimizer import decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
-from lion_dist.sharded_params import ShardedParams
-from lion_dist.sharding import collectives
+from lion_dist.sharded_params import ShardedParams, refuse_sparse_gradients
+from lion_dist.sharding import collectives, full_grad
 from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.backward_updates import BackwardUpdates
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
+from lion_dist.sharding.foreign_wrappers import refuse_late_grads, refuse_sharded_since, refuse_wrapped
 from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
+from lion_dist.sharding.no_gradients import NoGradients
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.param_sync import GatherParams, LeaveStale, SendCodes
 from lion_dist.sharding.param_watch import ParamWatch
@@ -65,7 +67,9 @@ class ShardedLion(Optimizer):
     is given and is complete when ``step()`` returns otherwise.
 
     After backward ``p.grad`` is None, for the gradients live in shards: use :meth:`clip_grad_norm_` and
-    :meth:`grad_norm`, which see all of them. ``torch.nn.utils.clip_grad_norm_`` would see nothing.
+    :meth:`grad_norm`, which see all of them; :meth:`full_grad` and :meth:`set_full_grad` are for one parameter's.
+    ``torch.nn.utils.clip_grad_norm_`` sees nothing: it returns 0 and clips nothing. Gradients that the program writes
+    into ``p.grad`` count, unless it does so after backward has reduced them: ``step()`` raises then.
 
     Args:
         params: parameters, (name, parameter) pairs or param groups with their own ``lr``, ``betas``,
@@ -125,6 +129,9 @@ class ShardedLion(Optimizer):
         self._changed: set[Bucket] = set()  # by somebody else, since the last step
         self._consolidated: Consolidated | None = None
         self._is_closed = False
+        self._updating: set[Bucket] = set()  # by the update under way, or by one that an exception has ended
+        self._has_looked_for_wrappers = False  # before a step
+        self._no_gradients = NoGradients()
         self._pools: dict[tuple, GradBufferPool] = {}
         self._peer_memories: dict[ShardGroups, PeerMemory | None] = {}
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
@@ -134,6 +141,8 @@ class ShardedLion(Optimizer):
         self._is_built = False
         self._factors: Factors | None = None  # that the last step has used
         super().__init__(params, defaults)
+        refuse_wrapped(self._params.names, module)
+        refuse_sparse_gradients(self._params.names, module)
         self._build(self.param_groups)
 
     # ---- construction
@@ -211,6 +220,7 @@ class ShardedLion(Optimizer):
             self._params.check(group, next((p for g in self.param_groups for p in g["params"]), None))
             GradScheduler.refuse_others(group["params"], self._params.names_of(group))
             if self._is_built:
+                refuse_wrapped(group["params"], None)
                 self._check_agreement([group])
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -295,11 +305,9 @@ class ShardedLion(Optimizer):
         unfrozen = self._unfrozen()
         if unfrozen:
             self._params.check_memory({self._params.names[param]: param for param, _ in unfrozen})
+        self._add_buckets(unfrozen)
         for param, _ in unfrozen:
             del self._frozen[param]
-        self._add_buckets(unfrozen)
-        for bucket in dict.fromkeys(self.grad_scheduler.bucket_of(param) for param, _ in unfrozen):
-            bucket.register_grads_left_by_autograd()
 
     def _unfrozen(self) -> list[tuple[Parameter, dict]]:
         """Parameters that take gradients and have no bucket yet, and their groups."""
@@ -349,12 +357,19 @@ class ShardedLion(Optimizer):
             raise RuntimeError("this ShardedLion has been closed: its model is no longer hooked up. Construct another.")
         if self._membership.check(self.param_groups) and self.forward_hooks is not None:
             self.forward_hooks.look_at_modules()
+        if self._updating:
+            raise RuntimeError(
+                "an exception has ended an update of parameters: ranks may hold different ones. Call zero_grad() on "
+                "every rank, which gathers them anew, and run the step again from its first backward."
+            )
         if self._backward_updates is not None:
             self._finish_backward_updates()
             return loss
         verdict = self._judge_gradients()
         if self.forward_hooks is not None:
             self.forward_hooks.note_sync_starts()
+        if not self._no_gradients.is_over:
+            self._no_gradients.note_step(any(any(bucket.used) for bucket in self.buckets))
         grad_scale = self._judge.grad_scale(self._loss_scale)
         if self.sharding.check_replicas_every:
             with self._meter.clock.phase("measure"):
@@ -364,6 +379,7 @@ class ShardedLion(Optimizer):
         scalars = {id(group): self._scalars_of(group) for group in self.param_groups}
         with self._meter.clock.phase("norm"):
             cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
+        self._updating.update(self.buckets)
         with self._meter.clock.phase("update"):
             used = verdict.used.index_select(0, self._slice_params)  # as float, of every slice
             for batch, active in zip(self._batches, used.split([b.num_slices for b in self._batches]), strict=True):
@@ -377,6 +393,7 @@ class ShardedLion(Optimizer):
             self._changed.clear()
         buckets = self.buckets
         self._watch.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
+        self._updating.clear()
         self._counters += verdict.outcome
         self._end_step()
         if self.forward_hooks is None:
@@ -393,6 +410,7 @@ class ShardedLion(Optimizer):
             self.forward_hooks.note_sync_starts()
         bucket.finish_param_sync()  # one whose modules did not run forward since the last step
         self._refresh_stale_main(batch.shards)
+        self._updating.add(bucket)
         trained = [param.requires_grad for param in bucket.params]
         if batch.tensors is not None:
             lion_update_(
@@ -409,6 +427,7 @@ class ShardedLion(Optimizer):
         self._watch.note_updates([bucket], (param for param in bucket.params if param.requires_grad))
         bucket.reset_grad()
         bucket.start_param_sync()
+        self._updating.discard(bucket)
 
     def _on_device(self, flags: list[bool]) -> Tensor:
         return torch.tensor(flags, dtype=torch.float32).to(self._device, non_blocking=True)
@@ -418,7 +437,12 @@ class ShardedLion(Optimizer):
             raise RuntimeError("step() inside no_sync(): the step's last backward pass has to run outside of it")
         if self._loss_scale is not None:
             raise RuntimeError("a GradScaler judges gradients before the update: use update_in_backward=False with it")
-        self.grad_scheduler.start_all_but(self._backward_updates.begun)
+        self._refuse_new_wrappers()
+        begun = self._backward_updates.begun
+        refuse_late_grads({p: self._params.names[p] for bucket in begun for p in bucket.params}, self._module)
+        if not self._no_gradients.is_over:
+            self._no_gradients.note_step(bool(begun) or any(param.grad is not None for param in self._params.names))
+        self.grad_scheduler.start_all_but(begun)
         with self._stream.fork():
             self._judge.agreement.exchange(self._choices)
             self._stream.mark(self._updates_mark)  # it has read a learning rate or divisor on the device, too
@@ -427,6 +451,7 @@ class ShardedLion(Optimizer):
             self._adopt_unfrozen()
             self.grad_scheduler.start_all_but(self._backward_updates.begun)
         self._backward_updates.finish()
+        self._backward_updates.refuse_reduced_since()
         # A learning rate or divisor on the device may be changed from here on; the updates have read it.
         self._stream.join(self._updates_mark)
         self._stream.release()
@@ -504,6 +529,14 @@ class ShardedLion(Optimizer):
     @torch.no_grad()
     def _judge_gradients(self) -> Verdict:
         """Wait for every reduction, then ask all ranks once: norm, finite, used. Kept until ``step()``."""
+        self._reduce_gradients()
+        if self._judge.verdict is None:
+            self._decide()
+            self._stream.release()
+        return self._judge.verdict
+
+    def _reduce_gradients(self) -> None:
+        """Every gradient that there is has been reduced, or is on its way."""
         if self._backward_updates is not None:
             raise RuntimeError(
                 "with update_in_backward=True gradients are used as they come: there is no norm to clip by, to read or "
@@ -511,21 +544,31 @@ class ShardedLion(Optimizer):
             )
         self._judge.drop_outdated(self.grad_scheduler.version)
         if self._judge.verdict is None:
-            if self.grad_scheduler.in_no_sync:
-                raise RuntimeError(
-                    "step(), clip_grad_norm_() and grad_norm() inside no_sync() would use gradients that have not been "
-                    "reduced. Leave the no_sync() block before the last backward of the step."
-                )
-            self.finish_param_sync()  # a step without a forward since the last
-            self.grad_scheduler.finish_backward()
-            if self._unfrozen():
-                self._decide()  # what ranks without such parameters do now, too
-                self._judge.agreement.wait()
-                self._adopt_unfrozen()
-                self.grad_scheduler.start_added()
-            self._decide()
-            self._stream.release()
-        return self._judge.verdict
+            self._reduce_what_is_left()
+        refuse_late_grads(self._params.names, self._module)
+
+    def _reduce_what_is_left(self) -> None:
+        if self.grad_scheduler.in_no_sync:
+            raise RuntimeError(
+                "step(), clip_grad_norm_() and grad_norm() inside no_sync() would use gradients that have not been "
+                "reduced. Leave the no_sync() block before the last backward of the step."
+            )
+        self._refuse_new_wrappers()
+        self.finish_param_sync()  # a step without a forward since the last
+        self.grad_scheduler.finish_backward()
+        if self._unfrozen():
+            self._decide()  # what ranks without such parameters do now, too
+            self._judge.agreement.wait()
+            self._adopt_unfrozen()
+            self.grad_scheduler.start_added()
+            self._judge.verdict = None  # it knows nothing of the new buckets
+
+    def _refuse_new_wrappers(self) -> None:
+        """Before the first step, in which every wrapper must be known that is to be."""
+        if not self._has_looked_for_wrappers:
+            refuse_wrapped(self._params.names, self._module)
+            refuse_sharded_since(self._params.module_names, self._module)
+            self._has_looked_for_wrappers = True
 
     def _refuse_bare_capture(self) -> None:
         if torch.cuda.is_current_stream_capturing():
@@ -590,6 +633,49 @@ class ShardedLion(Optimizer):
         """
         self._judge.set_divisor(count)
 
+    def full_grad(self, param: Parameter) -> Tensor:
+        """The gradient that ``step()`` will use for ``param``, whole, on every rank. All ranks call it together.
+
+        It is summed over ranks and micro-batches, averaged (or divided as :meth:`set_grad_divisor` says), and unscaled
+        once GradScaler has unscaled; not clipped: the unit of :meth:`grad_norm`. Zeros where no rank has a gradient.
+
+        Returns:
+            fp64, so that :meth:`set_full_grad` of what was read changes no bit of the sum; a copy.
+        """
+        bucket, position = self._reduced_place_of(param)
+        return full_grad.read(bucket, position, self._judge.unscaling(self._loss_scale))
+
+    def set_full_grad(self, param: Parameter, grad: Tensor) -> None:
+        """Let the next ``step()`` use ``grad`` for ``param``, in the unit of :meth:`full_grad`.
+
+        All ranks call it together, with the same ``grad``, after the last backward of the step and before
+        :meth:`clip_grad_norm_`. The parameter counts as used. It is kept in fp32, or in the dtype of the wire where
+        that carries one micro-batch's 16-bit sums.
+
+        Raises:
+            RuntimeError: gradients have been clipped already, by a norm that does not know of ``grad``.
+        """
+        if not isinstance(grad, Tensor) or grad.shape != param.shape or not grad.dtype.is_floating_point:
+            raise ValueError(
+                f"set_full_grad() takes a floating-point tensor of the parameter's shape {tuple(param.shape)}, got "
+                f"{f'{grad.dtype} {tuple(grad.shape)}' if isinstance(grad, Tensor) else repr(grad)}"
+            )
+        self._judge.refuse_clipped("set_full_grad()")
+        bucket, position = self._reduced_place_of(param)
+        full_grad.write(bucket, position, grad.to(self._device), self._judge.unscaling(self._loss_scale))
+        self.grad_scheduler.version += 1
+
+    def _reduced_place_of(self, param: Parameter) -> tuple[Bucket, int]:
+        """Where the reduced gradient of ``param`` is."""
+        self._reduce_gradients()
+        place = self.grad_scheduler.place_of(param)
+        if place is None:
+            raise ValueError(
+                f"parameter {self._params.names.get(param, '(unknown)')!r} is frozen or not this optimizer's, and has "
+                "no gradient"
+            )
+        return place
+
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes inside add up gradients locally (stage 1) and send nothing.
@@ -608,19 +694,39 @@ class ShardedLion(Optimizer):
         """This rank has no micro-batch where others run one more backward: it takes part with zeros.
 
         Needed only when ranks run different numbers of synchronized backward passes within one step; a rank that
-        runs none just calls ``step()``.
+        runs none just calls ``step()``. What the program has written into ``p.grad`` takes part instead of zeros, so
+        that all ranks can add gradients of their own after backward by calling it.
         """
         self.grad_scheduler.finish_absent_pass()
 
     @explained("zero_grad()")
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget this step's gradients and divisor. It does not wait for parameters in flight: it touches none."""
+        """Forget this step's gradients and divisor. It does not wait for parameters in flight: it touches none.
+
+        After an exception anywhere in a step, all ranks call it and go on: an update that was under way is ended by
+        gathering all parameters anew, so replicas agree, but a part of them may have been updated.
+        """
         if not set_to_none:
             raise ValueError("ShardedLion keeps no full gradients to zero: call zero_grad() with set_to_none=True")
-        self._forget_step()
-        self.grad_scheduler.reset()
+        try:
+            self._forget_step()
+        finally:
+            self.grad_scheduler.reset()
         for param in self._frozen:
             param.grad = None
+        for left_by_scaler in ("grad_scale", "found_inf"):  # by one whose step() was interrupted
+            self.__dict__.pop(left_by_scaler, None)
+        if self._updating or self._param_sync.is_interrupted:
+            self._gather_again()
+
+    def _gather_again(self) -> None:
+        """An exception has ended an update or a replay of codes: let every rank hold what the owners hold."""
+        self._param_sync.give_up()
+        buckets = self.buckets
+        for bucket in buckets:
+            bucket.gather_again()
+        self._watch.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
+        self._updating.clear()
 
     # ---- parameters
 
@@ -755,6 +861,7 @@ class ShardedLion(Optimizer):
 
         Where shards have replicas (hybrid sharding), momentum and main params become the first replica's too.
         """
+        self._param_sync.give_up()
         self.finish_param_sync()
         self._refresh_stale_main(self.shards)
         for shard in self.shards:

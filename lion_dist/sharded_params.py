@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -76,6 +79,7 @@ class ShardedParams:
             taken.add(name)
         for name, param in zip(names, group["params"], strict=True):
             check_param(param, f"parameter {name!r}")
+            refuse_sparse_param(param, name)
             self.precision.main_params_for(param.dtype)
             if param.device != first.device:
                 raise ValueError(
@@ -116,6 +120,26 @@ class ShardedParams:
                 order = () if dims is None else (f"in memory by dimensions {dims}",)
                 entries.append((name, (tuple(param.shape), str(param.dtype), param.requires_grad, *order)))
         return entries
+
+
+def refuse_sparse_param(param: Parameter, name: str) -> None:
+    """Raise TypeError unless ``param`` is dense."""
+    if param.layout is not torch.strided:
+        raise TypeError(
+            f"parameter {name!r} is sparse ({param.layout}), and Lion has no sparse update. Pass param.to_dense() as a "
+            "parameter, or leave it out of the optimizer."
+        )
+
+
+def refuse_sparse_gradients(names: Mapping[Parameter, str], module: nn.Module | None) -> None:
+    """Raise TypeError when a layer of ``module`` gives one of the parameters sparse gradients."""
+    for layer in [] if module is None else module.modules():
+        weight = layer.weight if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse else None
+        if weight in names and weight.requires_grad:
+            raise TypeError(
+                f"the gradient of {names[weight]!r} is sparse, and Lion has no sparse update. Use "
+                f"nn.{type(layer).__name__}(sparse=False): untouched rows stay where they are without it too."
+            )
 
 
 def _number(value):

@@ -54,6 +54,7 @@ _GRAD_TRANSITIONS = {
     (GradState.SYNCING, GradState.REDUCED),
     (GradState.REDUCED, GradState.SYNCING),  # the next micro-batch adds to it
     (GradState.REDUCED, GradState.EMPTY),
+    (GradState.SYNCING, GradState.EMPTY),  # an exception has ended the reduction
     (GradState.EMPTY, GradState.EMPTY),
 }
 _PARAM_TRANSITIONS = {
@@ -173,13 +174,6 @@ class Bucket:
     def register_grad_ready(self, position: int) -> None:
         """The gradient of ``params[position]`` is complete for this backward pass."""
         self._missing.discard(position)
-        self.used[position] = True
-
-    def register_grads_left_by_autograd(self) -> None:
-        """Gradients that came before the parameters were in a bucket, and under a hook."""
-        for position, param in enumerate(self.params):
-            if param.grad is not None:
-                self.register_grad_ready(position)
 
     def all_grads_ready(self) -> bool:
         """Whether every parameter that takes a gradient has one in this backward pass."""
@@ -194,13 +188,18 @@ class Bucket:
 
     @in_phase("grad_sync")
     def start_grad_sync(self) -> None:
-        """Start the reduce-scatter of the gradients there are (zeros for the others), and forget them."""
+        """Start the reduce-scatter of the gradients there are (zeros for the others), and forget them.
+
+        A gradient counts whoever wrote it into ``.grad``: autograd or the program.
+        """
         if self.grad_state is GradState.SYNCING:
             self.complete_reduction()
+            self._refuse_interrupted()
         grads = list(map(_grad, self.params))
-        self._check_grads(grads)
+        self.check_grads(grads)
         adds_up = self.grad_state is GradState.REDUCED
         self._set_grad_state(GradState.SYNCING)
+        self.used = [grad is not None or used for grad, used in zip(grads, self.used, strict=True)]
         with self.stream.fork():  # packing and sending too: backward goes on beside it
             reduce = self._pack_and_reduce if self._push is None else self._push_and_sum
             try:
@@ -257,8 +256,12 @@ class Bucket:
             buffer.views[self] = views_of(flat, self.layout, self.formats), gaps_of(flat, self.layout)
         return buffer.views[self]
 
-    def _check_grads(self, grads: Sequence[Tensor | None]) -> None:
-        """Autograd gives a gradient its parameter's shape; ``.grad.data`` takes any, and copying would broadcast it."""
+    def check_grads(self, grads: Sequence[Tensor | None] | None = None) -> None:
+        """Raise TypeError or ValueError when one of ``grads`` (None: those there are) cannot be reduced.
+
+        Autograd gives a gradient its parameter's shape; ``.grad.data`` takes any, and copying would broadcast it.
+        """
+        grads = list(map(_grad, self.params)) if grads is None else grads
         present = [grad for grad in grads if grad is not None]
         if list(map(_shape, present)) == self.shapes and set(map(_layout, present)) == {torch.strided}:
             return
@@ -320,21 +323,41 @@ class Bucket:
         self.complete_reduction()
         self.stream.join(self._grad_mark)
         if self.grad_state is not GradState.REDUCED:
+            self._refuse_interrupted()
             raise RuntimeError(
                 f"bucket of {self.names[0]!r}: no gradient has been reduced ({self.grad_state.name}); "
                 "start_grad_sync() comes first"
             )
         return self._grad_shard if self._accumulator is None else self._accumulator
 
+    def note_written_grad(self, position: int) -> None:
+        """The program has written what ``finish_grad_sync()`` returns, at ``params[position]``."""
+        self.used[position] = True
+        if self._squares is not None:
+            self._squares.zero_()[:1] = self.finish_grad_sync().double().square().sum()
+
     def reset_grad(self) -> None:
-        """Forget this step's gradients, also those under way."""
-        if self.grad_state is GradState.EMPTY and not any(self.used):  # zero_grad() after step()
+        """Forget this step's gradients, also those under way. From every state, whatever exception has led to it."""
+        nothing_used, nothing_ready = not any(self.used), len(self._missing) == len(self.params)
+        if self.grad_state is GradState.EMPTY and nothing_used and nothing_ready:  # zero_grad() after step()
             return
-        self.complete_reduction()
+        self.complete_reduction()  # what is under way writes to grad_shard: when this raises, it is for the next call
         self._set_grad_state(GradState.EMPTY)
         self._accumulator = None
         self.used = [False] * len(self.params)
         self._missing = set(range(len(self.params)))
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether an exception has ended a reduction: nothing is under way, and the gradients are not reduced."""
+        return self.grad_state is GradState.SYNCING and self._finish_reduce is nothing
+
+    def _refuse_interrupted(self) -> None:
+        if self.is_interrupted:
+            raise RuntimeError(
+                f"bucket of {self.names[0]!r}: an exception has ended the reduction of its gradients. Call zero_grad() "
+                "on every rank, and run the step again from its first backward."
+            )
 
     # ---- parameters: (the shard is updated) ... start_param_sync ... finish_param_sync
 
@@ -371,12 +394,12 @@ class Bucket:
         if self.param_state is ParamState.STALE:
             self.start_param_sync()
         with self.clock.phase("param_sync", self.label):
-            finish, self._finish_gather = self._finish_gather, nothing
             try:
-                finish()
+                self._finish_gather()  # and again, if an exception ends it
             except CollectiveError as error:
                 self._explain(error, "gathering the parameters")
                 raise
+            self._finish_gather = nothing
             self.stream.join(self._param_mark)
             self.stream.join(self._param_mark, self._param_stream)  # whoever asks first may be on a stream of its own
         self._set_param_state(ParamState.FULL)
@@ -388,6 +411,12 @@ class Bucket:
             return []
         now, then = zip(addresses, strides, strict=True), zip(self._addresses, self._strides, strict=True)
         return [i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b and self.params[i].numel()]
+
+    def gather_again(self) -> None:
+        """Make ``flat_params`` full whatever it holds: an exception may have ended an update or a gather."""
+        self.finish_param_sync()
+        self.start_param_sync()
+        self.finish_param_sync()
 
     def take_back_params(self, moved: Sequence[int]) -> None:
         """Parameters at ``moved`` lie in ``flat_params`` again, with the values that they have where they are now. Not

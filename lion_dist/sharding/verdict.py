@@ -76,9 +76,13 @@ class Judge:
         """Of this step's summed gradients."""
         if not isinstance(count, Tensor) and not (math.isfinite(count) and count > 0):
             raise ValueError(f"the gradient divisor must be finite and above 0, got {count!r}")
-        if self.verdict is not None and self.verdict.clip_coefficient is not None:
-            raise RuntimeError("set_grad_divisor() comes before clip_grad_norm_(), which has used the old one")
+        self.refuse_clipped("set_grad_divisor()")
         self.divisor = count
+
+    def refuse_clipped(self, caller: str) -> None:
+        """Raise RuntimeError when gradients have been clipped already: ``caller`` would outdate the norm."""
+        if self.verdict is not None and self.verdict.clip_coefficient is not None:
+            raise RuntimeError(f"{caller} comes before clip_grad_norm_(), whose norm would be outdated by it")
 
     def unscaling(self, loss_scale: Tensor | None) -> Tensor:
         """[] fp64: what turns a sum of scaled gradients into the gradient."""
