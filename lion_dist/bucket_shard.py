@@ -17,6 +17,7 @@ from lion_dist.optimizer import main_for, refresh_main_
 from lion_dist.sharding import collectives
 from lion_dist.sharding.boxes import BoxedTensor, boxes_over
 from lion_dist.sharding.bucket import Bucket
+from lion_dist.sharding.memory_format import MemoryFormat
 
 
 class BucketShard:
@@ -172,22 +173,25 @@ class BucketShard:
             for position, param in enumerate(bucket.params):
                 i = owned.get(position)
                 local, start = (flat[:0], 0) if i is None else (slices[i], bucket.slices[i].param_start)
-                state[param][kind] = self._full_or_boxed(param.shape, start, local, boxed)
+                state[param][kind] = self._full_or_boxed(bucket.formats[position], start, local, boxed)
         for position, param in enumerate(bucket.params if self.steps is not None else ()):
             i = owned.get(position)
             local = self.steps[:0] if i is None else self.steps[i : i + 1]
             state[param]["step"] = (
-                self._full_or_boxed(torch.Size(()), 0, local, boxed)
+                self._full_or_boxed(MemoryFormat.row_major(torch.Size(())), 0, local, boxed)
                 if param.numel()
                 else self.steps.new_zeros(())  # nobody counts for it
             )
         return state
 
-    def _full_or_boxed(self, shape: torch.Size, start: int, local: Tensor, boxed: Callable[..., BoxedTensor]) -> Tensor:
-        """``local`` [n] holds the range from ``start`` of a tensor of ``shape``."""
+    def _full_or_boxed(
+        self, memory_format: MemoryFormat, start: int, local: Tensor, boxed: Callable[..., BoxedTensor]
+    ) -> Tensor:
+        """``local`` [n] holds the range from ``start`` of a tensor, in its memory order."""
+        shape, dims = memory_format.shape, memory_format.dims
         if not shape.numel() or (self.bucket.groups.shard_group is None and self.group.get("process_group") is None):
-            return local.view(shape)
-        return boxed(shape, boxes_over(shape, start, local), dtype=local.dtype, device=local.device)
+            return memory_format.place_in(local)
+        return boxed(shape, boxes_over(shape, start, local, dims), dtype=local.dtype, device=local.device)
 
 
 class ShardBatch:

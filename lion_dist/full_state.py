@@ -114,7 +114,7 @@ def gather_whole(shards: Sequence[BucketShard], to: int) -> dict[Parameter, dict
             continue
         for param, kind, full in _whole_tensors(shard):
             if _rank() == to:
-                state.setdefault(param, {})[kind] = full.to("cpu", copy=True)
+                state.setdefault(param, {})[kind] = full.to("cpu", copy=True, memory_format=torch.contiguous_format)
     return state
 
 
@@ -129,7 +129,7 @@ def _whole_tensors(shard: BucketShard) -> Iterator[tuple[Parameter, str, Tensor]
         flat = part.new_empty(bucket.layout.numel)
         flat[start:stop] = part
         collectives.all_gather(flat, flat[start:stop], group)()
-        for param, full in zip(bucket.params, views_of(flat, bucket.layout, bucket.shapes), strict=True):
+        for param, full in zip(bucket.params, views_of(flat, bucket.layout, bucket.formats), strict=True):
             yield param, kind, full
     if shard.steps is not None:
         steps = torch.zeros_like(shard.param_numels)

@@ -113,9 +113,7 @@ class LoadPlan:
         self._live = live
         self._copies = [planned for shard in live.shards for planned in _copies_of(shard, saved)]
         self._counters = _counters_in(state_dict, live)
-        self._settings = [
-            _settings(i, *pair) for i, pair in enumerate(zip(live.param_groups, groups, strict=True))
-        ]
+        self._settings = [_settings(i, *pair) for i, pair in enumerate(zip(live.param_groups, groups, strict=True))]
 
     def apply(self) -> None:
         """Change the live state."""
@@ -173,12 +171,12 @@ def _copies_of(shard: BucketShard, saved: Mapping[Parameter, dict[str, Tensor]])
     flats = {"exp_avg": shard.exp_avg, "main_param": shard.main_param}
     slices = {kind: shard.slices_of(flat) for kind, flat in flats.items() if flat is not None}
     for i, (piece, param) in enumerate(zip(bucket.slices, shard.slices_of(bucket.param_shard), strict=True)):
-        owner, name = bucket.params[piece.param], bucket.names[piece.param]
-        param_views = boxes_over(owner.shape, piece.param_start, param)
+        owner, name, dims = bucket.params[piece.param], bucket.names[piece.param], bucket.formats[piece.param].dims
+        param_views = boxes_over(owner.shape, piece.param_start, param, dims)
         targets = [
             (kind, box, view)
             for kind, pieces in slices.items()
-            for box, view in boxes_over(owner.shape, piece.param_start, pieces[i]).items()
+            for box, view in boxes_over(owner.shape, piece.param_start, pieces[i], dims).items()
         ]
         if shard.steps is not None:
             targets.append(("step", Box((), ()), shard.steps[i]))

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
+from lion_dist import CapturedStep, Lion, PrecisionPolicy, ShardedLion, ShardingConfig
 from lion_dist.benchmarks.llama import SIZES, make_llama
 from lion_dist.benchmarks.report import Rows
 from lion_dist.benchmarks.timing import free_gpu_memory
@@ -37,6 +37,7 @@ from lion_dist.sharding import peer_memory
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.99), 0.1, 1.0
 SETTINGS = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
 BASELINE = "forward + backward alone"
+IN_A_GRAPH = "forward + backward alone, in a graph"  # the baseline of steps in graphs
 
 Step = Callable[[list[Tensor]], None]  # the micro-batches of one step
 
@@ -50,7 +51,41 @@ def forward_backward(model: nn.Module) -> Step:
     return step
 
 
+def captured(step: Step) -> Step:
+    """The same as a CUDA graph, made in the third call; for what leaves nothing in flight."""
+    graph, stream, static, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), [], 0
+
+    def replay(batches: list[Tensor]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(batches)
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if not static:
+            static.extend(batch.clone() for batch in batches)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                step(static)
+        for mine, batch in zip(static, batches, strict=True):
+            mine.copy_(batch)
+        graph.replay()
+
+    return replay
+
+
+def captured_sharded_lion(model: nn.Module, **sharding) -> Step:
+    step, optimizer = _sharded_lion(model, **sharding)
+    whole = CapturedStep(lambda *batches: step(list(batches)), optimizer)
+    return lambda batches: whole(*batches)
+
+
 def sharded_lion(model: nn.Module, **sharding) -> Step:
+    return _sharded_lion(model, **sharding)[0]
+
+
+def _sharded_lion(model: nn.Module, **sharding) -> tuple[Step, ShardedLion]:
     optimizer = ShardedLion(model.parameters(), **SETTINGS, module=model, sharding=ShardingConfig(**sharding))
 
     def step(batches: list[Tensor]) -> None:
@@ -65,7 +100,7 @@ def sharded_lion(model: nn.Module, **sharding) -> Step:
             optimizer.clip_grad_norm_(CLIP)
         optimizer.step()
 
-    return step
+    return step, optimizer
 
 
 def torch_loop(model: nn.Module, wrapped: nn.Module, optimizer: torch.optim.Optimizer, no_sync=None) -> Step:
@@ -136,6 +171,17 @@ def deepspeed_zero(model: nn.Module, stage: int, micro_batches: int) -> Step:
             engine.step()
 
     return step
+
+
+def graphs() -> dict[str, Callable[[nn.Module], Step]]:
+    """Whole steps as CUDA graphs, beside forward and backward alone both ways."""
+    return {
+        BASELINE: forward_backward,
+        IN_A_GRAPH: lambda model: captured(forward_backward(model)),
+        "lion_dist stage 2, in a graph": lambda model: captured_sharded_lion(model, zero_stage=2),
+        "lion_dist stage 1, in a graph": lambda model: captured_sharded_lion(model, zero_stage=1),
+        "lion_dist stage 2, NCCL alone, in a graph": lambda model: captured_sharded_lion(model, peer_memory=False),
+    }
 
 
 def engines(micro_batches: int) -> dict[str, Callable[[nn.Module], Step]]:
@@ -263,8 +309,8 @@ def is_deepspeed(name: str) -> bool:
 
 def turns(args) -> list[tuple[int, str, Callable]]:
     """(micro-batch, engine, how to build it); DeepSpeed's last: they leak, up to 25 GB."""
-    found = engines(args.micro_batches).items()
-    chosen = [(name, build) for name, build in found if name == BASELINE or args.engines in name]
+    found = (graphs() if args.graph else engines(args.micro_batches)).items()
+    chosen = [(name, build) for name, build in found if name in (BASELINE, IN_A_GRAPH) or args.engines in name]
     return sorted(
         [(size, *engine) for size in args.micro_batch for engine in chosen], key=lambda turn: is_deepspeed(turn[1])
     )
@@ -304,6 +350,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=20)
     add("--warm-up", type=int, default=5)
     add("--compile", action="store_true", help="torch.compile each block")
+    add("--graph", action="store_true", help="whole steps as CUDA graphs; ratios are to forward and backward in one")
     add("--pretend-ranks", type=int, help="be rank 0 of so many, of which the others do not exist")
     add("--engines", default="", help="only the baseline and engines whose name contains this text")
     add("--csv", type=Path)
@@ -336,14 +383,10 @@ def main() -> None:
         row = measure(args, name, build, micro_batch, device)
         if row is None:
             continue
-        row = rows.add(
-            row
-            | {
-                "host_speed_s": host,
-                "compiled": args.compile,
-                "ratio": round(row["ms_median"] / baseline.setdefault(micro_batch, row["ms_median"]), 3),
-            }
-        )
+        if name in (BASELINE, IN_A_GRAPH):
+            baseline[micro_batch] = row["ms_median"]
+        ratio = round(row["ms_median"] / baseline[micro_batch], 3)
+        row = rows.add(row | {"host_speed_s": host, "compiled": args.compile, "ratio": ratio})
         say(
             f"micro-batch {micro_batch}  {row['ms_median']:9.2f} ms  x{row['ratio']:<6.3f} "
             f"[{row['ms_p10']:.2f}, {row['ms_p90']:.2f}]  host {row.get('host_ms', 0):6.2f}  exposed "

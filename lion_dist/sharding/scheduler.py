@@ -50,8 +50,21 @@ def held_weakly(method: Callable[[Parameter], None]) -> Callable[[Parameter], No
     return hook
 
 
+class PassEnd:
+    """What autograd calls at the end of one backward pass; it drops it uncalled when an exception ends the pass."""
+
+    def __init__(self, finish: Callable[[PassEnd], None]):
+        self._finish = finish
+
+    def __call__(self) -> None:
+        self._finish(self)
+
+
 class GradScheduler:
     """Starts the reduction of each bucket from backward, in one order on every rank.
+
+    A bucket's gradients leave when all hooks of its last parameter have run, those that the program has registered
+    after this scheduler's too: they see ``.grad``, and may change it.
 
     Args:
         keep_local_grads: through ``no_sync`` passes gradients stay in ``p.grad`` (stage 1); False reduces always.
@@ -71,6 +84,9 @@ class GradScheduler:
         self._next = 0  # position in _order of the bucket to start next
         self._started: set[Bucket] = set()  # in this pass
         self._pass_is_open = False
+        self._pass_end: weakref.ref[PassEnd] | None = None  # of the pass that is open
+        self._was_cut_short = False  # the last pass, by an exception
+        self._waits_for_hooks = False  # a bucket is ready, but for later hooks of its last parameter
         self.version = 0  # changes with every gradient that is kept or sent
         self.after_start: Callable[[Bucket], None] | None = None
         self._pending_local = False  # a no_sync pass left gradients behind that no later pass has taken along
@@ -108,7 +124,14 @@ class GradScheduler:
     def bucket_of(self, param: Parameter) -> Bucket:
         return self._place[param][0]
 
+    def place_of(self, param: Parameter) -> tuple[Bucket, int] | None:
+        """The bucket of ``param`` and its position there."""
+        return self._place.get(param)
+
     def _on_grad(self, param: Parameter) -> None:
+        if self._waits_for_hooks:  # all that were waited for have run
+            self._waits_for_hooks = False
+            self._start_ready()
         bucket, position = self._place[param]
         if self._pass_is_open and bucket in self._started:
             raise RuntimeError(
@@ -117,7 +140,6 @@ class GradScheduler:
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
         if self.in_no_sync and self.keep_local_grads:
-            bucket.used[position] = True
             self._pending_local = True
             self.version += 1
             return
@@ -125,13 +147,36 @@ class GradScheduler:
             self.open_pass()
         bucket.register_grad_ready(position)
         if bucket.all_grads_ready():
-            self._start_ready()
+            if next(reversed(param._post_accumulate_grad_hooks.values())) is self._hook:
+                self._start_ready()
+            else:
+                self._waits_for_hooks = True
 
     def open_pass(self) -> None:
-        """A backward pass begins; its end sends what is still missing."""
-        if not self._pass_is_open:
-            self._pass_is_open = True
-            Variable._execution_engine.queue_callback(self.finish_pass)
+        """A backward pass begins; its end sends what is still missing.
+
+        Raises:
+            RuntimeError: an exception has ended the last pass when a part of its gradients had been reduced.
+        """
+        if self._pass_is_open:
+            return
+        if self._was_cut_short and self._started:
+            raise RuntimeError(
+                "an exception has ended the last backward pass when a part of its gradients had been reduced; those of "
+                "another pass cannot be added to them. Call zero_grad() on every rank before the next backward."
+            )
+        end = PassEnd(self._end_pass)
+        Variable._execution_engine.queue_callback(end)
+        self._pass_end = weakref.ref(end, self._cut_pass_short)
+        self._pass_is_open = True
+
+    def _end_pass(self, end: PassEnd) -> None:
+        if self._pass_end is not None and self._pass_end() is end:  # else zero_grad() has run within the pass
+            self.finish_pass()
+
+    def _cut_pass_short(self, end: weakref.ref[PassEnd]) -> None:
+        if self._pass_end is end:
+            self._pass_is_open, self._was_cut_short = False, True
 
     def _start_ready(self) -> None:
         while self._next < len(self._order) and self._order[self._next].all_grads_ready():
@@ -151,12 +196,17 @@ class GradScheduler:
 
     def start_all_but(self, begun: Collection[Bucket]) -> None:
         """Start the reductions of a step that backward has not started: of a rank without a batch, of new buckets."""
-        for bucket in [bucket for bucket in self._order if bucket not in begun]:
+        buckets = [bucket for bucket in self._order if bucket not in begun]
+        for bucket in buckets:  # nothing is updated before it is known that all can be
+            bucket.check_grads()
+        for bucket in buckets:
             self._start(bucket)
         self._close_pass()
 
     def finish_pass(self) -> None:
         """Start the reductions that this pass has not started yet: parameters without a gradient count as zeros."""
+        for bucket in self._order[self._next :]:  # none is started before it is known that all can be
+            bucket.check_grads()
         while self._next < len(self._order):
             self._start_next()
         self._close_pass()
@@ -164,15 +214,18 @@ class GradScheduler:
     def _close_pass(self) -> None:
         self._next = 0
         self._started.clear()
-        self._pass_is_open = self._pending_local = False
+        self._pass_end = None
+        self._pass_is_open = self._was_cut_short = self._pending_local = self._waits_for_hooks = False
 
     def finish_backward(self) -> None:
         """Every bucket's gradients of this step have been reduced, or are on their way.
 
-        A rank that had no batch takes part with zeros; gradients left by ``no_sync`` passes are sent now.
+        A rank that had no batch takes part with zeros; gradients that ``no_sync`` passes have left, or that the program
+        has written where no pass ran, are sent now. That depends on passes alone and not on what is in ``.grad``, so
+        ranks agree on what is sent whichever of them have gradients.
         """
         nothing_reduced = all(bucket.grad_state is GradState.EMPTY for bucket in self._order)
-        if nothing_reduced or self._pass_is_open or self._pending_local:
+        if nothing_reduced or self._pass_is_open or self._was_cut_short or self._pending_local:
             self.finish_pass()
 
     def start_added(self) -> None:
@@ -182,8 +235,10 @@ class GradScheduler:
                 bucket.start_grad_sync()
 
     def finish_absent_pass(self) -> None:
-        """This rank has no micro-batch where others run one: it takes part with zeros, where anything is sent."""
-        if not (self.in_no_sync and self.keep_local_grads):
+        """This rank has no micro-batch where others run one: it takes part with what is in ``.grad``, or zeros."""
+        if self.in_no_sync and self.keep_local_grads:
+            self._pending_local = True  # as on the ranks that run it
+        else:
             self.finish_pass()
 
     def reset(self) -> None:
