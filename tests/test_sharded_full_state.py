@@ -214,6 +214,39 @@ def test_consolidation_holds_one_bucket_at_a_time(gloo):
     assert largest == bucket and count > 2
 
 
+def channels_last(engine: str) -> tuple[torch.nn.Module, Lion | ShardedLion]:
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+    sharded = {"module": model, "sharding": ShardingConfig(bucket_numel=20)}
+    opt = Lion(model.parameters(), lr=0.1) if engine == "plain" else ShardedLion(model.parameters(), lr=0.1, **sharded)
+    images = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)).contiguous(
+        memory_format=torch.channels_last
+    )
+    for _ in range(2):
+        opt.zero_grad()
+        model(images).square().mean().backward()
+        opt.step()
+    return model, opt
+
+
+def consolidate_channels_last() -> None:
+    model, opt = channels_last("sharded")
+    _, plain = channels_last("plain")
+    momenta = [shard.exp_avg.clone() for shard in opt.shards]
+    opt.consolidate_state_dict()
+    if dist.get_rank() == 0:
+        assert_same_tensors(opt.full_state_dict(), plain.state_dict())
+    for shard in opt.shards:
+        shard.exp_avg.zero_()
+    opt.load_state_dict(plain.state_dict())
+    assert all(torch.equal(shard.exp_avg, m) for shard, m in zip(opt.shards, momenta, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_whole_state_of_a_channels_last_model(gloo, ranks):
+    gloo.run(ranks, consolidate_channels_last)
+
+
 # ---- experts, whose ranks are fewer
 
 
