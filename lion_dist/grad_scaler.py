@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lion_dist.engine_state import is_flat_param
+from lion_dist.grad_placement import is_placed_like
 from lion_dist.optimizer import Lion
 from lion_dist.sharded_optimizer import ShardedLion
 
@@ -24,10 +25,16 @@ class GradScaler(torch.amp.GradScaler):
     def _unscale_grads_(self, optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool):
         if isinstance(optimizer, ShardedLion):
             return {found_inf.device: optimizer.unscale_and_check_(inv_scale)}
+        if not isinstance(optimizer, Lion):
+            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for param in params:
+            if hasattr(param.grad, "placements") and not is_placed_like(param.grad, param):
+                # Before it is checked: addends that are finite may have a sum that is not.
+                param.grad = param.grad.redistribute(placements=param.placements)
         found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
-        if isinstance(optimizer, Lion):
-            _agree_over_shards_(found, found_inf, [p for group in optimizer.param_groups for p in group["params"]])
-            optimizer.shares_verdict = True
+        _agree_over_shards_(found, found_inf, params)
+        optimizer.shares_verdict = True
         return found
 
 

@@ -64,13 +64,13 @@ class ShardedParams:
                 )
             taken.add(name)
         for name, param in zip(names, group["params"], strict=True):
-            check_param(param, f"parameter {name!r}")
-            self.precision.main_params_for(param.dtype)
             if param.device != first.device:
                 raise ValueError(
                     f"ShardedLion expects parameters on one device, got {first.device} and {param.device} (first: "
                     f"{name!r}). Move the model before constructing the optimizer."
                 )
+            check_param(param, f"parameter {name!r}")
+            self.precision.main_params_for(param.dtype)
             if hasattr(param, "_local_tensor"):
                 raise TypeError(
                     f"parameter {name!r} is a DTensor: it is sharded already. Use lion_dist.Lion, which updates local "
