@@ -11,6 +11,7 @@ from torch import Tensor
 from lion_dist.config import check_hyperparameters
 from lion_dist.engine_state import main_as
 from lion_dist.local_tensors import local_tensor
+from lion_dist.param_batch import STATE_KEYS
 
 GROUP_KEYS = ("lr", "betas", "weight_decay")  # lion-pytorch's, so that param groups travel both ways
 # Keys of torch's other optimizers, which say how (not what) to compute or belong to another rule. They are left behind:
@@ -65,6 +66,8 @@ def adopt_groups(saved: Sequence[Mapping], present: Sequence[Mapping], defaults:
 def fits(param: Tensor, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> bool:
     """Whether ``state`` can be updated in place; ``dtypes`` says which entries ``param`` needs."""
     local = local_tensor(param)
+    if any(key in state and key not in dtypes for key in STATE_KEYS):
+        return False
     for key, dtype in dtypes.items():
         value = state.get(key)
         if not isinstance(value, Tensor):
@@ -106,8 +109,9 @@ def local_part(key: str, value: Tensor, target: Tensor, param: Tensor) -> Tensor
     local, saved_local = local_tensor(target), local_tensor(value)
     misfit = ValueError(
         f"saved {key} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
-        f"{_placed(value)}{_placed(target)}. Load the state of this model; between models that are sharded "
-        "differently, move it by torch.distributed.checkpoint's get_ and set_optimizer_state_dict()."
+        f"{_placed(value)}{_placed(target)}. Load the state of this model, or delete optimizer.state[param] to begin "
+        "anew; between models that are sharded differently, state moves by torch.distributed.checkpoint's "
+        "get_optimizer_state_dict() and set_optimizer_state_dict()."
     )
     if saved_local is not value:
         if local is target:  # sharded there, whole here

@@ -177,6 +177,7 @@ class Lion(Optimizer):
             self.param_groups.pop()
             raise
 
+    @torch._disable_dynamo  # compiled, it updated nothing in the second step after add_param_group()
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
         """One step for every parameter that has a gradient. Returns what ``closure`` returned."""
