@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,10 +34,22 @@ class GradScaler(torch.amp.GradScaler):
             if hasattr(param.grad, "placements") and not is_placed_like(param.grad, param):
                 # Before it is checked: addends that are finite may have a sum that is not.
                 param.grad = param.grad.redistribute(placements=param.placements)
-        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        found: dict[torch.device, Tensor] = {}
+        for alike in _by_mesh(params):
+            part = super()._unscale_grads_(alike, inv_scale, found_inf, allow_fp16)
+            for device, verdict in part.items():
+                found[device] = torch.maximum(found[device], verdict) if device in found else verdict
         _agree_over_shards_(found, found_inf, params)
         optimizer.shares_verdict = True
         return found
+
+
+def _by_mesh(params: list[Tensor]) -> list[SimpleNamespace]:
+    """Param groups of plain tensors, and of the DTensors of each mesh: torch's unscaling takes one kind at a time."""
+    kinds: dict = {}
+    for param in params:
+        kinds.setdefault(getattr(param, "device_mesh", None), []).append(param)
+    return [SimpleNamespace(param_groups=[{"params": alike}]) for alike in kinds.values()]
 
 
 def _agree_over_shards_(found: dict[torch.device, Tensor], absent: Tensor, params: list[Tensor]) -> None:

@@ -204,6 +204,29 @@ def test_grad_scaler_skips_where_only_the_sum_overflows(gloo):
     gloo.run(2, overflow_of_a_sum)
 
 
+def overflow_beside_dtensors(first: str) -> None:
+    """Plain parameters among DTensors, as fully_shard leaves those that it is told to ignore."""
+    mesh = dist.init_device_mesh("cpu", (2,))
+    plain, sharded = nn.Parameter(torch.ones(3)), nn.Parameter(place(torch.ones(4), mesh, [S0]))
+    opt = Lion([plain, sharded] if first == "plain" else [sharded, plain], **SETTINGS)
+    scaler = lion_dist.GradScaler("cpu", init_scale=8.0)
+    for step, overflow in enumerate((None, plain, sharded)):
+        scale = scaler.scale(torch.ones(()))
+        plain.grad, sharded.grad = torch.ones(3) * scale, place(torch.ones(4), mesh, [S0]) * scale
+        if overflow is not None and dist.get_rank() == 1:
+            local_tensor(overflow.grad)[0] = torch.inf
+        before = full(sharded).clone()
+        scaler.step(opt)
+        scaler.update()
+        assert torch.equal(full(sharded), before) == (overflow is not None)
+        assert torch.equal(plain[0], full(sharded)[0]) and scaler.get_scale() == 8.0 / 2**step
+
+
+@pytest.mark.parametrize("first", ["plain", "sharded"])
+def test_grad_scaler_takes_plain_parameters_beside_dtensors(gloo, first):
+    gloo.run(2, overflow_beside_dtensors, first)
+
+
 def clipped() -> None:
     mesh, params, _, plain, _ = make_pair({})
     opts = [Lion(ps[:1], betas=(0.5, 0.5), lr=2**-7) for ps in (params, plain)]
