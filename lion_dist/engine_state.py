@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lion_dist.kernels.reference import join_main, split_main
-from lion_dist.param_batch import local_tensor
+from lion_dist.local_tensors import local_tensor
 
 
 def is_flat_param(param: Tensor) -> bool:

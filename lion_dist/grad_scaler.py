@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lion_dist.engine_state import is_flat_param
+from lion_dist.grad_placement import is_placed_like
 from lion_dist.optimizer import Lion
 from lion_dist.sharded_optimizer import ShardedLion
 
@@ -24,11 +27,29 @@ class GradScaler(torch.amp.GradScaler):
     def _unscale_grads_(self, optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool):
         if isinstance(optimizer, ShardedLion):
             return {found_inf.device: optimizer.unscale_and_check_(inv_scale, self._scale)}
-        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
-        if isinstance(optimizer, Lion):
-            _agree_over_shards_(found, found_inf, [p for group in optimizer.param_groups for p in group["params"]])
-            optimizer.shares_verdict = True
+        if not isinstance(optimizer, Lion):
+            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for param in params:
+            if hasattr(param.grad, "placements") and not is_placed_like(param.grad, param):
+                # Before it is checked: addends that are finite may have a sum that is not.
+                param.grad = param.grad.redistribute(placements=param.placements)
+        found: dict[torch.device, Tensor] = {}
+        for alike in _by_mesh(params):
+            part = super()._unscale_grads_(alike, inv_scale, found_inf, allow_fp16)
+            for device, verdict in part.items():
+                found[device] = torch.maximum(found[device], verdict) if device in found else verdict
+        _agree_over_shards_(found, found_inf, params)
+        optimizer.shares_verdict = True
         return found
+
+
+def _by_mesh(params: list[Tensor]) -> list[SimpleNamespace]:
+    """Param groups of plain tensors, and of the DTensors of each mesh: torch's unscaling takes one kind at a time."""
+    kinds: dict = {}
+    for param in params:
+        kinds.setdefault(getattr(param, "device_mesh", None), []).append(param)
+    return [SimpleNamespace(param_groups=[{"params": alike}]) for alike in kinds.values()]
 
 
 def _agree_over_shards_(found: dict[torch.device, Tensor], absent: Tensor, params: list[Tensor]) -> None:

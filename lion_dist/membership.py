@@ -98,9 +98,9 @@ class Membership:
         if gone and new:
             raise RuntimeError(
                 f"the module no longer has {_listed(gone)}, which ShardedLion trains, and has got {_listed(new)}, "
-                "which it does not: by load_state_dict(assign=True), resizing, another layer, or a parametrization "
-                "such as weight_norm. Do that first and construct the optimizer after, or close() this one and "
-                "construct another."
+                "which it does not: by load_state_dict(assign=True), resizing, another layer, FSDP or fully_shard, "
+                "or a parametrization such as weight_norm. Do that first and construct the optimizer after, or "
+                "close() this one and construct another."
             )
 
 

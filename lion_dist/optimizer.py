@@ -7,7 +7,6 @@ to dispatch an operation in ``step()``.
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -17,27 +16,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lion_dist.config import PARAM_DTYPES, PrecisionPolicy, check_hyperparameters, check_interval
-from lion_dist.engine_state import is_flat_param, main_as, movable_state, share_mesh_axes
+from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
+from lion_dist.canonical_index import CanonicalStarts
+from lion_dist.config import PrecisionPolicy, check_hyperparameters, check_interval
+from lion_dist.engine_state import is_flat_param, movable_state, share_mesh_axes
 from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, split_main
 from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
+from lion_dist.local_tensors import flat, local_tensor
 from lion_dist.metrics import OFF, Meter, measure_batch, metrics_of_rank
-from lion_dist.param_batch import GroupBatches, ParamBatch, flat, local_tensor, local_tensors
+from lion_dist.param_batch import STATE_KEYS, GroupBatches, ParamBatch
+from lion_dist.param_checks import check_grad, check_no_overlap, check_param
+from lion_dist.unused_params import NoGradientWarning
 
 _grad, _version = map(operator.attrgetter, ("grad", "_version"))
-GROUP_KEYS = ("lr", "betas", "weight_decay")  # lion-pytorch's, so that param groups travel both ways
-STATE_KEYS = ("exp_avg", "main_param", "step")
-
-
-def check_param(param: object, name: str) -> None:
-    """Raise TypeError unless Lion can update ``param``."""
-    if not isinstance(param, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(param).__name__}")
-    if param.dtype not in PARAM_DTYPES:
-        raise TypeError(
-            f"{name} has dtype {param.dtype}; Lion updates {', '.join(map(str, PARAM_DTYPES))}. "
-            "Leave it out of the optimizer, or keep it as a buffer of its module."
-        )
 
 
 def effective_weight_decay(group: dict, decoupled_from: float | None):
@@ -51,20 +42,6 @@ def decoupling_lr(lr, decoupled_weight_decay: bool) -> float | None:
     if not float(lr) > 0:
         raise ValueError(f"decoupled_weight_decay divides by the initial lr, which must be above 0, got {lr!r}")
     return float(lr)
-
-
-def check_grad(param: Tensor, grad: Tensor) -> None:
-    """Raise unless the local ``grad`` can be a gradient of ``param``."""
-    if grad.is_sparse:
-        raise RuntimeError(
-            f"Lion has no sparse update, and a parameter of shape {tuple(param.shape)} has a sparse gradient. "
-            "Use nn.Embedding(sparse=False): untouched rows stay where they are without it too."
-        )
-    if grad.shape != local_tensor(param).shape:  # .grad.data takes any shape
-        raise ValueError(
-            f"a gradient has shape {tuple(grad.shape)}, its parameter {tuple(local_tensor(param).shape)}. "
-            "Call zero_grad() and run backward again; do not assign to .grad.data."
-        )
 
 
 _warned_of_decay: set[float] = set()
@@ -153,6 +130,8 @@ class Lion(Optimizer):
         self.use_triton = use_triton
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self.metrics_every = metrics_every
+        self._no_gradients = NoGradientWarning()
+        self._starts: CanonicalStarts | None = None  # of the known batches; None: no random bits were drawn
         self._meter: Meter = OFF  # until the first step, when parameters are where they will stay
         self._known_batches: dict[int, GroupBatches] = {}  # by id of the param group, from the last step
         # Of params with main params, by id: (version counter, address) after our last write; or the batch knows it.
@@ -178,13 +157,16 @@ class Lion(Optimizer):
         for cache in ("_known_batches", "_written"):  # present when load_state_dict() calls this
             self.__dict__.setdefault(cache, {})
         self.__dict__.setdefault("_meter", OFF)
+        self.__dict__.setdefault("_starts", None)
+        self.__dict__.setdefault("_no_gradients", NoGradientWarning())
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch's __setstate__ adds it; a fresh optimizer has no such key
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_hyperparameters(group)
+            check_group(group)
             names = group.get("param_names", [f"parameter {i} of the group" for i in range(len(group["params"]))])
             for name, param in zip(names, group["params"], strict=True):
                 check_param(param, name)
@@ -195,6 +177,7 @@ class Lion(Optimizer):
             self.param_groups.pop()
             raise
 
+    @torch._disable_dynamo  # compiled, it updated nothing in the second step after add_param_group()
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
         """One step for every parameter that has a gradient. Returns what ``closure`` returned."""
@@ -203,26 +186,44 @@ class Lion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, skip = self._scaling()
-        work = [(group, *found) for group in self.param_groups for found in self._batches(group)]
+        self._follow_moved_params()
+        # Whatever may be refused is refused here, before anything is changed.
+        found = [(group, *batch) for group in self.param_groups for batch in self._batches(group)]
+        backends = [choose_backend(batch.tensors.device, self.use_triton) for _, batch, _ in found]
+        scalars = [self._scalars(group) for group, _, _ in found]
+        if self._no_gradients.is_waiting:
+            self._note_gradients(bool(found))
         self._make_meter()
         self._meter.begin_step()
         with self._meter.clock.phase("update"):
-            for group, batch, grads in work:
-                self._update(group, batch, grads, grad_scale, skip)
+            for (_, batch, grads), backend, of_group in zip(found, backends, scalars, strict=True):
+                self._update(batch, grads, of_group, backend, grad_scale, skip)
         self._meter.end_step(skip)
         return loss
 
-    def _update(self, group: dict, batch: ParamBatch, grads: Sequence[Tensor], grad_scale, skip) -> None:
-        params, tensors = batch.params, batch.tensors
-        self._refresh_stale_main(batch)
+    def _scalars(self, group: dict) -> StepScalars:
         weight_decay = effective_weight_decay(group, self._decoupled_from)
         warn_if_decay_vanishes(group["lr"], weight_decay)
-        scalars = StepScalars.from_group(group["lr"], group["betas"], weight_decay)
+        return StepScalars.from_group(group["lr"], group["betas"], weight_decay)
+
+    def _note_gradients(self, any_gradients: bool) -> None:
+        rates = [group["lr"] for group in self.param_groups]
+        if not any(isinstance(lr, Tensor) or lr for lr in rates):
+            return  # torch.distributed.checkpoint makes state by such a step, with gradients of its own
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any_gradients or any(local_tensor(p).numel() for p in params):  # else this rank has no part to train
+            self._no_gradients.note_step(any_gradients)
+
+    def _update(
+        self, batch: ParamBatch, grads: Sequence[Tensor], scalars: StepScalars, backend: str, grad_scale, skip
+    ) -> None:
+        params, tensors = batch.params, batch.tensors
+        self._refresh_stale_main(batch)
         arguments = {
             "grad_scale": grad_scale,
             "seed": self.precision.seed,
             "cautious_lrs": self._cautious_lrs(params, tensors, grads, scalars, grad_scale),
-            "backend": choose_backend(tensors.device, self.use_triton),
+            "backend": backend,
         }
         if self._meter.is_measuring:
             with self._meter.clock.phase("measure"):
@@ -270,7 +271,8 @@ class Lion(Optimizer):
         """What GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if skip is not None and not self.shares_verdict:
-            if not share_mesh_axes(p for group in self.param_groups for p in group["params"]):
+            params = [p for group in self.param_groups for p in group["params"]]
+            if not share_mesh_axes(p if p.grad is None else p.grad for p in params):
                 raise RuntimeError(
                     "torch's GradScaler asks only the ranks that share the first gradient whether one overflowed, and "
                     "these parameters are sharded over different axes: ranks would skip different steps. "
@@ -282,29 +284,48 @@ class Lion(Optimizer):
         """The group's parameters that have a gradient, in batches of like tensors (one launch each), and gradients."""
         params = group["params"]
         grads = list(map(_grad, params))
-        if set(map(type, grads)) != {Tensor}:
+        if type(None) in set(map(type, grads)):
             params, grads = [p for p in params if p.grad is not None], [g for g in grads if g is not None]
-            grads = local_tensors(grads)
         known = self._known_batches.get(id(group))
-        matched = None if known is None else known.match(params, grads, self.state)
-        if matched is None:
+        if known is None or not known.holds(params):
             if known is not None:
                 self._remember_written(known.batches)
+            known = GroupBatches(params)
+        grads = known.placements.local_grads(grads)
+        matched = known.match(grads, self.state)
+        if matched is None:
+            self._remember_written(known.batches)
             self._create_states()  # all at once: a group's state that comes later would outdate this group's batches
             matched = self._sort_into_batches(params, grads)
-            self._known_batches[id(group)] = GroupBatches(params, [batch for batch, _ in matched], self.state)
+            known.set_batches([batch for batch, _ in matched], self.state)
+            self._known_batches[id(group)] = known
         return matched
 
     def _create_states(self) -> None:
+        """For every parameter with a gradient; state that a user put there, or of a parameter that has changed dtype or
+        device, is made to fit."""
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is not None:
-                    self.state_of(param)
+                if param.grad is None:
+                    continue
+                state = self.state_of(param)
+                if not fits(param, state, self._state_dtypes(param)):
+                    self.state[param] = self._adopt_state(param, state)
+
+    def _follow_moved_params(self) -> None:
+        """Canonical indices count all parameters: where one was swapped, added or removed, those behind it moved."""
+        if self._starts is None or self._starts.hold_for(self.param_groups):
+            return
+        for known in self._known_batches.values():
+            self._remember_written(known.batches)
+        self._known_batches.clear()
+        self._starts = None
 
     def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]):
         alike: dict[tuple, list[int]] = {}
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             check_grad(param, grad)
+            check_no_overlap(param, "a parameter")
             alike.setdefault((grad.device, param.dtype, grad.dtype), []).append(i)
         result = []
         for (_, _, grad_dtype), positions in alike.items():
@@ -321,14 +342,16 @@ class Lion(Optimizer):
         columns = {key: [flat(s[key]) for s in states] for key in STATE_KEYS[:2] if key in states[0]}
         starts = steps = None
         if "step" in states[0]:
-            starts, steps = self._canonical_starts(), torch.stack([s["step"] for s in states])
+            if self._starts is None:
+                self._starts = CanonicalStarts(self.param_groups)
+            starts, steps = self._starts, torch.stack([s["step"] for s in states])
             for state, step in zip(states, steps.unbind(), strict=True):  # views: one addition counts all
                 state["step"] = step
         return LionTensors(
             params=[flat(p) for p in params],
             exp_avgs=columns["exp_avg"],
             mains=columns.get("main_param"),
-            index_starts=None if starts is None else [starts[p] + _first_index(p) for p in params],
+            index_starts=None if starts is None else [starts.of(p) for p in params],
             steps=steps,
             stochastic_momentum=self.precision.momentum_rounding == "stochastic"
             and states[0]["exp_avg"].dtype == torch.bfloat16,
@@ -348,19 +371,22 @@ class Lion(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.int64, device=local_tensor(param).device)
         return state
 
+    def _state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
+        """Of every entry of :meth:`_fresh_state`."""
+        precision, dtype = self.precision, param.dtype
+        dtypes = {"exp_avg": precision.momentum_dtype_for(dtype)}
+        kind = precision.main_params_for(dtype)
+        if kind in ("fp32", "split"):
+            dtypes["main_param"] = torch.float32 if kind == "fp32" else torch.int16
+        if precision.is_stochastic(dtype):
+            dtypes["step"] = torch.int64
+        return dtypes
+
     def state_of(self, param: Tensor) -> dict[str, Tensor]:
         """The state of ``param``, created if there is none yet."""
         if not self.state[param]:
             self.state[param] = self._fresh_state(param)
         return self.state[param]
-
-    def _canonical_starts(self) -> dict[Tensor, int]:
-        starts, total = {}, 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                starts[param] = total
-                total += param.numel()
-        return starts
 
     def _remember_written(self, batches: Sequence[ParamBatch]) -> None:
         """For the batches that take the place of these."""
@@ -390,9 +416,17 @@ class Lion(Optimizer):
     # ---- state_dict, in the shape of torch's and lion-pytorch's
 
     def state_dict(self) -> dict:
-        """As torch's; main params of parameters that FSDP shards as ``engine_state.py`` describes."""
-        result = super().state_dict()
+        """As torch's; main params of parameters that FSDP shards as ``engine_state.py`` describes.
+
+        State of a parameter that is in no group any more is left out; it is there again when the parameter is.
+        """
         params = [p for group in self.param_groups for p in group["params"]]
+        present = set(params)
+        orphans = {p: self.state.pop(p) for p in list(self.state) if isinstance(p, Tensor) and p not in present}
+        try:
+            result = super().state_dict()
+        finally:
+            self.state.update(orphans)
         state = {k: movable_state(params[k], v) if isinstance(k, int) else v for k, v in result["state"].items()}
         return {**result, "state": state}
 
@@ -402,52 +436,37 @@ class Lion(Optimizer):
         ``exp_avg`` takes the configured dtype (with a warning where the file's differs), main params are made from
         the parameters where the file has none, and missing group keys are filled in. Load the model first.
         """
-        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
-        saved_ids = [i for group in groups for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        saved = state_dict["state"]
-        pairs = zip(saved_ids, params, strict=False)  # super() says so when there are more or fewer
-        states = {param: self._adopt_state(param, saved[i]) for i, param in pairs if i in saved}
-        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
-        self.state.update(states)
-        self._known_batches.clear()
+        states: dict[Tensor, dict] = {}
+
+        def adopt(_self, state_dict: dict) -> dict:  # after a user's own hooks, which may have changed it
+            groups = adopt_groups(state_dict["param_groups"], self.param_groups, self.defaults)
+            saved_ids = [i for group in groups for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            saved = state_dict["state"]
+            pairs = zip(saved_ids, params, strict=False)  # torch says so when there are more or fewer
+            states.update({param: self._adopt_state(param, saved[i]) for i, param in pairs if i in saved})
+            return {**state_dict, "state": {}, "param_groups": groups}
+
+        def take_over(_self) -> None:  # before a user's own hooks, which may look at it
+            self.state.update(states)
+            self._known_batches.clear()
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(adopt),
+            self.register_load_state_dict_post_hook(take_over, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _adopt_state(self, param: Tensor, saved: dict) -> dict[str, Tensor]:
-        if "exp_avg" not in saved:
-            raise ValueError(
-                f"the saved state has {sorted(saved)} but no 'exp_avg': it is not a Lion's (nor an Adam's). "
-                "Start with fresh optimizer state instead."
-            )
-        state = self._fresh_state(param)
-        for key, fresh in state.items():
-            value = saved.get(key)
-            if value is None:
-                continue
-            value = torch.as_tensor(value)  # other Lions count steps in an int
-            if local_tensor(value).shape != local_tensor(fresh).shape:
-                raise ValueError(f"saved {key} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
-            if key == "main_param":
-                value = main_as(fresh.dtype, value, param)
-            if key == "exp_avg" and value.dtype != fresh.dtype:
-                _warn_dtype(value.dtype, fresh.dtype)
-            state[key] = local_copy_(fresh, value)
+        state = adopt_state(param, saved, self._fresh_state(param))
         # The parameter may have been changed from outside just before the save. The next step lets fp32 main params
         # follow it; not now, for the model may be loaded after its optimizer.
         self._written.pop(id(param), None)
         return state
-
-
-def _warn_dtype(found: torch.dtype, configured: torch.dtype) -> None:
-    warnings.warn(
-        f"lion_dist: the loaded exp_avg is {found}; it is kept as {configured}, the configured momentum dtype.",
-        stacklevel=4,
-    )
-
-
-def local_copy_(target: Tensor, source: Tensor) -> Tensor:
-    """Copy ``source`` into ``target``, locally when they are DTensors; returns ``target``."""
-    local_tensor(target).copy_(local_tensor(source))
-    return target
 
 
 def _refuse_hidden_boundaries(param: Tensor, name: str) -> None:
@@ -473,14 +492,3 @@ def sum_over_shards_(counts: Tensor, params: list[Tensor]) -> None:
             part = counts[index]
             torch.distributed.all_reduce(part, group=mesh.get_group(axis))
             counts[index] = part
-
-
-def _first_index(param: Tensor) -> int:
-    """Row-major index, in the full tensor, of this rank's first element."""
-    if local_tensor(param) is param:
-        return 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    strides = [math.prod(param.shape[i + 1 :]) for i in range(param.ndim)]
-    return sum(o * s for o, s in zip(offset, strides, strict=True))

@@ -11,31 +11,16 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from lion_dist.grad_placement import GradPlacements
 from lion_dist.kernels.update import LionTensors
+from lion_dist.local_tensors import local_tensors
 
 _shape, _layout, _dtype = map(operator.attrgetter, ("shape", "layout", "dtype"))
-_exp_avg = operator.itemgetter("exp_avg")
-_PLAIN = (Tensor, Parameter)
+STATE_KEYS = ("exp_avg", "main_param", "step")
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """What of ``tensor`` lies on this rank: a DTensor's local shard, or the tensor itself."""
-    # isinstance(tensor, DTensor) would import torch.distributed.tensor, 0.5 s that plain users do not need.
-    return tensor if type(tensor) in _PLAIN else getattr(tensor, "_local_tensor", tensor)
-
-
-def local_tensors(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    return tensors if set(map(type, tensors)) <= set(_PLAIN) else list(map(local_tensor, tensors))
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """[local numel], a view where the memory is contiguous and a copy where it is not."""
-    return local_tensor(tensor.detach()).reshape(-1)
-
-
-def _same_objects(some: Collection, others: Collection) -> bool:
+def same_objects(some: Collection, others: Collection) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
@@ -72,21 +57,28 @@ class ParamBatch:
         self._are_plain = local is params  # and stay so: a DTensor in their place would be at address 0
         self.addresses = self._addresses_of(params)
         self.written: list[int | None] = []
+        self._state_keys = [key for key in STATE_KEYS if key in states[0]]
         self._state_memory = self._state_addresses()
-        # Non-contiguous parameters are updated in a copy, and the copy is made anew at each step.
+        # Non-contiguous parameters are updated in a copy, and the copy is made anew at each step. (What is contiguous
+        # stays so at its address, unless somebody transposes a square matrix in place: still_holds() looks.)
         self.copied = [(p, copy) for p, copy in zip(local, tensors.params, strict=True) if not p.is_contiguous()]
 
     def _addresses_of(self, tensors: Sequence[Tensor]) -> list[int]:
         return list(map(Tensor.data_ptr, tensors if self._are_plain else local_tensors(tensors)))
 
-    def _state_addresses(self) -> list[int]:
-        return self._addresses_of(list(map(_exp_avg, self.states)))
+    def _state_addresses(self) -> list[list[int]] | None:
+        """Of each kind of state; None where a user has removed some, or put a number in its place."""
+        try:
+            return [self._addresses_of([state[key] for state in self.states]) for key in self._state_keys]
+        except (KeyError, TypeError):
+            return None
 
     def still_holds(self) -> bool:
         """Parameters and momentum are where they were: a user may put others in their place."""
-        if self.copied or self._addresses_of(self.params) != self.addresses:
+        local = self.params if self._are_plain else local_tensors(self.params)
+        if self.copied or list(map(Tensor.data_ptr, local)) != self.addresses:
             return False
-        return self._state_addresses() == self._state_memory
+        return all(map(Tensor.is_contiguous, local)) and self._state_addresses() == self._state_memory
 
     def accepts(self, grads: Sequence[Tensor]) -> bool:
         """Local gradients of the right dtype, shape and layout for these parameters."""
@@ -100,13 +92,23 @@ class ParamBatch:
 class GroupBatches:
     """The batches of one param group, as long as the same parameters have gradients and the same state."""
 
-    def __init__(self, params: list[Tensor], batches: list[ParamBatch], state: Mapping[Tensor, dict]):
-        self.batches = batches
-        self._params, self._states = list(params), list(state.values())
+    def __init__(self, params: Sequence[Tensor]):
+        self.placements = GradPlacements(params)
+        self.batches: list[ParamBatch] = []
+        self._params = list(params)
+        self._states: list[dict] | None = None  # all of the optimizer's, when the batches were made
 
-    def match(self, params: list[Tensor], grads: Sequence[Tensor], state: Mapping[Tensor, dict]):
-        """[(batch, its gradients)] when everything is as it was, else None."""
-        if not (_same_objects(params, self._params) and _same_objects(state.values(), self._states)):
+    def set_batches(self, batches: list[ParamBatch], state: Mapping[Tensor, dict]) -> None:
+        """Keep ``batches``, made of these parameters with what is in ``state`` now."""
+        self.batches, self._states = batches, list(state.values())
+
+    def holds(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters that it was made of."""
+        return same_objects(params, self._params)
+
+    def match(self, grads: Sequence[Tensor], state: Mapping[Tensor, dict]):
+        """[(batch, its local gradients)] when everything is as it was, else None."""
+        if self._states is None or not same_objects(state.values(), self._states):
             return None
         result = []
         for batch in self.batches:

@@ -42,7 +42,6 @@ from lion_dist.sharding.foreign_wrappers import refuse_late_grads, refuse_sharde
 from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
-from lion_dist.sharding.no_gradients import NoGradients
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.param_sync import GatherParams, LeaveStale, SendCodes
 from lion_dist.sharding.param_watch import ParamWatch
@@ -53,6 +52,7 @@ from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
 from lion_dist.state_dicts import LiveState, LoadPlan, refuse_emptied
 from lion_dist.step_choices import Factors, StepChoices
+from lion_dist.unused_params import NoGradientWarning
 
 _requires_grad = operator.attrgetter("requires_grad")
 
@@ -131,7 +131,7 @@ class ShardedLion(Optimizer):
         self._is_closed = False
         self._updating: set[Bucket] = set()  # by the update under way, or by one that an exception has ended
         self._has_looked_for_wrappers = False  # before a step
-        self._no_gradients = NoGradients()
+        self._no_gradients = NoGradientWarning()
         self._pools: dict[tuple, GradBufferPool] = {}
         self._peer_memories: dict[ShardGroups, PeerMemory | None] = {}
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
@@ -355,6 +355,7 @@ class ShardedLion(Optimizer):
             self._refuse_bare_capture()
         if self._is_closed:
             raise RuntimeError("this ShardedLion has been closed: its model is no longer hooked up. Construct another.")
+        self._refuse_new_wrappers()
         if self._membership.check(self.param_groups) and self.forward_hooks is not None:
             self.forward_hooks.look_at_modules()
         if self._updating:
@@ -368,7 +369,7 @@ class ShardedLion(Optimizer):
         verdict = self._judge_gradients()
         if self.forward_hooks is not None:
             self.forward_hooks.note_sync_starts()
-        if not self._no_gradients.is_over:
+        if self._no_gradients.is_waiting:
             self._no_gradients.note_step(any(any(bucket.used) for bucket in self.buckets))
         grad_scale = self._judge.grad_scale(self._loss_scale)
         if self.sharding.check_replicas_every:
@@ -437,10 +438,9 @@ class ShardedLion(Optimizer):
             raise RuntimeError("step() inside no_sync(): the step's last backward pass has to run outside of it")
         if self._loss_scale is not None:
             raise RuntimeError("a GradScaler judges gradients before the update: use update_in_backward=False with it")
-        self._refuse_new_wrappers()
         begun = self._backward_updates.begun
         refuse_late_grads({p: self._params.names[p] for bucket in begun for p in bucket.params}, self._module)
-        if not self._no_gradients.is_over:
+        if self._no_gradients.is_waiting:
             self._no_gradients.note_step(bool(begun) or any(param.grad is not None for param in self._params.names))
         self.grad_scheduler.start_all_but(begun)
         with self._stream.fork():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -78,14 +77,13 @@ class ShardedParams:
                 )
             taken.add(name)
         for name, param in zip(names, group["params"], strict=True):
-            check_param(param, f"parameter {name!r}")
-            refuse_sparse_param(param, name)
-            self.precision.main_params_for(param.dtype)
             if param.device != first.device:
                 raise ValueError(
                     f"ShardedLion expects parameters on one device, got {first.device} and {param.device} (first: "
                     f"{name!r}). Move the model before constructing the optimizer."
                 )
+            check_param(param, f"parameter {name!r}")
+            self.precision.main_params_for(param.dtype)
             if hasattr(param, "_local_tensor"):
                 raise TypeError(
                     f"parameter {name!r} is a DTensor: it is sharded already. Use lion_dist.Lion, which updates local "
@@ -120,15 +118,6 @@ class ShardedParams:
                 order = () if dims is None else (f"in memory by dimensions {dims}",)
                 entries.append((name, (tuple(param.shape), str(param.dtype), param.requires_grad, *order)))
         return entries
-
-
-def refuse_sparse_param(param: Parameter, name: str) -> None:
-    """Raise TypeError unless ``param`` is dense."""
-    if param.layout is not torch.strided:
-        raise TypeError(
-            f"parameter {name!r} is sparse ({param.layout}), and Lion has no sparse update. Pass param.to_dense() as a "
-            "parameter, or leave it out of the optimizer."
-        )
 
 
 def refuse_sparse_gradients(names: Mapping[Parameter, str], module: nn.Module | None) -> None:

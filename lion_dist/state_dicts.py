@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from lion_dist.bucket_shard import BucketShard
 from lion_dist.config import check_hyperparameters
 from lion_dist.engine_state import main_as
-from lion_dist.param_batch import local_tensor
+from lion_dist.local_tensors import local_tensor
 from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_over, can_read, read_box
 
 # Settings of torch's other optimizers, and the one that torch's Optimizer adds to every group of a state that it loads.

@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist.checkpoint import fsdp1
 from lion_dist.checkpoint.errors import CheckpointError
-from lion_dist.optimizer import Lion, local_tensor
+from lion_dist.local_tensors import local_tensor
+from lion_dist.optimizer import Lion
 from lion_dist.sharded_optimizer import ShardedLion
 from lion_dist.sharded_params import clean_name
 from lion_dist.sharding import collectives

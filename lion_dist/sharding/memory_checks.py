@@ -21,11 +21,6 @@ def check_memory(params: Mapping[str, Tensor], others: Mapping[str, Tensor], *, 
         row_major: they are laid out row-major, whatever their strides.
     """
     for name, param in params.items():
-        if param.is_meta:
-            raise ValueError(
-                f"parameter {name!r} is on the meta device: there is no memory to train. Materialize the model "
-                "(model.to_empty(device=...), then its weights) first, and construct the optimizer after."
-            )
         if overlaps_itself(param):
             raise ValueError(
                 f"elements of parameter {name!r} share memory (shape {tuple(param.shape)}, strides "

@@ -62,13 +62,24 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether several elements of ``tensor`` may share one place, as after ``expand``."""
-    reach = 0  # of the dimensions before: offsets from 0 to this
-    for size, stride in _by_stride(tensor):
-        if stride <= reach:
+    """Whether two elements of a strided ``tensor`` lie at one address."""
+    if tensor.is_contiguous() or tensor.numel() < 2:
+        return False
+    dims = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    reach = 0  # the largest offset within the dimensions of smaller strides
+    for stride, size in sorted(dims):
+        if stride == 0:
             return True
-        reach += (size - 1) * stride
-    return False
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    # Strides that interleave, such as (2, 3) for the shape (3, 2), may or may not overlap: look at every offset.
+    offsets = torch.zeros((), dtype=torch.int64)
+    for stride, size in dims:
+        offsets = (offsets.unsqueeze(-1) + torch.arange(size) * stride).flatten()
+    return offsets.unique().numel() < offsets.numel()
 
 
 def _by_stride(tensor: Tensor) -> list[tuple[int, int]]:

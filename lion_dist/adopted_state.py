@@ -1,0 +1,141 @@
+"""State and param groups that come from a file, another optimizer or a user's hand, made into ``Lion``'s own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lion_dist.config import check_hyperparameters
+from lion_dist.engine_state import main_as
+from lion_dist.local_tensors import local_tensor
+from lion_dist.param_batch import STATE_KEYS
+
+GROUP_KEYS = ("lr", "betas", "weight_decay")  # lion-pytorch's, so that param groups travel both ways
+# Keys of torch's other optimizers, which say how (not what) to compute or belong to another rule. They are left behind:
+# a key that a fresh optimizer lacks makes torch.distributed.checkpoint refuse every checkpoint without it.
+FOREIGN_KEYS = frozenset(
+    "alpha ams_bound amsgrad beta2_decay capturable centered d dampening decoupled_weight_decay differentiable eps "
+    "etas fused foreach history_size initial_accumulator_value lambd line_search_fn lr_decay max_eval max_iter "
+    "maximize momentum momentum_decay nesterov ns_coefficients ns_steps adjust_lr_fn rho step_sizes t0 "
+    "tolerance_change tolerance_grad".split()
+)
+OF_THE_WHOLE_OPTIMIZER = ("precision", "cautious", "use_triton", "metrics_every")
+
+
+# ---- param groups
+
+
+def check_group(group: Mapping) -> None:
+    """Raise ValueError if a param group asks for what ``Lion`` would not do."""
+    check_hyperparameters(group)
+    for key, remedy in (
+        ("maximize", "Negate the loss instead"),
+        ("differentiable", "Leave it out: gradients do not flow through a step"),
+    ):
+        if group.get(key):
+            raise ValueError(f"a param group has {key}={group[key]!r}, which Lion does not support. {remedy}.")
+    for key in OF_THE_WHOLE_OPTIMIZER:
+        if key in group:
+            raise ValueError(
+                f"a param group has {key}={group[key]!r}, which is a setting of the whole optimizer. "
+                "Pass it to the constructor, or make an optimizer for each setting."
+            )
+
+
+def adopt_groups(saved: Sequence[Mapping], present: Sequence[Mapping], defaults: Mapping) -> list[dict]:
+    """``saved`` param groups with the keys of the ``present`` ones, whatever wrote them.
+
+    Keys that a saved group lacks are filled in. Keys of the user's own, and those of schedulers, are kept.
+    """
+    result = []
+    for i, group in enumerate(saved):
+        own = present[i] if i < len(present) else {}  # torch refuses another number of groups
+        known = {key: value for key, value in group.items() if key in own or key not in FOREIGN_KEYS}
+        filled = {key: value for key, value in own.items() if key not in ("params", "param_names")}
+        check_group(dict(defaults) | filled | dict(group))
+        result.append(dict(defaults) | filled | known)
+    return result
+
+
+# ---- state
+
+
+def fits(param: Tensor, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Whether ``state`` can be updated in place; ``dtypes`` says which entries ``param`` needs."""
+    local = local_tensor(param)
+    if any(key in state and key not in dtypes for key in STATE_KEYS):
+        return False
+    for key, dtype in dtypes.items():
+        value = state.get(key)
+        if not isinstance(value, Tensor):
+            return False
+        if key != "step" and (local_tensor(value) is value) != (local is param):
+            return False
+        value = local_tensor(value)
+        shape = () if key == "step" else local.shape
+        if value.dtype != dtype or value.device != local.device or value.shape != shape or not value.is_contiguous():
+            return False
+    return True
+
+
+def adopt_state(param: Tensor, saved: Mapping, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``fresh`` state of ``param``, filled with what ``saved`` has of it."""
+    if "exp_avg" not in saved:
+        raise ValueError(
+            f"the saved state has {sorted(saved)} but no 'exp_avg': it is not a Lion's (nor an Adam's). "
+            "Start with fresh optimizer state instead."
+        )
+    for key, target in fresh.items():
+        if saved.get(key) is None:
+            continue
+        value = local_part(key, torch.as_tensor(saved[key]), target, param)  # other Lions count steps in an int
+        if key == "main_param":
+            value = main_as(target.dtype, value, param)
+        if key == "exp_avg" and value.dtype != target.dtype:
+            warnings.warn(
+                f"lion_dist: the loaded exp_avg is {value.dtype}; it is kept as {target.dtype}, the configured "
+                "momentum dtype.",
+                stacklevel=4,
+            )
+        local_tensor(target).copy_(value)
+    return fresh
+
+
+def local_part(key: str, value: Tensor, target: Tensor, param: Tensor) -> Tensor:
+    """What of a saved ``value`` belongs to the local ``target``."""
+    local, saved_local = local_tensor(target), local_tensor(value)
+    misfit = ValueError(
+        f"saved {key} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
+        f"{_placed(value)}{_placed(target)}. Load the state of this model, or delete optimizer.state[param] to begin "
+        "anew; between models that are sharded differently, state moves by torch.distributed.checkpoint's "
+        "get_optimizer_state_dict() and set_optimizer_state_dict()."
+    )
+    if saved_local is not value:
+        if local is target:  # sharded there, whole here
+            if value.shape != local.shape or not all(p.is_replicate() for p in value.placements):
+                raise misfit
+        elif value.shape != target.shape or value.device_mesh != target.device_mesh:
+            raise misfit
+        elif value.placements != target.placements:
+            saved_local = local_tensor(value.redistribute(placements=target.placements))
+    elif local is not target and value.shape == target.shape != local.shape:  # whole there, sharded here
+        saved_local = _cut(value, target)
+    if saved_local.shape != local.shape:
+        raise misfit
+    return saved_local
+
+
+def _placed(tensor: Tensor) -> str:
+    return f" ({tensor.placements} on {tensor.device_mesh})" if hasattr(tensor, "placements") else ""
+
+
+def _cut(value: Tensor, target: Tensor) -> Tensor:
+    """This rank's part of a whole ``value``; nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = target.device_mesh
+    whole = DTensor.from_local(value.to(local_tensor(target).device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return local_tensor(whole.redistribute(placements=target.placements))
