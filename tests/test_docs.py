@@ -61,7 +61,7 @@ def message_parts() -> list[str]:
 
 
 def test_the_faq_explains_messages_that_the_code_has():
-    sources = [*(ROOT / "lion_dist").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
+    sources = [*(ROOT / "lion_dist").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
     code = "\n".join(source.read_text() for source in sources)
     # Messages are written as adjacent string literals: join them.
     code = re.sub(r"[\"']\s*\n\s*f?[\"']", "", code)
