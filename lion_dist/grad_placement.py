@@ -8,7 +8,7 @@ leave it to DTensor's dispatch; ``Lion`` works on local tensors, so it redistrib
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from torch import Tensor
 
@@ -30,16 +30,18 @@ class GradPlacements:
         self._specs: list | None = None  # of the gradients that were looked at last
         self._misplaced: list[int] = []  # positions of those that have to be redistributed
 
-    def local_grads(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    def local_grads(self, grads: Sequence[Tensor], types: Set[type]) -> Sequence[Tensor]:
         """The local part of each gradient; redistributed where its placements are not the parameter's.
 
         All ranks of a mesh call it with gradients of the same placements. ``grads`` themselves stay as they are.
+
+        Args:
+            types: of the ``grads``.
 
         Raises:
             TypeError: one of parameter and gradient is a DTensor and the other is not.
             ValueError: they are DTensors of different meshes.
         """
-        types = set(map(type, grads))
         if self._none_sharded and types <= PLAIN:
             return grads
         if self._all_sharded and all(hasattr(kind, "placements") for kind in types):

@@ -284,14 +284,16 @@ class Lion(Optimizer):
         """The group's parameters that have a gradient, in batches of like tensors (one launch each), and gradients."""
         params = group["params"]
         grads = list(map(_grad, params))
-        if type(None) in set(map(type, grads)):
+        types = set(map(type, grads))
+        if type(None) in types:
+            types.discard(type(None))
             params, grads = [p for p in params if p.grad is not None], [g for g in grads if g is not None]
         known = self._known_batches.get(id(group))
         if known is None or not known.holds(params):
             if known is not None:
                 self._remember_written(known.batches)
             known = GroupBatches(params)
-        grads = known.placements.local_grads(grads)
+        grads = known.placements.local_grads(grads, types)
         matched = known.match(grads, self.state)
         if matched is None:
             self._remember_written(known.batches)
