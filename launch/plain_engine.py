@@ -10,7 +10,7 @@ from torch import nn
 
 import lion_dist.checkpoint
 from lion_dist import Lion, PrecisionPolicy
-from lion_dist.optimizer import local_tensor
+from lion_dist.local_tensors import local_tensor
 from report import MEMORY_KINDS
 
 

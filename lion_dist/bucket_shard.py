@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lion_dist.config import PrecisionPolicy
 from lion_dist.kernels.codes_shard import CodedSlice, ShardCodec
@@ -16,6 +17,7 @@ from lion_dist.optimizer import main_for, refresh_main_
 from lion_dist.sharding import collectives
 from lion_dist.sharding.boxes import BoxedTensor, boxes_over
 from lion_dist.sharding.bucket import Bucket
+from lion_dist.sharding.memory_format import MemoryFormat
 
 
 class BucketShard:
@@ -153,19 +155,43 @@ class BucketShard:
         if self.main_param is not None and self.main_param.dtype == torch.float32:
             refresh_main_(self.main_param, self.bucket.param_shard)
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """``{parameter name: {"exp_avg": boxes, "main_param": boxes, "step": []}}`` of what this rank owns."""
-        state: dict[str, dict[str, Tensor]] = {}
-        for kind, shard in (("exp_avg", self.exp_avg), ("main_param", self.main_param)):
-            for piece, local in zip(self.bucket.slices, [] if shard is None else self.slices_of(shard), strict=False):
-                shape = self.bucket.params[piece.param].shape
-                boxes = boxes_over(shape, piece.param_start, local)
-                boxed = BoxedTensor(shape, boxes, dtype=shard.dtype, device=shard.device)
-                state.setdefault(self.bucket.names[piece.param], {})[kind] = boxed
-        if self.steps is not None:
-            for piece, step in zip(self.bucket.slices, self.steps.unbind(), strict=True):
-                state[self.bucket.names[piece.param]]["step"] = step
+    def state(self, boxed: Callable[..., BoxedTensor] = BoxedTensor) -> dict[Parameter, dict[str, Tensor]]:
+        """``{parameter: {"exp_avg": ..., "main_param": ..., "step": ...}}`` of all of the bucket's parameters, live.
+
+        A tensor is the full one where this rank holds all, else what ``boxed`` makes of this rank's boxes. The
+        remainder of "split" main params is the bf16 of the same bits, as in ``engine_state.py``.
+        """
+        bucket = self.bucket
+        flats = {"exp_avg": self.exp_avg}
+        if self.main_param is not None:
+            is_remainder = self.main_param.dtype == torch.int16
+            flats["main_param"] = self.main_param.view(torch.bfloat16) if is_remainder else self.main_param
+        owned = {piece.param: i for i, piece in enumerate(bucket.slices)}
+        state: dict[Parameter, dict[str, Tensor]] = {param: {} for param in bucket.params}
+        for kind, flat in flats.items():
+            slices = self.slices_of(flat)
+            for position, param in enumerate(bucket.params):
+                i = owned.get(position)
+                local, start = (flat[:0], 0) if i is None else (slices[i], bucket.slices[i].param_start)
+                state[param][kind] = self._full_or_boxed(bucket.formats[position], start, local, boxed)
+        for position, param in enumerate(bucket.params if self.steps is not None else ()):
+            i = owned.get(position)
+            local = self.steps[:0] if i is None else self.steps[i : i + 1]
+            state[param]["step"] = (
+                self._full_or_boxed(MemoryFormat.row_major(torch.Size(())), 0, local, boxed)
+                if param.numel()
+                else self.steps.new_zeros(())  # nobody counts for it
+            )
         return state
+
+    def _full_or_boxed(
+        self, memory_format: MemoryFormat, start: int, local: Tensor, boxed: Callable[..., BoxedTensor]
+    ) -> Tensor:
+        """``local`` [n] holds the range from ``start`` of a tensor, in its memory order."""
+        shape, dims = memory_format.shape, memory_format.dims
+        if not shape.numel() or (self.bucket.groups.shard_group is None and self.group.get("process_group") is None):
+            return memory_format.place_in(local)
+        return boxed(shape, boxes_over(shape, start, local, dims), dtype=local.dtype, device=local.device)
 
 
 class ShardBatch:
@@ -227,24 +253,3 @@ def make_batches(shards: Sequence[BucketShard]) -> list[ShardBatch]:
 def _launch_key(shard: BucketShard) -> tuple:
     bucket = shard.bucket
     return id(shard.group), bucket.groups, bucket.pool.dtype, shard.exp_avg.dtype, bucket.param_shard.dtype
-
-
-def matching_tensors(mine: dict[str, dict], theirs: dict[str, dict]) -> list[tuple[Tensor, Tensor]]:
-    """(target, source) pairs of local tensors that must be copied; ValueError lists what does not match."""
-    if mine.keys() != theirs.keys():
-        raise ValueError(f"saved and present parameters differ in {sorted(mine.keys() ^ theirs.keys())[:8]}")
-    pairs = []
-    for name, kinds in mine.items():
-        if kinds.keys() != theirs[name].keys():
-            raise ValueError(f"state of {name!r}: saved {sorted(theirs[name])}, present {sorted(kinds)}")
-        for kind, tensor in kinds.items():
-            other = theirs[name][kind]
-            if not isinstance(tensor, BoxedTensor):
-                pairs.append((tensor, other))
-            elif not isinstance(other, BoxedTensor) or (tensor.shape, [*tensor.boxes]) != (other.shape, [*other.boxes]):
-                raise ValueError(f"{kind} of {name!r}: saved {other}, present {tensor}")
-            elif tensor.dtype != other.dtype:
-                raise ValueError(f"{kind} of {name!r} was saved as {other.dtype} and is {tensor.dtype} here")
-            else:
-                pairs += [(local, other.boxes[box]) for box, local in tensor.boxes.items()]
-    return [(target, source) for target, source in pairs if target.data_ptr() != source.data_ptr()]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence, Set
 
+import torch
 from torch import Tensor
 
-from lion_dist.local_tensors import PLAIN, local_tensor
+from lion_dist.local_tensors import PLAIN, check_memory, local_tensor
 
 _spec_and_local = operator.attrgetter("_spec", "_local_tensor")
 
@@ -82,6 +83,10 @@ def wait_for(tensor: Tensor) -> Tensor:
     """
     if type(tensor) in PLAIN:
         return tensor
-    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    if torch.distributed.is_available():
+        from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
+        if isinstance(tensor, AsyncCollectiveTensor):
+            return tensor.wait()
+    check_memory(tensor, "a gradient")
+    return tensor

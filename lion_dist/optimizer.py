@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
@@ -22,7 +23,7 @@ from lion_dist.config import PrecisionPolicy, check_hyperparameters, check_inter
 from lion_dist.engine_state import is_flat_param, movable_state, share_mesh_axes
 from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, split_main
 from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
-from lion_dist.local_tensors import flat, local_tensor
+from lion_dist.local_tensors import check_memory, flat, local_tensor
 from lion_dist.metrics import OFF, Meter, measure_batch, metrics_of_rank
 from lion_dist.param_batch import STATE_KEYS, GroupBatches, ParamBatch
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
@@ -211,7 +212,7 @@ class Lion(Optimizer):
         if not any(isinstance(lr, Tensor) or lr for lr in rates):
             return  # torch.distributed.checkpoint makes state by such a step, with gradients of its own
         params = [p for group in self.param_groups for p in group["params"]]
-        if any_gradients or any(local_tensor(p).numel() for p in params):  # else this rank has no part to train
+        if any_gradients or any(is_lazy(p) or local_tensor(p).numel() for p in params):  # else no part to train here
             self._no_gradients.note_step(any_gradients)
 
     def _update(
@@ -310,6 +311,7 @@ class Lion(Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
+                check_memory(local_tensor(param), "a parameter")
                 state = self.state_of(param)
                 if not fits(param, state, self._state_dtypes(param)):
                     self.state[param] = self._adopt_state(param, state)

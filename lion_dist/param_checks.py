@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lion_dist.config import PARAM_DTYPES
 from lion_dist.local_tensors import local_tensor
+from lion_dist.sharding.memory_format import overlaps_itself
 
 _DTYPES = ", ".join(map(str, PARAM_DTYPES))
 
@@ -37,7 +39,7 @@ def check_param(param: object, name: str) -> None:
             f"{name} is a DTensor with the placements {param.placements}: each rank holds an addend of its values, and "
             "the sign of an update cannot be split into addends. Redistribute it to Shard or Replicate placements."
         )
-    if param.requires_grad:
+    if param.requires_grad and not is_lazy(param):  # a lazy module's has no memory yet, and gets it in place
         check_no_overlap(param, name)
 
 
@@ -51,30 +53,9 @@ def check_no_overlap(param: Tensor, name: str) -> None:
         )
 
 
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements of a strided ``tensor`` lie at one address."""
-    if tensor.is_contiguous() or tensor.numel() < 2:
-        return False
-    dims = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-    reach = 0  # the largest offset within the dimensions of smaller strides
-    for stride, size in sorted(dims):
-        if stride == 0:
-            return True
-        if stride <= reach:
-            break
-        reach += stride * (size - 1)
-    else:
-        return False
-    # Strides that interleave, such as (2, 3) for the shape (3, 2), may or may not overlap: look at every offset.
-    offsets = torch.zeros((), dtype=torch.int64)
-    for stride, size in dims:
-        offsets = (offsets.unsqueeze(-1) + torch.arange(size) * stride).flatten()
-    return offsets.unique().numel() < offsets.numel()
-
-
 def check_grad(param: Tensor, grad: Tensor) -> None:
     """Raise unless the local ``grad`` can be a gradient of ``param``."""
-    if grad.is_sparse:
+    if grad.layout != torch.strided:
         raise RuntimeError(
             f"Lion has no sparse update, and a parameter of shape {tuple(param.shape)} has a sparse gradient. "
             "Use nn.Embedding(sparse=False): untouched rows stay where they are without it too."

@@ -96,7 +96,7 @@ def test_optimizer_that_an_earlier_version_pickled_loses_the_key():
 
 
 def test_earlier_checkpoint_is_loaded_again_and_again(tmp_path):
-    """torch.distributed.checkpoint takes a template from the optimizer, and refuses a file without one of its keys."""
+    """torch.distributed.checkpoint takes its template from the optimizer, and refuses a file that lacks a key of it."""
     model, opt = trained()
     dcp.save({"optim": get_optimizer_state_dict(model, opt)}, checkpoint_id=tmp_path)
     saved = opt.state[model[0].weight]["exp_avg"].clone()

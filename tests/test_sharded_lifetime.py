@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
+from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig, this_ranks_part
 from lion_dist.sharding.bucket import ParamState
 from tests.models import make_batch, make_model, mlp
 from tests.oracle import assert_same_on_all_ranks
@@ -233,7 +233,7 @@ def load_with_the_default_of_torch(path: str) -> None:
     model(torch.ones(2, 8)).sum().backward()
     opt.step()
     path = f"{path}.{dist.get_rank()}"
-    torch.save(opt.state_dict(), path)
+    torch.save(this_ranks_part(opt.state_dict()), path)
     momenta = [shard.exp_avg.clone() for shard in opt.shards]
     opt.close()
     other = ShardedLion(mlp(8, 8).parameters())

@@ -201,9 +201,7 @@ def start_ranks(args, mbit: int, port: int, csv: Path | None) -> None:
     command = [sys.executable, "-m", "lion_dist.benchmarks.param_sync", *options, "--link", str(mbit)]
     command += ["--csv", str(csv)] if csv else []
     ranks = [
-        subprocess.Popen(
-            ["ip", "netns", "exec", namespace, *command], env=os.environ | shared | {"RANK": str(rank)}
-        )
+        subprocess.Popen(["ip", "netns", "exec", namespace, *command], env=os.environ | shared | {"RANK": str(rank)})
         for rank, namespace in enumerate(NAMESPACES)
     ]
     try:

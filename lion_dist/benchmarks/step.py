@@ -4,6 +4,9 @@
     torchrun --nproc-per-node 2 -m lion_dist.benchmarks.step --size tiny --seq-len 32 --steps 5      # on CPUs
     python -m lion_dist.benchmarks.step --pretend-ranks 4      # one GPU: all that an engine costs but communication
 
+``host``: the time until the calls of a step return when the device was idle before; ``exposed``: how much longer a step
+takes, back to back, than the device does when the host is ahead of it. Both depend on the host, whose speed is printed.
+
 Times are of the slowest rank, medians over the steps; the ratio is to forward and backward alone on one rank's batch,
 without communication or step, measured in the same run. Engines whose packages are missing are named and left out.
 With pretended ranks (torch's fake process group) collectives take no time and move nothing: the floor of an engine.
@@ -25,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
+from lion_dist import CapturedStep, Lion, PrecisionPolicy, ShardedLion, ShardingConfig
 from lion_dist.benchmarks.llama import SIZES, make_llama
 from lion_dist.benchmarks.report import Rows
 from lion_dist.benchmarks.timing import free_gpu_memory
@@ -34,6 +37,7 @@ from lion_dist.sharding import peer_memory
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.99), 0.1, 1.0
 SETTINGS = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
 BASELINE = "forward + backward alone"
+IN_A_GRAPH = "forward + backward alone, in a graph"  # the baseline of steps in graphs
 
 Step = Callable[[list[Tensor]], None]  # the micro-batches of one step
 
@@ -47,7 +51,41 @@ def forward_backward(model: nn.Module) -> Step:
     return step
 
 
+def captured(step: Step) -> Step:
+    """The same as a CUDA graph, made in the third call; for what leaves nothing in flight."""
+    graph, stream, static, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), [], 0
+
+    def replay(batches: list[Tensor]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(batches)
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if not static:
+            static.extend(batch.clone() for batch in batches)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                step(static)
+        for mine, batch in zip(static, batches, strict=True):
+            mine.copy_(batch)
+        graph.replay()
+
+    return replay
+
+
+def captured_sharded_lion(model: nn.Module, **sharding) -> Step:
+    step, optimizer = _sharded_lion(model, **sharding)
+    whole = CapturedStep(lambda *batches: step(list(batches)), optimizer)
+    return lambda batches: whole(*batches)
+
+
 def sharded_lion(model: nn.Module, **sharding) -> Step:
+    return _sharded_lion(model, **sharding)[0]
+
+
+def _sharded_lion(model: nn.Module, **sharding) -> tuple[Step, ShardedLion]:
     optimizer = ShardedLion(model.parameters(), **SETTINGS, module=model, sharding=ShardingConfig(**sharding))
 
     def step(batches: list[Tensor]) -> None:
@@ -62,7 +100,7 @@ def sharded_lion(model: nn.Module, **sharding) -> Step:
             optimizer.clip_grad_norm_(CLIP)
         optimizer.step()
 
-    return step
+    return step, optimizer
 
 
 def torch_loop(model: nn.Module, wrapped: nn.Module, optimizer: torch.optim.Optimizer, no_sync=None) -> Step:
@@ -135,6 +173,17 @@ def deepspeed_zero(model: nn.Module, stage: int, micro_batches: int) -> Step:
     return step
 
 
+def graphs() -> dict[str, Callable[[nn.Module], Step]]:
+    """Whole steps as CUDA graphs, beside forward and backward alone both ways."""
+    return {
+        BASELINE: forward_backward,
+        IN_A_GRAPH: lambda model: captured(forward_backward(model)),
+        "lion_dist stage 2, in a graph": lambda model: captured_sharded_lion(model, zero_stage=2),
+        "lion_dist stage 1, in a graph": lambda model: captured_sharded_lion(model, zero_stage=1),
+        "lion_dist stage 2, NCCL alone, in a graph": lambda model: captured_sharded_lion(model, peer_memory=False),
+    }
+
+
 def engines(micro_batches: int) -> dict[str, Callable[[nn.Module], Step]]:
     own = lambda params: Lion(params, **SETTINGS, precision=PrecisionPolicy())  # noqa: E731
     return {
@@ -171,6 +220,7 @@ def time_steps(step: Step, batches: list[Tensor], steps: int, warm_up: int, devi
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     dist.barrier()
+    host, on_device = (_host_ms(step, batches), _device_ms(step, batches)) if on_gpu else (0.0, 0.0)
     marks = []
     for _ in range(steps + 1):
         if on_gpu:
@@ -186,11 +236,45 @@ def time_steps(step: Step, batches: list[Tensor], steps: int, warm_up: int, devi
     else:
         times = [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
     peak = _allocated(torch.cuda.max_memory_allocated()) if on_gpu else 0
-    slowest = torch.tensor([*times, peak], dtype=torch.float64, device=device)
+    slowest = torch.tensor([*times, peak, host, on_device], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    *times, peak = slowest.tolist()
-    cuts = statistics.quantiles(times, n=10)
-    return {"ms_median": statistics.median(times), "ms_p10": cuts[0], "ms_p90": cuts[8], "peak_gb": peak / 1e9}
+    *times, peak, host, on_device = slowest.tolist()
+    cuts, median = statistics.quantiles(times, n=10), statistics.median(times)
+    result = {"ms_median": median, "ms_p10": cuts[0], "ms_p90": cuts[8], "peak_gb": peak / 1e9}
+    return result | ({"host_ms": host, "exposed_ms": median - on_device} if on_gpu else {})
+
+
+def _host_ms(step: Step, batches: list[Tensor], repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step(batches)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def _device_ms(step: Step, batches: list[Tensor], repeats: int = 5) -> float:
+    """Of steps that wait on the device behind a pause in which the host queues them."""
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(400_000_000)  # cycles, 0.2 s
+        start.record()
+        step(batches)
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def seconds_of_additions() -> float:
+    """How fast the host runs Python: ten million additions."""
+    start, total = time.perf_counter(), 0
+    for i in range(10_000_000):
+        total += i
+    return time.perf_counter() - start
 
 
 def _allocated(by_allocator: int) -> int:
@@ -225,8 +309,8 @@ def is_deepspeed(name: str) -> bool:
 
 def turns(args) -> list[tuple[int, str, Callable]]:
     """(micro-batch, engine, how to build it); DeepSpeed's last: they leak, up to 25 GB."""
-    found = engines(args.micro_batches).items()
-    chosen = [(name, build) for name, build in found if name == BASELINE or args.engines in name]
+    found = (graphs() if args.graph else engines(args.micro_batches)).items()
+    chosen = [(name, build) for name, build in found if name in (BASELINE, IN_A_GRAPH) or args.engines in name]
     return sorted(
         [(size, *engine) for size in args.micro_batch for engine in chosen], key=lambda turn: is_deepspeed(turn[1])
     )
@@ -266,6 +350,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=20)
     add("--warm-up", type=int, default=5)
     add("--compile", action="store_true", help="torch.compile each block")
+    add("--graph", action="store_true", help="whole steps as CUDA graphs; ratios are to forward and backward in one")
     add("--pretend-ranks", type=int, help="be rank 0 of so many, of which the others do not exist")
     add("--engines", default="", help="only the baseline and engines whose name contains this text")
     add("--csv", type=Path)
@@ -288,6 +373,8 @@ def main() -> None:
     else:
         dist.init_process_group("gloo")
     rows = Rows(args.csv if dist.get_rank() == 0 else None, device)
+    host = round(seconds_of_additions(), 2)
+    say(f"host: ten million additions in Python take {host} s")
     baseline: dict[int, float] = {}  # ms, by micro-batch
     for micro_batch, name, build in turns(args):
         if args.pretend_ranks and name.startswith(("DDP", "DeepSpeed")):
@@ -296,10 +383,14 @@ def main() -> None:
         row = measure(args, name, build, micro_batch, device)
         if row is None:
             continue
-        row = rows.add(row | {"ratio": round(row["ms_median"] / baseline.setdefault(micro_batch, row["ms_median"]), 3)})
+        if name in (BASELINE, IN_A_GRAPH):
+            baseline[micro_batch] = row["ms_median"]
+        ratio = round(row["ms_median"] / baseline[micro_batch], 3)
+        row = rows.add(row | {"host_speed_s": host, "compiled": args.compile, "ratio": ratio})
         say(
             f"micro-batch {micro_batch}  {row['ms_median']:9.2f} ms  x{row['ratio']:<6.3f} "
-            f"[{row['ms_p10']:.2f}, {row['ms_p90']:.2f}]  {row['peak_gb']:6.2f} GB  {name}"
+            f"[{row['ms_p10']:.2f}, {row['ms_p90']:.2f}]  host {row.get('host_ms', 0):6.2f}  exposed "
+            f"{row.get('exposed_ms', 0):6.2f}  {row['peak_gb']:6.2f} GB  {name}"
         )
     if args.png and dist.get_rank() == 0:
         draw(rows.rows, args.png)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -20,6 +20,7 @@ from lion_dist.kernels.triton_launch import (
     INTERPRETER_BLOCK,
     SEARCH_STRIDE,
     TL_DTYPES,
+    addresses_in_capture,
     blocks_of,
     current_stream,
     launch_on,
@@ -63,8 +64,12 @@ def _squares_kernel(
 
 @dataclass(frozen=True)
 class _Tables:
-    key: tuple
-    columns: tuple[Tensor, ...]  # the kernel's first arguments, on the device
+    """The kernel's first arguments, on the device."""
+
+    key: tuple  # of all but the addresses
+    where: list[int]
+    addresses: Tensor
+    sizes: tuple[Tensor, ...]
     num_blocks: int
 
 
@@ -73,6 +78,7 @@ class SumOfSquares:
 
     def __init__(self):
         self._tables: dict[torch.dtype, _Tables] = {}
+        self._captured: list[Tensor] = []  # what captured graphs read
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
         """[] fp64 on the device, of contiguous fp32, bf16 or fp16 tensors on one device; the same from run to run."""
@@ -92,7 +98,8 @@ class SumOfSquares:
         if tables.num_blocks:
             with launch_on(device):
                 _squares_kernel[(tables.num_blocks,)](
-                    *tables.columns,
+                    tables.addresses,
+                    *tables.sizes,
                     sums,
                     DTYPE=TL_DTYPES[dtype],
                     STRIDE=SEARCH_STRIDE,
@@ -105,12 +112,27 @@ class SumOfSquares:
     def _tables_of(self, tensors: list[Tensor], block: int) -> _Tables:
         """They belong to one stream, in whose order the caching allocator recycles them."""
         dtype, device = tensors[0].dtype, tensors[0].device
-        addresses, numels = [tensor.data_ptr() for tensor in tensors], [tensor.numel() for tensor in tensors]
+        where, numels = [tensor.data_ptr() for tensor in tensors], [tensor.numel() for tensor in tensors]
         stream = current_stream(tensors[0]) if device.type == "cuda" else None
-        key = (stream, block, addresses, numels)
-        if dtype not in self._tables or self._tables[dtype].key != key:
-            numels = torch.tensor(numels)
-            first_blocks, search_table, num_blocks = blocks_of(numels, block)
-            columns = (torch.frombuffer(array("q", addresses), dtype=torch.int64), numels, first_blocks, search_table)
-            self._tables[dtype] = _Tables(key, tuple(upload(column, device) for column in columns), num_blocks)
-        return self._tables[dtype]
+        known = self._tables.get(dtype)
+        if stream is not None and torch.cuda.is_current_stream_capturing():
+            return self._tables_for_capture(known, where, numels, block, device)
+        key = (stream, block, numels)
+        if known is None or known.key != key:
+            first_blocks, search_table, num_blocks = blocks_of(torch.tensor(numels), block)
+            sizes = [upload(column, device) for column in (torch.tensor(numels), first_blocks, search_table)]
+            known = _Tables(key, [], torch.empty(0), tuple(sizes), num_blocks)
+        if known.where != where:
+            addresses = upload(torch.frombuffer(array("q", where), dtype=torch.int64), device)
+            known = self._tables[dtype] = replace(known, where=where, addresses=addresses)
+        return known
+
+    def _tables_for_capture(self, known: _Tables | None, where: list[int], numels: list[int], block: int, device):
+        if known is None or known.key[1:] != (block, numels):
+            raise RuntimeError(
+                "a CUDA graph is captured over gradients of sizes that no step has seen: their "
+                "table cannot be uploaded now. Run a step before the capture."
+            )
+        addresses = addresses_in_capture(where, device)
+        self._captured += [addresses, *known.sizes]
+        return replace(known, where=where, addresses=addresses)

@@ -71,6 +71,17 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
+def addresses_in_capture(addresses: list[int], device: torch.device) -> Tensor:
+    """[n] int64, written by each replay of the CUDA graph that is being captured: nothing is copied from the host.
+
+    The graph does not keep it: hold it as long as the graph.
+    """
+    table = torch.empty(len(addresses), dtype=torch.int64, device=device)
+    for row, address in zip(table.unbind(), addresses, strict=True):
+        row.fill_(address)
+    return table
+
+
 def current_stream(tensor: Tensor) -> int:
     """On the GPU of ``tensor``. As Triton asks for it: torch.cuda.current_stream() takes 10 us to make an object."""
     return driver.active.get_current_stream(tensor.get_device())

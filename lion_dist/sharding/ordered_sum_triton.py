@@ -117,24 +117,29 @@ class OrderedSum:
         table[:, START.value], table[:, NUMEL.value] = starts, numels
         self._pieces = table.to(device)
         self._piece_of_block = torch.repeat_interleave(blocks).int().to(device)
-        self._addresses = torch.zeros(len(pieces), dtype=torch.int64, device=device)
-        self._known = [0] * len(pieces)
+        self._captured: list[Tensor] = []  # tables that graphs of the program read at every replay
 
     def squares(self) -> Tensor:
         """[blocks] fp64: room for sums of squares, zeros."""
         return torch.zeros(len(self._piece_of_block), dtype=torch.float64, device=self._pieces.device)
 
-    def read_at(self, addresses: list[int]) -> None:
-        """Where the own addend's pieces lie from here on, on the current stream: multiples of 16; 0: it is zeros."""
-        if addresses != self._known:
-            self._addresses.copy_(torch.tensor(addresses), non_blocking=True)  # taken along with the command
-            self._known = addresses
+    def table(self, addresses: list[int]) -> Tensor:
+        """[pieces] int64, where the own addend's pieces lie: multiples of 16; 0: it is zeros. On the current stream."""
+        device = self._pieces.device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # no copy from the host, which may move
+            table = torch.empty(len(addresses), dtype=torch.int64, device=device)
+            for row, address in zip(table.unbind(), addresses, strict=True):
+                row.fill_(address)
+            self._captured.append(table)
+            return table
+        return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)  # taken along by the command
 
     def __call__(
         self,
         output: Tensor,  # [shard_numel], fp32 or of the addends' dtype, to which it is rounded to nearest even
         squares: Tensor,  # squares(): of each block of what output holds in the end
         others: Tensor,  # [ranks - 1, shard_numel], fp32 or bf16: the other ranks' addends
+        own: Tensor,  # table()
         rank: int,  # the own addend's place among them
         *,
         adds_up: bool = False,  # to what fp32 output holds, last
@@ -148,7 +153,7 @@ class OrderedSum:
                 squares,
                 self._pieces,
                 self._piece_of_block,
-                self._addresses,
+                own,
                 others.shape[1],
                 RANK=rank,
                 RANKS=len(others) + 1,

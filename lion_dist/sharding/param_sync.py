@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.collectives import Finish
+from lion_dist.sharding.collectives import Finish, nothing
 from lion_dist.sharding.layout import round_up
 
 TOO_MANY = 2**31 - 1
@@ -54,6 +54,8 @@ class Codec(Protocol):
 class GatherParams:
     """Each bucket's all-gather starts when its shard is updated, together with those of one launch."""
 
+    is_interrupted = False  # whole parameters may be received again
+
     def after_update(self, buckets: Sequence[Bucket]) -> None:
         with buckets[0].stream.fork():  # once: each bucket's own changes nothing then
             for bucket in buckets:
@@ -62,6 +64,25 @@ class GatherParams:
     def after_updates(self, changed: Collection[Bucket]) -> None:
         """Nothing is left to start."""
 
+    def give_up(self) -> None:
+        """What is under way is whole parameters: it does no harm."""
+
+
+class LeaveStale:
+    """Nothing is sent: the next step gathers at its head (``captured_step.py``)."""
+
+    is_interrupted = False
+
+    def after_update(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            bucket.leave_stale()
+
+    def after_updates(self, changed: Collection[Bucket]) -> None:
+        """Nothing is left to start."""
+
+    def give_up(self) -> None:
+        """Nothing is under way."""
+
 
 class SendCodes:
     """Each bucket's update is encoded when its shard is updated; codes are sent when all ranks know their lengths."""
@@ -69,6 +90,7 @@ class SendCodes:
     def __init__(self):
         self.codecs: dict[Bucket, Codec] = {}
         self._escapes: dict[Bucket, Tensor] = {}  # [] int32, of this step's buckets
+        self._replays: list[_Replay] = []  # of the last step
 
     def after_update(self, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:
@@ -80,6 +102,7 @@ class SendCodes:
     def after_updates(self, changed: Collection[Bucket]) -> None:
         """``changed``: buckets with parameters that somebody else has written on this rank."""
         escapes, self._escapes = self._escapes, {}
+        self._replays.clear()
         for groups in dict.fromkeys(bucket.groups for bucket in escapes):
             buckets = [bucket for bucket in escapes if bucket.groups == groups]
             counts = torch.stack([escapes[bucket] for bucket in buckets])
@@ -97,22 +120,52 @@ class SendCodes:
             codec.abandon()
             bucket.start_param_sync()
         else:
-            bucket.start_param_sync(functools.partial(_exchange, bucket, codec, codec.message(escapes)))
+            bucket.start_param_sync(functools.partial(self._exchange, bucket, codec, codec.message(escapes)))
+
+    def _exchange(self, bucket: Bucket, codec: Codec, message: Tensor) -> Finish:
+        messages = message.new_empty(bucket.groups.shard_world_size * len(message))
+        finish_gather = collectives.all_gather(messages, message, bucket.groups.shard_group)
+        replay = _Replay(finish_gather, bucket, codec, messages)
+        if message.is_cuda:  # the replay joins the queue now; until it has run, its messages must stay in memory
+            replay()
+            return functools.partial(_keep, message, messages)
+        self._replays.append(replay)
+        return replay
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether an exception has ended a replay: those parameters are neither old nor new."""
+        return any(replay.is_interrupted for replay in self._replays)
+
+    def give_up(self) -> None:
+        """An exception has ended an update: what the codes under way are relative to is not what ranks hold."""
+        self._escapes.clear()
+        for codec in self.codecs.values():
+            codec.abandon()
+        for replay in self._replays:
+            replay.is_wanted = replay.is_interrupted = False
 
 
-def _exchange(bucket: Bucket, codec: Codec, message: Tensor) -> Finish:
-    ranks = bucket.groups.shard_world_size
-    messages = message.new_empty(ranks * len(message))
-    finish_gather = collectives.all_gather(messages, message, bucket.groups.shard_group)
+class _Replay:
+    """The ``Finish`` of codes that are under way: waits for them and replays them, once."""
 
-    def finish() -> None:
-        finish_gather()
-        codec.replay(bucket.flat_params, messages.view(ranks, -1))
+    def __init__(self, finish_gather: Finish, bucket: Bucket, codec: Codec, messages: Tensor):
+        self._finish_gather, self._bucket, self._codec, self._messages = finish_gather, bucket, codec, messages
+        self.is_wanted, self.is_interrupted = True, False
 
-    if message.is_cuda:  # the replay joins the queue now; until it has run, its messages must stay in memory
-        finish()
-        return functools.partial(_keep, message, messages)
-    return finish
+    def __call__(self) -> None:
+        self._finish_gather()
+        if not self.is_wanted:
+            return
+        if self.is_interrupted:
+            raise RuntimeError(
+                f"bucket of {self._bucket.names[0]!r}: an exception has ended the replay of coded parameters. Call "
+                "zero_grad() on every rank, which makes them whole."
+            )
+        self.is_interrupted = True
+        self._codec.replay(self._bucket.flat_params, self._messages.view(self._bucket.groups.shard_world_size, -1))
+        self.is_wanted = self.is_interrupted = False
+        self._messages, self._finish_gather = None, nothing  # their memory goes now, not with the next step
 
 
 def _keep(*_tensors: Tensor) -> None:

@@ -11,8 +11,9 @@ A gather is closed by barriers on both sides, kernels that wait for the other GP
 there, after it nobody reads that any more. (A reduction does with one: ``grad_push.py``.) All is queued on the current
 stream and the host waits for nothing.
 
-What has the same tensors and addresses in every step is recorded once as a CUDA graph and replayed from then on: 6 us
-of the host, where a barrier takes 5, a copy 4 and a Triton kernel 37, and twice that within a step.
+What has the same tensors and addresses as in an earlier step is recorded as a CUDA graph and replayed from then on:
+6 us of the host, where a barrier takes 5, a copy 4 and a Triton kernel 37, and twice that within a step. (Gradients
+come to the same addresses in most steps: the caching allocator is asked the same questions in the same order.)
 """
 
 from __future__ import annotations
@@ -35,12 +36,24 @@ logger = logging.getLogger(__name__)
 
 MOST_RECORDINGS = 1024  # of one buffer
 
+# What a collective does on the device, as a function that queues it and allocates nothing, and the memory of its own
+# that this reads. The function is forgotten when it has been recorded, and the gradients with it.
+Prepare = Callable[[], tuple[Callable[[], None], Tensor | None]]
+
 allocated_bytes = 0  # by this process; torch.cuda.memory_allocated() does not count them
 
 
 def _count_allocated(nbytes: int) -> None:
     global allocated_bytes
     allocated_bytes += nbytes
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Work on the device as a CUDA graph, and memory of its own that it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    memory: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class PeerBuffer:
 
     flat: Tensor
     peers: tuple[Tensor, ...]
-    recordings: dict[tuple, torch.cuda.CUDAGraph | None] = field(default_factory=dict, repr=False)  # PeerMemory's
+    recordings: dict[tuple, Recording | None] = field(default_factory=dict, repr=False)  # PeerMemory's
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device, memory: PeerMemory | None) -> PeerBuffer:
@@ -95,26 +108,26 @@ class PeerMemory:
         self._handle.barrier(channel=1)  # nobody reads it before it is zero; collectives may run on another stream
         return PeerBuffer(flat, peers)
 
-    def _run(self, buffer: PeerBuffer, what: tuple, queue: Callable[[], None]) -> None:
-        """``queue()``, which allocates nothing; or its recording, known by ``what``: all that it depends on but
-        ``buffer``, addresses among it.
+    def run(self, buffer: PeerBuffer, what: tuple, prepare: Prepare) -> None:
+        """Queue what ``prepare()`` returns, or replay its recording.
 
-        The first call runs as it is: it may compile and load kernels, which a recording cannot.
+        The recording is known by ``what``: all that it depends on but ``buffer``, addresses among it. The first call
+        runs as it is: it may compile and load kernels, which a recording cannot.
         """
         recordings = buffer.recordings
         if not buffer.flat.is_cuda or torch.cuda.is_current_stream_capturing():
-            queue()
+            prepare()[0]()
         elif what not in recordings:
             if len(recordings) >= MOST_RECORDINGS:  # of memory that moves
                 recordings.clear()
             recordings[what] = None
-            queue()
+            prepare()[0]()
         else:
             if recordings[what] is None:
-                recordings[what] = self._record(queue)
-            recordings[what].replay()
+                recordings[what] = self._record(*prepare())
+            recordings[what].graph.replay()
 
-    def _record(self, queue: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _record(self, queue: Callable[[], None], memory: Tensor | None) -> Recording:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._recorder):  # not torch.cuda.graph(), which waits for the device
             graph.capture_begin(capture_error_mode="thread_local")  # other threads may do as they like
@@ -122,9 +135,9 @@ class PeerMemory:
                 queue()
             finally:
                 graph.capture_end()
-        return graph
+        return Recording(graph, memory)
 
-    def _barrier(self) -> None:
+    def barrier(self) -> None:
         """What follows on the current stream follows what every rank has queued before its own call."""
         self._handle.barrier(channel=0)
 
@@ -134,13 +147,13 @@ class PeerMemory:
         collectives.count_sent((self.world_size - 1) * shard_numel * buffer.flat.itemsize)
 
         def queue() -> None:
-            self._barrier()
+            self.barrier()
             for owner in self.others():
                 first = owner * shard_numel
                 buffer.flat.narrow(0, first, shard_numel).copy_(buffer.peers[owner].narrow(0, first, shard_numel))
-            self._barrier()
+            self.barrier()
 
-        self._run(buffer, ("all_gather",), queue)
+        self.run(buffer, ("all_gather",), lambda: (queue, None))
 
     def received_numel(self, numel: int) -> int:
         """Room for what the other ranks have of this one's shard of ``numel`` elements."""
@@ -150,18 +163,6 @@ class PeerMemory:
         """[shard_numel]: where this rank puts its addend to the shard of ``owner``, in that one's ``received``."""
         row = self.rank - (self.rank > owner)
         return received.peers[owner].narrow(0, row * shard_numel, shard_numel)
-
-    def when_all_have_sent(self, received: PeerBuffer, what: tuple, queue: Callable[[], None]) -> None:
-        """``queue()`` on the current stream, behind all that every rank has copied into ``received``.
-
-        It is recorded, so it allocates nothing and depends on nothing but ``what`` and the contents of memory.
-        """
-
-        def wait_and_queue() -> None:
-            self._barrier()
-            queue()
-
-        self._run(received, ("received", *what), wait_and_queue)
 
     def others(self) -> list[int]:
         """The other ranks, in an order in which each has another one first."""

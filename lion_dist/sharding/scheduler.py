@@ -1,15 +1,8 @@
-"""When things move: hooks on autograd and on the modules' forward, and the order in which collectives start.
+"""When gradients move: hooks on autograd, and the order in which reductions start.
 
-Gradients. A backward pass visits the buckets roughly in reverse; each rank starts their reductions in exactly that
+A backward pass visits the buckets roughly in reverse; each rank starts their reductions in exactly that
 order, whatever became ready first, because collectives of one group must match across ranks. What is still missing at
 the end of a pass (parameters unused on this rank) is sent as zeros then.
-
-Parameters. **The hazard**: after ``step()`` parameters are in flight. Given the module, whoever comes to a parameter
-through it waits for that parameter's bucket, and only then: the forward of the module that owns it, reading it as an
-attribute (``model.embedding.weight``, as tied weights and nn.MultiheadAttention do), ``model.parameters()``,
-``state_dict`` and ``load_state_dict``. What cannot be seen is a reference held elsewhere: a list of parameters made
-before. In the forward of the root such a parameter is safe if its owner's forward did not run last time (its bucket is
-waited for at the root); everybody else calls ``finish_param_sync()``.
 """
 
 from __future__ import annotations
@@ -19,13 +12,12 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import nn
 from torch.autograd import Variable
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lion_dist.sharding.bucket import Bucket, GradState, ParamState
+from lion_dist.sharding.bucket import Bucket, GradState
 
 
 def not_traced(function: Callable) -> Callable:
@@ -58,8 +50,21 @@ def held_weakly(method: Callable[[Parameter], None]) -> Callable[[Parameter], No
     return hook
 
 
+class PassEnd:
+    """What autograd calls at the end of one backward pass; it drops it uncalled when an exception ends the pass."""
+
+    def __init__(self, finish: Callable[[PassEnd], None]):
+        self._finish = finish
+
+    def __call__(self) -> None:
+        self._finish(self)
+
+
 class GradScheduler:
     """Starts the reduction of each bucket from backward, in one order on every rank.
+
+    A bucket's gradients leave when all hooks of its last parameter have run, those that the program has registered
+    after this scheduler's too: they see ``.grad``, and may change it.
 
     Args:
         keep_local_grads: through ``no_sync`` passes gradients stay in ``p.grad`` (stage 1); False reduces always.
@@ -79,6 +84,9 @@ class GradScheduler:
         self._next = 0  # position in _order of the bucket to start next
         self._started: set[Bucket] = set()  # in this pass
         self._pass_is_open = False
+        self._pass_end: weakref.ref[PassEnd] | None = None  # of the pass that is open
+        self._was_cut_short = False  # the last pass, by an exception
+        self._waits_for_hooks = False  # a bucket is ready, but for later hooks of its last parameter
         self.version = 0  # changes with every gradient that is kept or sent
         self.after_start: Callable[[Bucket], None] | None = None
         self._pending_local = False  # a no_sync pass left gradients behind that no later pass has taken along
@@ -116,7 +124,14 @@ class GradScheduler:
     def bucket_of(self, param: Parameter) -> Bucket:
         return self._place[param][0]
 
+    def place_of(self, param: Parameter) -> tuple[Bucket, int] | None:
+        """The bucket of ``param`` and its position there."""
+        return self._place.get(param)
+
     def _on_grad(self, param: Parameter) -> None:
+        if self._waits_for_hooks:  # all that were waited for have run
+            self._waits_for_hooks = False
+            self._start_ready()
         bucket, position = self._place[param]
         if self._pass_is_open and bucket in self._started:
             raise RuntimeError(
@@ -125,7 +140,6 @@ class GradScheduler:
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
         if self.in_no_sync and self.keep_local_grads:
-            bucket.used[position] = True
             self._pending_local = True
             self.version += 1
             return
@@ -133,13 +147,36 @@ class GradScheduler:
             self.open_pass()
         bucket.register_grad_ready(position)
         if bucket.all_grads_ready():
-            self._start_ready()
+            if next(reversed(param._post_accumulate_grad_hooks.values())) is self._hook:
+                self._start_ready()
+            else:
+                self._waits_for_hooks = True
 
     def open_pass(self) -> None:
-        """A backward pass begins; its end sends what is still missing."""
-        if not self._pass_is_open:
-            self._pass_is_open = True
-            Variable._execution_engine.queue_callback(self.finish_pass)
+        """A backward pass begins; its end sends what is still missing.
+
+        Raises:
+            RuntimeError: an exception has ended the last pass when a part of its gradients had been reduced.
+        """
+        if self._pass_is_open:
+            return
+        if self._was_cut_short and self._started:
+            raise RuntimeError(
+                "an exception has ended the last backward pass when a part of its gradients had been reduced; those of "
+                "another pass cannot be added to them. Call zero_grad() on every rank before the next backward."
+            )
+        end = PassEnd(self._end_pass)
+        Variable._execution_engine.queue_callback(end)
+        self._pass_end = weakref.ref(end, self._cut_pass_short)
+        self._pass_is_open = True
+
+    def _end_pass(self, end: PassEnd) -> None:
+        if self._pass_end is not None and self._pass_end() is end:  # else zero_grad() has run within the pass
+            self.finish_pass()
+
+    def _cut_pass_short(self, end: weakref.ref[PassEnd]) -> None:
+        if self._pass_end is end:
+            self._pass_is_open, self._was_cut_short = False, True
 
     def _start_ready(self) -> None:
         while self._next < len(self._order) and self._order[self._next].all_grads_ready():
@@ -159,12 +196,17 @@ class GradScheduler:
 
     def start_all_but(self, begun: Collection[Bucket]) -> None:
         """Start the reductions of a step that backward has not started: of a rank without a batch, of new buckets."""
-        for bucket in [bucket for bucket in self._order if bucket not in begun]:
+        buckets = [bucket for bucket in self._order if bucket not in begun]
+        for bucket in buckets:  # nothing is updated before it is known that all can be
+            bucket.check_grads()
+        for bucket in buckets:
             self._start(bucket)
         self._close_pass()
 
     def finish_pass(self) -> None:
         """Start the reductions that this pass has not started yet: parameters without a gradient count as zeros."""
+        for bucket in self._order[self._next :]:  # none is started before it is known that all can be
+            bucket.check_grads()
         while self._next < len(self._order):
             self._start_next()
         self._close_pass()
@@ -172,15 +214,18 @@ class GradScheduler:
     def _close_pass(self) -> None:
         self._next = 0
         self._started.clear()
-        self._pass_is_open = self._pending_local = False
+        self._pass_end = None
+        self._pass_is_open = self._was_cut_short = self._pending_local = self._waits_for_hooks = False
 
     def finish_backward(self) -> None:
         """Every bucket's gradients of this step have been reduced, or are on their way.
 
-        A rank that had no batch takes part with zeros; gradients left by ``no_sync`` passes are sent now.
+        A rank that had no batch takes part with zeros; gradients that ``no_sync`` passes have left, or that the program
+        has written where no pass ran, are sent now. That depends on passes alone and not on what is in ``.grad``, so
+        ranks agree on what is sent whichever of them have gradients.
         """
         nothing_reduced = all(bucket.grad_state is GradState.EMPTY for bucket in self._order)
-        if nothing_reduced or self._pass_is_open or self._pending_local:
+        if nothing_reduced or self._pass_is_open or self._was_cut_short or self._pending_local:
             self.finish_pass()
 
     def start_added(self) -> None:
@@ -190,8 +235,10 @@ class GradScheduler:
                 bucket.start_grad_sync()
 
     def finish_absent_pass(self) -> None:
-        """This rank has no micro-batch where others run one: it takes part with zeros, where anything is sent."""
-        if not (self.in_no_sync and self.keep_local_grads):
+        """This rank has no micro-batch where others run one: it takes part with what is in ``.grad``, or zeros."""
+        if self.in_no_sync and self.keep_local_grads:
+            self._pending_local = True  # as on the ranks that run it
+        else:
             self.finish_pass()
 
     def reset(self) -> None:
@@ -201,205 +248,3 @@ class GradScheduler:
             for param in bucket.params:
                 param.grad = None
         self._close_pass()
-
-
-class OwnModelHook:
-    """A module hook that stays behind when the model is copied or pickled (EMA): the copy is not ours to wait for."""
-
-    def __init__(self, function: Callable | None):
-        self.function = None if function is None else not_traced(function)
-
-    def __call__(self, *args, **kwargs) -> None:
-        if self.function is not None:
-            self.function(*args, **kwargs)
-
-    def __deepcopy__(self, _memo) -> OwnModelHook:
-        return OwnModelHook(None)
-
-    def __reduce__(self):
-        return OwnModelHook, (None,)
-
-
-class AwaitedParameters(dict):
-    """A module's ``_parameters``, whose readers wait: what they get is whole.
-
-    Not those in compiled code, on torch 2.11: dynamo reads past ``__getitem__`` there (2.13 traces it). Hooks on every
-    module make up for that; to drop those of layers that read all their parameters would save 0.7 ms of 6.1 of the host
-    (172 modules, a CPU), and would be right from 2.13 on.
-
-    A copy of the module (deepcopy, pickle) gets a plain dict, for the copy is not ours to wait for.
-
-    Attributes:
-        buckets_of: of each optimizer that has parameters in this model, the bucket of each.
-    """
-
-    def __init__(self, params: dict[str, Parameter | None]):
-        super().__init__(params)
-        self.buckets_of: list[dict[Parameter, Bucket]] = []
-        self._bucket: dict[str, Bucket] = {}  # by name: a Parameter's hash is a function in Python, slow for a read
-        self._finish = torch.compiler.disable(Bucket.finish_param_sync)
-
-    @classmethod
-    def install(cls, module: nn.Module, bucket_of: dict[Parameter, Bucket]) -> None:
-        if not isinstance(module._parameters, cls):
-            module._parameters = cls(module._parameters)
-        module._parameters.buckets_of.append(bucket_of)
-
-    @classmethod
-    def remove(cls, module: nn.Module, bucket_of: dict[Parameter, Bucket]) -> None:
-        params = module._parameters
-        if isinstance(params, cls):
-            params.buckets_of = [other for other in params.buckets_of if other is not bucket_of]
-            params.look_up()
-            if not params.buckets_of:
-                module._parameters = dict(params)
-
-    def look_up(self) -> None:
-        """Find the buckets of the parameters; again whenever one or the other change."""
-        params = dict.items(self)
-        self._bucket = {name: of[param] for of in self.buckets_of for name, param in params if param in of}
-
-    def __getitem__(self, name: str) -> Parameter | None:
-        bucket = self._bucket.get(name)
-        if bucket is not None and bucket.param_state is not ParamState.FULL:
-            self._finish(bucket)
-        return dict.__getitem__(self, name)  # super() costs 0.1 us, hundreds of times a forward
-
-    def __setitem__(self, name: str, param: Parameter | None) -> None:
-        super().__setitem__(name, param)
-        self.look_up()
-
-    def items(self):
-        self._finish_all()
-        return super().items()
-
-    def values(self):
-        self._finish_all()
-        return super().values()
-
-    def _finish_all(self) -> None:
-        for name in self:
-            self[name]
-
-    def __reduce__(self):
-        return dict, (dict(self.items()),)
-
-
-class ParamScheduler:
-    """Lets each module's forward wait for its own parameters only."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.buckets: list[Bucket] = []
-        self._bucket_of: dict[Parameter, Bucket] = {}
-        self._owners: dict[nn.Module, list[Bucket]] = {}  # buckets of the parameters that the hook of a module covers
-        self._ran: set[nn.Module] = set()  # owners whose forward began since the root's did
-        self._strangers: list[Bucket] = []
-        self._at_root: list[Bucket] = []  # buckets of owners whose forward did not run last time
-        self._in_forward = False  # of the root
-        self._handles: list[RemovableHandle] = []
-        self._finish = torch.compiler.disable(Bucket.finish_param_sync)
-        owners, others = self._owner_modules()
-        self._were_compiled = {owner: _is_compiled(owner) for owner in owners}  # when their hooks came
-        for owner, was_compiled in self._were_compiled.items():
-            if not was_compiled:
-                AwaitedParameters.install(owner, self._bucket_of)
-            self._before(owner, self._before_forward)
-        for other in others:
-            self._before(other, self._before_forward_without_params)
-        self._before(module, self._before_root_forward)
-        after = OwnModelHook(self._after_root_forward)
-        self._handles.append(module.register_forward_hook(after, always_call=True))
-        for child in module.modules():
-            self._handles.append(child.register_state_dict_pre_hook(OwnModelHook(self._wait_for_all)))
-            self._handles.append(child.register_load_state_dict_pre_hook(OwnModelHook(self._wait_for_all)))
-
-    def _before(self, module: nn.Module, function: Callable) -> None:
-        self._handles.append(module.register_forward_pre_hook(OwnModelHook(function), prepend=True))
-
-    def close(self) -> None:
-        """The module is as it was before; nothing waits for parameters any more, so all are waited for now."""
-        self.finish_all()
-        for handle in self._handles:
-            handle.remove()
-        for module in self.module.modules():
-            AwaitedParameters.remove(module, self._bucket_of)
-        self._handles.clear()
-
-    def add_buckets(self, buckets: Sequence[Bucket]) -> None:
-        self.buckets += buckets
-        self._bucket_of.update((param, bucket) for bucket in buckets for param in bucket.params)
-        for child in self.module.modules():
-            if isinstance(child._parameters, AwaitedParameters):
-                child._parameters.look_up()
-        for owner in self._owner_modules()[0]:  # layers that the module has got since
-            self._were_compiled.setdefault(owner, _is_compiled(owner))
-        for owner, was_compiled in self._were_compiled.items():
-            params = owner.parameters(recurse=was_compiled)
-            self._owners[owner] = list(dict.fromkeys(self._bucket_of[p] for p in params if p in self._bucket_of))
-        inside = set(self.module.parameters())
-        self._strangers = [bucket for bucket in self.buckets if not inside.issuperset(bucket.params)]
-
-    def _owner_modules(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """Modules with parameters of their own, and the others; a compiled module stands for all of its inside."""
-        owners, others, inside = [], [], set()
-        for module in self.module.modules():
-            if module in inside:
-                continue
-            if _is_compiled(module):
-                inside.update(module.modules())
-                owners.append(module)
-            elif next(module.parameters(recurse=False), None) is not None:
-                owners.append(module)
-            else:
-                others.append(module)
-        return owners, others
-
-    def _before_forward(self, module: nn.Module, _args) -> None:
-        if not self._in_forward:  # a sub-module called by itself: nobody has waited for what it uses functionally
-            self.finish_all()
-            return
-        if torch.is_grad_enabled():
-            self._ran.add(module)
-        for bucket in self._owners.get(module, ()):
-            if bucket.param_state is not ParamState.FULL:
-                self._finish(bucket)
-
-    def _before_forward_without_params(self, _module: nn.Module, _args) -> None:
-        if not self._in_forward:
-            self.finish_all()
-
-    def _after_root_forward(self, *_args) -> None:
-        self._in_forward = False
-
-    def _before_root_forward(self, _module: nn.Module, _args) -> None:
-        self._in_forward = True
-        if not torch.is_grad_enabled():  # evaluation may take another path through the model
-            self.finish_all()
-            return
-        self._update_owners_at_root()
-        for bucket in self._at_root:
-            self._finish(bucket)
-        self._ran = set()
-
-    def _update_owners_at_root(self) -> None:
-        silent = [owner for owner in self._owners if owner not in self._ran and owner is not self.module]
-        self._at_root = list(dict.fromkeys(bucket for owner in silent for bucket in self._owners[owner]))
-
-    def finish_strangers(self) -> None:
-        """Buckets with parameters that are not the module's (a loss with weights): no forward waits for them."""
-        for bucket in self._strangers:
-            bucket.finish_param_sync()
-
-    def _wait_for_all(self, *_args, **_kwargs) -> None:
-        self.finish_all()
-
-    def finish_all(self) -> None:
-        for bucket in self.buckets:
-            if bucket.param_state is not ParamState.FULL:
-                self._finish(bucket)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """torch.compile(module) or module.compile(): hooks inside would break its graph."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

@@ -1,13 +1,25 @@
 """Flat ranges of full tensors as boxes: every element exactly once, in order."""
 
+import copy
+import io
 import math
+import pickle
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_of_range, boxes_over
+from lion_dist.sharding.boxes import (
+    Box,
+    BoxedTensor,
+    Part,
+    boxes_of_range,
+    boxes_over,
+    can_read,
+    read_box,
+    this_ranks_part,
+)
 
 
 @st.composite
@@ -60,7 +72,62 @@ def test_boxes_are_views_of_the_local_memory():
 def test_a_boxed_tensor_survives_torch_save(tmp_path):
     local = torch.arange(14.0)
     boxed = BoxedTensor((4, 5), boxes_over((4, 5), 3, local), dtype=local.dtype, device=local.device)
-    torch.save(boxed, tmp_path / "boxed.pt")
+    torch.save(this_ranks_part(boxed), tmp_path / "boxed.pt")
     again = torch.load(tmp_path / "boxed.pt", weights_only=False)
     assert list(again.boxes) == list(boxed.boxes)
     assert all(torch.equal(again.boxes[box], local) for box, local in boxed.boxes.items())
+
+
+def part_of_a_tensor(start=3, stop=17, part=None) -> tuple[torch.Tensor, BoxedTensor]:
+    full = torch.arange(20.0).view(4, 5)
+    boxes = boxes_over((4, 5), start, full.flatten()[start:stop].clone())
+    return full, BoxedTensor((4, 5), boxes, dtype=full.dtype, device=full.device, part=part)
+
+
+@given(ranges(), st.data())
+def test_a_box_is_read_out_of_other_boxes_exactly_where_they_hold_it(case, data):
+    shape, start, stop = case
+    full = torch.arange(float(math.prod(shape))).view(shape)
+    boxes = boxes_over(shape, start, full.flatten()[start:stop])
+    source = BoxedTensor(shape, boxes, dtype=full.dtype, device=full.device)
+    low = data.draw(st.integers(0, full.numel()))
+    high = data.draw(st.integers(low, full.numel()))
+    for box, expected in boxes_over(shape, low, full.flatten()[low:high]).items():
+        held = all(start <= int(x) < stop for x in expected.flatten())
+        assert can_read(source, box) == held
+        assert not held or torch.equal(read_box(source, box), expected)
+        assert can_read(full, box) and torch.equal(read_box(full, box), expected)
+
+
+@pytest.mark.parametrize("dump", [pickle.dumps, lambda boxed: torch.save({"a": [boxed]}, io.BytesIO())])
+def test_pickling_a_part_is_refused_with_the_remedy(dump):
+    _, boxed = part_of_a_tensor(part=Part(1, 4))
+    with pytest.raises(TypeError, match=r"14 of the 20 .*rank 1's part of 4.*consolidate_state_dict.*this_ranks_part"):
+        dump(boxed)
+
+
+def test_pickling_all_of_a_tensor_is_not_refused():
+    full, boxed = part_of_a_tensor(0, 20, Part(0, 2))
+    again = pickle.loads(pickle.dumps(boxed))
+    assert torch.equal(read_box(again, Box((0, 0), (4, 5))), full)
+
+
+def test_a_part_that_was_asked_for_by_name_comes_back_and_knows_whose_it_is():
+    _, boxed = part_of_a_tensor(part=Part(1, 4))
+    state = this_ranks_part({"state": {0: {"exp_avg": boxed}}, "groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]})
+    again = pickle.loads(pickle.dumps(state))
+    assert again["groups"] == [{"lr": 0.1, "betas": (0.9, 0.99)}]
+    assert str(again["state"][0]["exp_avg"].part) == "rank 1's part of 4"
+    pickle.dumps(again)  # a file of it can be copied
+    with pytest.raises(TypeError):
+        pickle.dumps(boxed)  # which nobody has asked for
+
+
+def test_deepcopy_copies_a_part_and_leaves_the_live_memory_alone():
+    _, boxed = part_of_a_tensor(part=Part(1, 4))
+    assert boxed.pieces  # cached: views of the live memory, which are not the copy's
+    twin = copy.deepcopy(boxed)
+    for view in twin.pieces.values():
+        view.zero_()
+    assert all(not local.any() for local in twin.boxes.values())
+    assert all(local.all() for local in boxed.boxes.values()) and twin.part == boxed.part

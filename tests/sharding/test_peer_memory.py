@@ -16,8 +16,9 @@ from lion_dist import ShardedLion, ShardingConfig
 from lion_dist.sharding import collectives, peer_memory
 from lion_dist.sharding.grad_push import GradPush
 from lion_dist.sharding.layout import BucketLayout
+from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.ordered_sum_triton import OrderedSum
-from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory
+from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory, Recording
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the kernel; interpreted on a CPU
 DTYPES = [torch.float32, torch.bfloat16]
@@ -97,6 +98,7 @@ class Reductions:
     def __init__(self, ranks, dtype, shapes=SHAPES, buffers=2):
         self.ranks, self.dtype, self.shapes = ranks, dtype, [torch.Size(shape) for shape in shapes]
         self.layout = BucketLayout(tuple(shape.numel() for shape in self.shapes), ranks)
+        self.formats = [MemoryFormat.row_major(shape) for shape in self.shapes]
         room = (ranks - 1) * self.layout.shard_numel + 64  # longer than it must be, as the pool's for a small bucket
         flats = [[torch.full((room,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(ranks)] for _ in range(2)]
         self.received = [tuple(flat) for flat in flats[:buffers]]
@@ -106,7 +108,7 @@ class Reductions:
         results = [[None] * self.ranks for _ in range(count)]
 
         def reduce(memory, _):
-            push = GradPush(self.layout, self.shapes, memory, self.dtype, DEVICE)
+            push = GradPush(self.layout, self.formats, memory, self.dtype, DEVICE)
             output = torch.zeros(self.layout.shard_numel, dtype=output_dtype, device=DEVICE)
             buffers = itertools.cycle(
                 SimpleNamespace(shared=PeerBuffer(flats[memory.rank], flats), flat=flats[memory.rank], views={})
@@ -219,10 +221,11 @@ def test_a_collective_is_recorded_when_it_comes_again_and_replayed_from_then_on(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     done = []
     memory = PeerMemory.__new__(PeerMemory)
-    memory._record = lambda queue: done.append("record") or SimpleNamespace(replay=lambda: done.append("replay"))
+    graph = SimpleNamespace(replay=lambda: done.append("replay"))
+    memory._record = lambda queue, own: done.append("record") or Recording(graph, own)
     buffer = SimpleNamespace(flat=SimpleNamespace(is_cuda=True), recordings={})
     for what in (1, 1, 1, 2):
-        memory._run(buffer, (what,), lambda: done.append("queue"))
+        memory.run(buffer, (what,), lambda: (lambda: done.append("queue"), None))
     assert done == ["queue", "record", "replay", "replay", "queue"]
 
 
@@ -231,7 +234,7 @@ def test_recordings_of_memory_that_moves_do_not_pile_up(monkeypatch):
     memory = PeerMemory.__new__(PeerMemory)
     buffer = SimpleNamespace(flat=SimpleNamespace(is_cuda=True), recordings={})
     for what in range(3 * peer_memory.MOST_RECORDINGS):
-        memory._run(buffer, (what,), lambda: None)
+        memory.run(buffer, (what,), lambda: (lambda: None, None))
     assert len(buffer.recordings) <= peer_memory.MOST_RECORDINGS
 
 
@@ -269,9 +272,9 @@ class Addends:
     def sum_into(self, output, adds_up=False):
         """Returns the squares."""
         ordered_sum = OrderedSum([(piece.start, piece.stop - piece.start) for piece in self.pieces], DEVICE)
-        ordered_sum.read_at([piece.data_ptr() for piece in self.own])
+        own = ordered_sum.table([piece.data_ptr() for piece in self.own])
         squares = ordered_sum.squares().fill_(torch.nan)
-        ordered_sum(output, squares, self.others, self.rank, adds_up=adds_up)
+        ordered_sum(output, squares, self.others, own, self.rank, adds_up=adds_up)
         return squares
 
     def in_pieces(self, shard):

@@ -1,0 +1,344 @@
+"""``ShardedLion.state_dict()`` and ``load_state_dict()``: their format, and what can be loaded.
+
+    {"state": {i: {"exp_avg": ..., "main_param": ..., "step": ...}},    i counts parameters over all param groups
+     "param_groups": [{"lr": ..., "betas": ..., "weight_decay": ..., "params": [i, ...]}],
+     "counters": [2] int64, steps taken and skipped}
+
+That is torch's format and plain ``Lion``'s. Values are live: a ``BoxedTensor`` over this rank's part, or a view of the
+full tensor where one rank holds all. The state of the first parameter holds ``counters`` too, because
+``torch.distributed.checkpoint.state_dict`` hands on ``state`` and ``param_groups`` and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lion_dist.bucket_shard import BucketShard
+from lion_dist.config import check_hyperparameters
+from lion_dist.engine_state import main_as
+from lion_dist.local_tensors import local_tensor
+from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_over, can_read, read_box
+
+# Settings of torch's other optimizers, and the one that torch's Optimizer adds to every group of a state that it loads.
+FOREIGN_KEYS = frozenset(
+    ("differentiable", "foreach", "fused", "capturable", "maximize", "eps", "amsgrad", "momentum", "dampening")
+    + ("nesterov", "decoupled_weight_decay", "alpha", "centered", "momentum_decay", "rho", "lambd", "t0")
+)
+OWN_KEYS = ("params", "param_names", "process_group")  # of param groups: a loaded state does not change them
+
+
+@dataclass(frozen=True)
+class LiveState:
+    """What the state dicts of one ``ShardedLion`` are made of.
+
+    Attributes:
+        names: of its parameters, frozen ones too.
+        counters: [2] int64 on the device.
+    """
+
+    param_groups: list[dict]
+    shards: Sequence[BucketShard]
+    names: Mapping[Parameter, str]
+    counters: Tensor
+
+    @property
+    def params(self) -> list[Parameter]:
+        """In the order in which a state dict counts them."""
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def by_param(self, boxed_for: Callable[[BucketShard], Callable[..., BoxedTensor]]) -> dict[Parameter, dict]:
+        """The state of each parameter, in order; ``{}`` of a frozen one that was never trained."""
+        found = {param: kinds for shard in self.shards for param, kinds in shard.state(boxed_for(shard)).items()}
+        for param in self.params:
+            if param in found:
+                found[param]["counters"] = self.counters
+                break
+        return {param: found.get(param, {}) for param in self.params}
+
+    def packed(self, state: dict[Parameter, dict]) -> dict:
+        """``state`` of each parameter as a state dict."""
+        indexed = {i: kinds for i, kinds in enumerate(state.values()) if kinds}
+        return {"state": indexed, "param_groups": self.packed_groups(), "counters": self.counters}
+
+    def packed_groups(self) -> list[dict]:
+        """Param groups as torch packs them. A process group cannot be saved; its key stays, for readers that look for
+        the keys that the optimizer has."""
+        groups, first = [], 0
+        for group in self.param_groups:
+            count = len(group["params"])
+            packed = {key: None if key == "process_group" else value for key, value in group.items() if key != "params"}
+            groups.append(packed | {"params": list(range(first, first + count))})
+            first += count
+        return groups
+
+    def whole_groups(self) -> list[dict]:
+        """Param groups as a file of one rank holds them: with names, and nothing that only ``ShardedLion`` reads."""
+        packed = [{key: value for key, value in g.items() if key != "process_group"} for g in self.packed_groups()]
+        names = [[self.names[param] for param in group["params"]] for group in self.param_groups]
+        return [group | {"param_names": members} for group, members in zip(packed, names, strict=True)]
+
+
+def refuse_emptied(state: Mapping) -> None:
+    """``optimizer.state`` shows the live state and is not where it lives. Torch's ``get_optimizer_state_dict`` would
+    take an empty one for an optimizer that has to be started by a step of its own."""
+    if not state:
+        raise RuntimeError(
+            "optimizer.state has been emptied, which changes nothing: ShardedLion's momentum lives in its shards. To "
+            'start afresh load {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}, or construct '
+            "another; optimizer.state itself must keep its entries."
+        )
+
+
+class LoadPlan:
+    """A state dict that has been checked against a live optimizer; nothing has changed before :meth:`apply`.
+
+    It is a :meth:`ShardedLion.state_dict` of the same rank (or one whose boxes hold what this rank needs), or the full
+    state of ``ShardedLion``, ``Lion`` or lion-pytorch's Lion, of which each rank takes its slices. As with ``Lion``,
+    main params are made from the parameters where the state has none, and a parameter without state starts afresh.
+
+    Raises:
+        ValueError: what cannot be loaded, and why.
+    """
+
+    def __init__(self, live: LiveState, state_dict: object):
+        groups = _checked_groups(live, state_dict)
+        saved = _saved_by_param(live, groups, state_dict["state"])
+        self._live = live
+        self._copies = [planned for shard in live.shards for planned in _copies_of(shard, saved)]
+        self._counters = _counters_in(state_dict, live)
+        self._settings = [_settings(i, *pair) for i, pair in enumerate(zip(live.param_groups, groups, strict=True))]
+
+    def apply(self) -> None:
+        """Change the live state."""
+        momenta = [planned.saved for planned in self._copies if planned.kind == "exp_avg"]
+        found = {saved.dtype for saved in momenta if saved is not None}
+        kept = {shard.exp_avg.dtype for shard in self._live.shards}
+        if not found <= kept:
+            names = (", ".join(sorted(map(str, dtypes))) for dtypes in (found, kept))
+            warnings.warn(
+                "lion_dist: the loaded exp_avg is {}; it is kept as {}, the configured momentum dtype.".format(*names),
+                stacklevel=4,
+            )
+        for planned in self._copies:
+            planned.apply()
+        self._live.counters.copy_(self._counters)
+        for group, settings in zip(self._live.param_groups, self._settings, strict=True):
+            group.update(settings)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A box of one kind of state, from a saved tensor into the shard.
+
+    Attributes:
+        target, param: views of the shard's state and of the parameter.
+        saved: the full tensor or boxes; None: there is none, and the state starts afresh.
+    """
+
+    kind: str
+    box: Box
+    target: Tensor
+    param: Tensor
+    saved: Tensor | None
+
+    def apply(self) -> None:
+        if self.saved is None:
+            if self.kind == "main_param" and self.target.dtype == torch.float32:
+                self.target.copy_(self.param)
+            else:
+                self.target.zero_()
+            return
+        source = read_box(self.saved, self.box)
+        if source.data_ptr() == self.target.data_ptr():  # loaded in place
+            return
+        self.target.copy_(main_as(self.target.dtype, source, self.param) if self.kind == "main_param" else source)
+
+
+def _copies_of(shard: BucketShard, saved: Mapping[Parameter, dict[str, Tensor]]) -> Iterator[_Copy]:
+    """What this rank's part of the bucket needs.
+
+    Raises:
+        ValueError: a saved tensor does not hold it.
+    """
+    bucket = shard.bucket
+    flats = {"exp_avg": shard.exp_avg, "main_param": shard.main_param}
+    slices = {kind: shard.slices_of(flat) for kind, flat in flats.items() if flat is not None}
+    for i, (piece, param) in enumerate(zip(bucket.slices, shard.slices_of(bucket.param_shard), strict=True)):
+        owner, name, dims = bucket.params[piece.param], bucket.names[piece.param], bucket.formats[piece.param].dims
+        param_views = boxes_over(owner.shape, piece.param_start, param, dims)
+        targets = [
+            (kind, box, view)
+            for kind, pieces in slices.items()
+            for box, view in boxes_over(owner.shape, piece.param_start, pieces[i], dims).items()
+        ]
+        if shard.steps is not None:
+            targets.append(("step", Box((), ()), shard.steps[i]))
+        for kind, box, target in targets:
+            source = saved[owner].get(kind)
+            if source is not None and not can_read(source, box):
+                raise ValueError(_other_part(f"{kind} of {name!r}", source, shard))
+            yield _Copy(kind, box, target, param_views.get(box, param), source)
+
+
+def _other_part(what: str, source: BoxedTensor, shard: BucketShard) -> str:
+    groups = shard.bucket.groups
+    here = f"this is rank {groups.shard_rank} of {groups.shard_world_size}"
+    if source.part is None:
+        return f"the saved {what} is a part that does not hold what this rank owns ({here}): {source}"
+    if (source.part.rank, source.part.num_ranks) == (groups.shard_rank, groups.shard_world_size):
+        return (
+            f"the saved {what} is {source.part}, as this is, but of other buckets. Construct the optimizer with the "
+            "bucket_numel and param groups that it was saved with, or load a full state (consolidate_state_dict) or a "
+            "checkpoint of lion_dist.checkpoint, which go anywhere."
+        )
+    return (
+        f"the saved {what} is {source.part}, and {here}: the rest is not in this state. Give each rank the file that "
+        "it saved, or save the full state: consolidate_state_dict(to=0) on all ranks, then full_state_dict() on rank 0."
+    )
+
+
+# ---- checks
+
+
+def _checked_groups(live: LiveState, state_dict: object) -> list[dict]:
+    """The saved param groups, of as many parameters as the live ones."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"load_state_dict() takes a dict as state_dict() returns it, got {type(state_dict).__name__}")
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(key), kind):
+            found = type(state_dict[key]).__name__ if key in state_dict else f"only {sorted(map(str, state_dict))[:8]}"
+            raise ValueError(
+                f"this is no optimizer's state: it needs {key!r} ({kind.__name__.lower()}) and has {found}. Pass what "
+                "state_dict() or full_state_dict() returned; rank 0's file may hold it under a key of its own."
+            )
+    groups = state_dict["param_groups"]
+    for i, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), Sequence):
+            raise ValueError(f'param group {i} of the saved state is no param group: it needs a list "params"')
+    counts = [[len(group["params"]) for group in side] for side in (groups, live.param_groups)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"the saved state has param groups of {counts[0]} parameters, this optimizer of {counts[1]}. Construct it "
+            "with the groups that were saved."
+        )
+    return list(groups)
+
+
+def _saved_by_param(live: LiveState, groups: Sequence[Mapping], state: Mapping) -> dict[Parameter, dict[str, Tensor]]:
+    """The saved state of each live parameter, checked; ``{}`` where there is none."""
+    ids = [i for group in groups for i in group["params"]]
+    if not all(isinstance(i, int | str) for i in ids):
+        raise ValueError('"params" of the saved param groups must be numbers or names, as state_dict() gives them')
+    params = dict(zip(ids, _in_saved_order(live, groups), strict=True))
+    if len(params) < len(ids):
+        raise ValueError("the saved param groups hold a parameter more than once")
+    unknown = [key for key in state if key not in params]
+    if unknown:
+        raise ValueError(f"the saved state has {len(unknown)} parameters that no saved param group has: {unknown[:8]}")
+    trained = {param for shard in live.shards for param in shard.bucket.params}
+    saved: dict[Parameter, dict[str, Tensor]] = {param: {} for param in params.values()}
+    for key, kinds in state.items():
+        if kinds:
+            saved[params[key]] = _checked_state(kinds, params[key], live.names[params[key]])
+            if params[key] not in trained:
+                raise ValueError(
+                    f"the saved state has a momentum of {live.names[params[key]]!r}, which is frozen here. Construct "
+                    "ShardedLion before requires_grad_(False), or leave this parameter's entry out of the state."
+                )
+    return saved
+
+
+def _in_saved_order(live: LiveState, groups: Sequence[Mapping]) -> list[Parameter]:
+    """The live parameters, group by group, in the order of the saved ones.
+
+    That is their own order, as in torch, unless a saved group names the same parameters in another.
+    """
+    ordered: list[Parameter] = []
+    by_name = {name: param for param, name in live.names.items()}
+    for i, (group, saved) in enumerate(zip(live.param_groups, groups, strict=True)):
+        names, members = saved.get("param_names") or saved["params"], group["params"]
+        if len(names) != len(members):
+            raise ValueError(f"param group {i} of the saved state has {len(names)} names for {len(members)} parameters")
+        named = [by_name.get(name) for name in names]  # None: numbered, or called otherwise here
+        if set(named) == set(members):
+            ordered += named
+            continue
+        triples = zip(names, named, members, strict=True)
+        moved = [name for name, param, own in triples if param is not None and param is not own]
+        if moved:
+            raise ValueError(
+                f"param group {i} of the saved state holds {moved[0]!r} where this optimizer has another parameter "
+                f"({len(moved)} such). Construct it with the param groups that were saved."
+            )
+        ordered += members
+    return ordered
+
+
+def _checked_state(kinds: object, param: Parameter, name: str) -> dict[str, Tensor]:
+    if not isinstance(kinds, Mapping) or "exp_avg" not in kinds:
+        found = sorted(map(str, kinds)) if isinstance(kinds, Mapping) else type(kinds).__name__
+        raise ValueError(
+            f"the saved state of {name!r} has {found} but no 'exp_avg': it is not a Lion's (nor an Adam's). "
+            "Start with fresh optimizer state instead."
+        )
+    checked = {}
+    for kind, shape in (("exp_avg", param.shape), ("main_param", param.shape), ("step", torch.Size(()))):
+        value = kinds.get(kind)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor | int | float):
+            raise ValueError(f"the saved {kind} of {name!r} is a {type(value).__name__}, not a tensor")
+        value = value if isinstance(value, Tensor) else torch.tensor(value)  # other Lions count steps in an int
+        if value.shape != shape:
+            raise ValueError(f"the saved {kind} of {name!r} has shape {tuple(value.shape)}, here it is {tuple(shape)}")
+        if kind == "exp_avg" and not value.dtype.is_floating_point:
+            raise ValueError(f"the saved exp_avg of {name!r} is {value.dtype}, which is no momentum")
+        checked[kind] = _local(value, f"{kind} of {name!r}")
+    return checked
+
+
+def _local(value: Tensor, what: str) -> Tensor:
+    """What torch's ``set_optimizer_state_dict`` hands over (a replicated DTensor, or a live tensor that was sent the
+    full one) as the full tensor that this rank holds."""
+    received = value.received.full if hasattr(value, "received") else None
+    local = value if isinstance(value, BoxedTensor) else local_tensor(value)
+    local = local if received is None else received
+    if local.shape != value.shape:
+        raise ValueError(
+            f"the saved {what} is a DTensor of which this rank holds {tuple(local.shape)} of {tuple(value.shape)}. "
+            "Load a full state, or go through lion_dist.checkpoint."
+        )
+    return local
+
+
+def _counters_in(state_dict: Mapping, live: LiveState) -> Tensor:
+    """Of steps taken and skipped; zeros where another optimizer, which counts none, has saved."""
+    kept = [kinds["counters"] for kinds in state_dict["state"].values() if kinds and "counters" in kinds]
+    counters = state_dict.get("counters", kept[0] if kept else torch.zeros_like(live.counters))
+    if not isinstance(counters, Tensor) or counters.shape != live.counters.shape:
+        raise ValueError(f'"counters" of the saved state must be two numbers in a tensor, got {counters!r}')
+    return _local(counters, "counters")
+
+
+def _settings(position: int, group: dict, saved: Mapping) -> dict:
+    """What the saved group changes of the live one. Unknown keys come along as in torch (a scheduler's ``initial_lr``);
+    settings of other optimizers do not, or the group would have other keys than a fresh one."""
+    taken = {
+        key: copy.deepcopy(value)
+        for key, value in saved.items()
+        if key not in OWN_KEYS and (key in group or key not in FOREIGN_KEYS)
+    }
+    if isinstance(taken.get("betas"), list):
+        taken["betas"] = tuple(taken["betas"])
+    try:
+        check_hyperparameters(group | taken)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"param group {position} of the saved state: {error}") from error
+    return taken
