@@ -165,25 +165,6 @@ def test_overlap_is_what_addresses_say(shape):
         assert overlaps_itself(tensor) == (tensor.unique().numel() < tensor.numel()), strides
 
 
-@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
-@pytest.mark.parametrize("steps_before", [0, 1])
-def test_gradient_of_another_layout_is_refused_and_nothing_is_changed(layout, steps_before):
-    param = nn.Parameter(torch.ones(3, 3))
-    opt = Lion([param], lr=0.0)
-    for _ in range(steps_before):
-        param.grad = torch.ones(3, 3)
-        opt.step()
-    opt.param_groups[0]["lr"] = LR
-    param.grad = None
-    try:
-        param.grad = getattr(torch.eye(3), layout)()
-    except (RuntimeError, TypeError):
-        pytest.skip("torch refuses it")
-    with pytest.raises(RuntimeError, match="no sparse update"):
-        opt.step()
-    assert torch.equal(param, torch.ones(3, 3))
-
-
 class Wrapper(torch.Tensor):
     """A tensor without memory of its own, as quantized tensors are."""
 
