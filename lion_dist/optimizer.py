@@ -17,9 +17,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lion_dist.config import PARAM_DTYPES, PrecisionPolicy, check_hyperparameters, check_interval
+from lion_dist import values
+from lion_dist.config import (
+    PARAM_DTYPES,
+    HyperparameterWatch,
+    PrecisionPolicy,
+    check_hyperparameters,
+    check_interval,
+    check_policy,
+)
 from lion_dist.engine_state import is_flat_param, main_as, movable_state, share_mesh_axes
-from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, split_main
+from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, skip_unusable, split_main
 from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
 from lion_dist.metrics import OFF, Meter, measure_batch, metrics_of_rank
 from lion_dist.param_batch import GroupBatches, ParamBatch, flat, local_tensor, local_tensors
@@ -46,10 +54,13 @@ def effective_weight_decay(group: dict, decoupled_from: float | None):
 
 
 def decoupling_lr(lr, decoupled_weight_decay: bool) -> float | None:
-    if not decoupled_weight_decay:
+    if not values.flag("decoupled_weight_decay", decoupled_weight_decay):
         return None
     if not float(lr) > 0:
-        raise ValueError(f"decoupled_weight_decay divides by the initial lr, which must be above 0, got {lr!r}")
+        raise ValueError(
+            f"decoupled_weight_decay divides by the initial lr, which must be above 0, got {values.shown(lr)}. Let a "
+            "schedule begin above 0, or pass decoupled_weight_decay=False."
+        )
     return float(lr)
 
 
@@ -146,18 +157,18 @@ class Lion(Optimizer):
         cautious: bool = False,
         metrics_every: int = 0,
     ):
-        check_interval("metrics_every", metrics_every)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
-        self.precision, self.cautious = precision, cautious
-        self.use_triton = use_triton
+        self.precision, self.cautious = check_policy(precision), values.flag("cautious", cautious)
+        self.use_triton = values.flag("use_triton", use_triton, optional=True)
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
-        self.metrics_every = metrics_every
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
+        self.metrics_every = check_interval("metrics_every", metrics_every)
         self._meter: Meter = OFF  # until the first step, when parameters are where they will stay
         self._known_batches: dict[int, GroupBatches] = {}  # by id of the param group, from the last step
         # Of params with main params, by id: (version counter, address) after our last write; or the batch knows it.
         self._written: dict[int, tuple[int | None, int]] = {}
-        super().__init__(params, defaults)
+        super().__init__(values.params(params), defaults)
 
     shares_verdict = False  # lion_dist.GradScaler: every rank that holds a shard knows of every other's overflow
 
@@ -179,12 +190,14 @@ class Lion(Optimizer):
             self.__dict__.setdefault(cache, {})
         self.__dict__.setdefault("_meter", OFF)
         super().__setstate__(state)
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
 
     def add_param_group(self, param_group: dict) -> None:
+        values.param_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_hyperparameters(group)
+            check_hyperparameters(group, self._decoupled_from)
             names = group.get("param_names", [f"parameter {i} of the group" for i in range(len(group["params"]))])
             for name, param in zip(names, group["params"], strict=True):
                 check_param(param, name)
@@ -197,27 +210,41 @@ class Lion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
-        """One step for every parameter that has a gradient. Returns what ``closure`` returned."""
+        """One step for every parameter that has a gradient. Returns what ``closure`` returned.
+
+        Raises:
+            ValueError: a param group holds an lr, betas or weight_decay that cannot be used; nothing is changed.
+        """
+        values.closure(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._hyperparameters.check(self.param_groups)
         grad_scale, skip = self._scaling()
+        scalars = {id(group): self._scalars_of(group) for group in self.param_groups}
+        skip = skip_unusable(skip, scalars.values())
         work = [(group, *found) for group in self.param_groups for found in self._batches(group)]
         self._make_meter()
         self._meter.begin_step()
         with self._meter.clock.phase("update"):
             for group, batch, grads in work:
-                self._update(group, batch, grads, grad_scale, skip)
+                self._update(scalars[id(group)], batch, grads, grad_scale, skip)
         self._meter.end_step(skip)
         return loss
 
-    def _update(self, group: dict, batch: ParamBatch, grads: Sequence[Tensor], grad_scale, skip) -> None:
-        params, tensors = batch.params, batch.tensors
-        self._refresh_stale_main(batch)
+    def _scalars_of(self, group: dict) -> StepScalars:
         weight_decay = effective_weight_decay(group, self._decoupled_from)
         warn_if_decay_vanishes(group["lr"], weight_decay)
-        scalars = StepScalars.from_group(group["lr"], group["betas"], weight_decay)
+        return StepScalars.from_group(group["lr"], group["betas"], weight_decay)
+
+    def _update(
+        self, scalars: StepScalars, batch: ParamBatch, grads: Sequence[Tensor], grad_scale, skip: Tensor | None
+    ) -> None:
+        params, tensors = batch.params, batch.tensors
+        self._refresh_stale_main(batch)
+        if skip is not None:
+            skip = skip.to(tensors.device, non_blocking=True)  # where groups lie on several devices
         arguments = {
             "grad_scale": grad_scale,
             "seed": self.precision.seed,
@@ -253,6 +280,8 @@ class Lion(Optimizer):
         Raises:
             RuntimeError: ``metrics_every`` is 0.
         """
+        remedy = "Pass the group among whose ranks an engine cuts the parameters."
+        values.instance("process_group", process_group, ProcessGroup, remedy, optional=True)
         self._make_meter()
         params = [p for group in self.param_groups for p in group["params"]]
         return metrics_of_rank(self._meter, params, process_group)
@@ -269,6 +298,8 @@ class Lion(Optimizer):
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """What GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not isinstance(skip, Tensor):  # without any gradient torch's GradScaler sums an empty list: the int 0
+            skip = None
         if skip is not None and not self.shares_verdict:
             if not share_mesh_axes(p for group in self.param_groups for p in group["params"]):
                 raise RuntimeError(
@@ -402,7 +433,10 @@ class Lion(Optimizer):
         ``exp_avg`` takes the configured dtype (with a warning where the file's differs), main params are made from
         the parameters where the file has none, and missing group keys are filled in. Load the model first.
         """
+        values.state_dict(state_dict)
         groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        for group in groups:
+            check_hyperparameters(group, self._decoupled_from)
         saved_ids = [i for group in groups for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         saved = state_dict["state"]

@@ -21,9 +21,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lion_dist import values
 from lion_dist.bucket_shard import BucketShard, ShardBatch, make_batches, matching_tensors, params_of_slices
-from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparameters, check_interval
-from lion_dist.kernels.reference import StepScalars, cautious_lr
+from lion_dist.config import (
+    HyperparameterWatch,
+    PrecisionPolicy,
+    ShardingConfig,
+    check_hyperparameters,
+    check_interval,
+    check_policy,
+    check_sharding,
+)
+from lion_dist.kernels.reference import StepScalars, cautious_lr, skip_unusable
 from lion_dist.kernels.statistics import measure
 from lion_dist.kernels.update import choose_backend, lion_update_
 from lion_dist.metrics import Meter, metrics_over_ranks
@@ -92,15 +101,18 @@ class ShardedLion(Optimizer):
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "process_group": None}
         check_hyperparameters(defaults)
-        check_interval("metrics_every", metrics_every)
+        self.metrics_every = check_interval("metrics_every", metrics_every)
+        self.precision, self.sharding = check_policy(precision), check_sharding(sharding)
+        self.use_triton = values.flag("use_triton", use_triton, optional=True)
+        self.cautious = cautious = values.flag("cautious", cautious)
+        values.instance("module", module, nn.Module, "Pass the model that owns the parameters.", optional=True)
         if sharding.update_in_backward and (cautious or metrics_every):
             raise ValueError(
                 "update_in_backward=True updates a bucket before the other buckets' gradients are there. cautious=True "
                 "(statistics over whole tensors) and metrics_every (over a whole step) need update_in_backward=False."
             )
-        self.metrics_every = metrics_every
-        self.precision, self.sharding, self.use_triton, self.cautious = precision, sharding, use_triton, cautious
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
         self.groups = resolve_groups(process_group)
         self.shards: list[BucketShard] = []
         self._batches: list[ShardBatch] = []  # the same
@@ -117,7 +129,7 @@ class ShardedLion(Optimizer):
         self._backward_updates: BackwardUpdates | None = None
         self._param_sync = SendCodes() if sharding.param_sync == "coded" else GatherParams()
         self._is_built = False
-        super().__init__(params, defaults)
+        super().__init__(values.params(params), defaults)
         self._build(self.param_groups)
 
     # ---- construction
@@ -162,6 +174,7 @@ class ShardedLion(Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """Append a param group; its parameters get buckets of their own. All ranks do so together, between steps."""
+        values.param_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -255,7 +268,9 @@ class ShardedLion(Optimizer):
 
         Raises:
             RuntimeError: inside ``no_sync()``.
+            ValueError: a param group holds an lr, betas or weight_decay that cannot be used; nothing is changed.
         """
+        values.closure(closure)
         self._refuse_blind_scaler()
         loss = None
         if closure is not None:
@@ -266,14 +281,15 @@ class ShardedLion(Optimizer):
         if self._backward_updates is not None:
             self._finish_backward_updates()
             return loss
-        verdict = self._judge_gradients()
+        scalars = self._all_scalars()
+        self._judge_gradients()
+        verdict = self._judge.skip_unusable(skip_unusable(None, scalars.values()))
         grad_scale = self._judge.grad_scale(self._loss_scale)
         if self.sharding.check_replicas_every:
             with self._meter.clock.phase("measure"):
                 self._replicas.begin_step(self._copies)
         self._meter.begin_step()
         self._refresh_stale_main(self.shards)
-        scalars = {id(group): self._scalars_of(group) for group in self.param_groups}
         with self._meter.clock.phase("norm"):
             cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
         with self._meter.clock.phase("update"):
@@ -304,11 +320,13 @@ class ShardedLion(Optimizer):
         bucket.finish_param_sync()  # one whose modules did not run forward since the last step
         self._refresh_stale_main(batch.shards)
         trained = [param.requires_grad for param in bucket.params]
+        scalars = self._all_scalars()
         if batch.tensors is not None:
             lion_update_(
                 batch.tensors,
                 batch.grads(),
-                self._scalars_of(batch.group),
+                scalars[id(batch.group)],
+                skip=skip_unusable(None, scalars.values()),
                 grad_scale=self._judge.grad_scale(None),
                 active=None if all(trained) else self._on_device([trained[s.param] for s in bucket.slices]),
                 seed=self.precision.seed,
@@ -335,7 +353,11 @@ class ShardedLion(Optimizer):
         # A learning rate or divisor on the device may be changed from here on; the updates have read it.
         self._stream.join(self._updates_mark)
         self._stream.release()
-        self._counters[0] += 1
+        skip = skip_unusable(None, self._all_scalars().values())
+        if skip is None:
+            self._counters[0] += 1
+        else:
+            self._counters += torch.stack([skip == 0, skip != 0])
         self._forget_step()
         if self.param_scheduler is None:
             self.finish_param_sync()
@@ -346,6 +368,11 @@ class ShardedLion(Optimizer):
         if self._backward_updates is not None:
             self._backward_updates.forget_step()
         self._judge.forget_step()
+
+    def _all_scalars(self) -> dict[int, StepScalars]:
+        """By id of the param group."""
+        self._hyperparameters.check(self.param_groups)
+        return {id(group): self._scalars_of(group) for group in self.param_groups}
 
     def _scalars_of(self, group: dict) -> StepScalars:
         weight_decay = effective_weight_decay(group, self._decoupled_from)
@@ -446,8 +473,8 @@ class ShardedLion(Optimizer):
         Returns:
             [] fp32 on the device: the norm before clipping, over all ranks and parameters.
         """
-        if not max_norm > 0:
-            raise ValueError(f"max_norm must be above 0, got {max_norm!r}")
+        remedy = "Pass the largest norm that a step may have, such as 1.0."
+        max_norm = values.number("max_norm", max_norm, "above 0", above=0.0, remedy=remedy)
         self._judge_gradients()
         return self._judge.clip(max_norm, self._loss_scale)
 
@@ -462,6 +489,8 @@ class ShardedLion(Optimizer):
         Returns:
             [] fp32 on the device: 1 when a gradient is not finite on any rank.
         """
+        values.instance("inverse_loss_scale", inverse_loss_scale, Tensor, "Use lion_dist.GradScaler, which passes it.")
+        values.scalar_tensor("inverse_loss_scale", inverse_loss_scale)
         self._judge.inverse_loss_scale = inverse_loss_scale
         return self._judge_gradients().skip
 
@@ -495,7 +524,7 @@ class ShardedLion(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget this step's gradients and divisor. It does not wait for parameters in flight: it touches none."""
-        if not set_to_none:
+        if not values.flag("set_to_none", set_to_none):
             raise ValueError("ShardedLion keeps no full gradients to zero: call zero_grad() with set_to_none=True")
         self._forget_step()
         self.grad_scheduler.reset()
@@ -632,13 +661,14 @@ class ShardedLion(Optimizer):
             ValueError: other parameters, shapes or geometry; nothing is changed. To load on other ranks or buckets
                 use torch.distributed.checkpoint or ``lion_dist.checkpoint.load``.
         """
+        values.state_dict(state_dict, "counters")
         mine = self.state_dict()
         copies = matching_tensors(mine["state"], state_dict["state"])
         groups = state_dict["param_groups"]
         if [g["params"] for g in groups] != [g["params"] for g in mine["param_groups"]]:
             raise ValueError("the saved param groups hold other parameters than this optimizer's, or in another order")
         for group in groups:
-            check_hyperparameters(group)
+            check_hyperparameters(group, self._decoupled_from)
         for target, source in copies:
             target.copy_(source)
         self._counters.copy_(state_dict["counters"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from lion_dist.config import PrecisionPolicy, check_hyperparameters
@@ -44,6 +46,8 @@ class ShardedParams:
         where = group["process_group"]
         if where is None:
             return self.groups
+        if not isinstance(where, DeviceMesh | ProcessGroup):
+            return resolve_groups(where)  # which refuses it
         if where not in self._own_groups:
             self._own_groups[where] = resolve_groups(where)
         return self._own_groups[where]
