@@ -127,16 +127,16 @@ class ShardingConfig:
     check_replicas_every: int = 0
 
     def __post_init__(self):
-        stage = values.plain(self.zero_stage)
+        remedy = "Use 2, or 1 where no_sync() is to send nothing."
+        stage = values.whole_number("zero_stage", self.zero_stage, "1 or 2", least=1, below=4, remedy=remedy)
         if stage == 3:
             raise ValueError(
                 "zero_stage=3 (sharded parameters) is not ShardedLion's: wrap the model with "
                 "torch.distributed.fsdp.fully_shard and use lion_dist.Lion(model.parameters()) over its shards."
             )
-        remedy = "Use 2, or 1 where no_sync() is to send nothing."
         _set(
             self,
-            zero_stage=values.whole_number("zero_stage", stage, "1 or 2", least=1, below=3, remedy=remedy),
+            zero_stage=stage,
             param_sync=values.choice("param_sync", self.param_sync, PARAM_SYNCS),
             reduce_dtype=values.dtype(
                 "reduce_dtype", self.reduce_dtype, (torch.float32, torch.bfloat16), "None is the parameter's own dtype."

@@ -346,7 +346,7 @@ def test_words_that_are_not_utf8_are_passed_on(cache, monkeypatch, tmp_path):
 
 
 def test_a_version_that_is_not_utf8_is_a_version(cache, monkeypatch, tmp_path):
-    text = "#!/bin/sh\n[ \"$1\" = --version ] && { printf 'cc \\351\\n'; exit 0; }\nexec cc \"$@\"\n"
+    text = '#!/bin/sh\n[ "$1" = --version ] && { printf \'cc \\351\\n\'; exit 0; }\nexec cc "$@"\n'
     monkeypatch.setenv("CC", str(script(tmp_path / "odd-cc", text)))
     assert load() == ("cpu_native", [])
 
