@@ -185,7 +185,7 @@ def check_sharding(sharding: object) -> ShardingConfig:
 
 def check_betas(betas: object, name: str = "betas") -> tuple[float, float]:
     """``betas`` as two floats; ValueError unless they are two numbers in [0, 1)."""
-    pair = betas.tolist() if isinstance(betas, Tensor) or type(betas).__module__ == "numpy" else betas
+    pair = values.plain_list(betas)
     found = [values.as_number(beta) for beta in pair] if isinstance(pair, Sequence) and len(pair) == 2 else [None]
     if not all(beta is not None and 0.0 <= beta < 1.0 for beta in found):
         raise ValueError(

@@ -50,7 +50,10 @@ def check_param(param: object, name: str) -> None:
 
 def effective_weight_decay(group: dict, decoupled_from: float | None):
     """lion-pytorch's ``decoupled_weight_decay``: the decay is divided by the constructor's learning rate."""
-    return group["weight_decay"] if decoupled_from is None else group["weight_decay"] / decoupled_from
+    weight_decay = group["weight_decay"]
+    if decoupled_from is None:
+        return weight_decay
+    return (weight_decay if isinstance(weight_decay, Tensor) else float(weight_decay)) / decoupled_from
 
 
 def decoupling_lr(lr, decoupled_weight_decay: bool) -> float | None:
@@ -85,7 +88,7 @@ def warn_if_decay_vanishes(lr, weight_decay) -> None:
     """``1 - lr * weight_decay`` is 1 in fp32 below about 6e-8: say so, once; a schedule passes many such products."""
     if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
         return
-    product = lr * weight_decay
+    product = float(lr) * float(weight_decay)
     if 0 < product < 2**-24 and not _warned_of_decay:
         _warned_of_decay.add(product)
         warnings.warn(

@@ -39,6 +39,12 @@ def plain(value: object) -> object:
     return value.item() if is_scalar else value
 
 
+def plain_list(value: object) -> object:
+    """The Python list of a NumPy array or a tensor of any size; else ``value``."""
+    is_array = type(value).__module__ == "numpy" and hasattr(value, "tolist")
+    return value.tolist() if is_array or (isinstance(value, Tensor) and not value.is_meta) else value
+
+
 def as_number(value: object) -> float | None:
     """A finite or infinite number as a float; None where it is none, NaN, or too large for a float."""
     value = plain(value)
@@ -133,14 +139,16 @@ def closure(value: object) -> None:
 
 def path(name: str, value: object) -> Path:
     """``value`` as a Path."""
-    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes) or "\0" in os.fspath(value):
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
         raise TypeError(f"{name} must be a path, got {shown(value)}. Pass a string or a pathlib.Path.")
     return Path(value)
 
 
 def params(value: object) -> Iterable:
     """What an optimizer is made over, as torch's takes it; a TypeError of torch's own names what is inside."""
-    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+    has_no_items = getattr(value, "ndim", None) == 0  # an array of no dimensions claims to be iterable
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping) or has_no_items:
         raise TypeError(f"params must be parameters or param groups, got {shown(value)}. Pass model.parameters().")
     return value
 
@@ -151,6 +159,8 @@ def param_group(value: object) -> None:
         raise TypeError(
             f'param_group must be a dict with "params", got {shown(value)}. Pass {{"params": [...], "lr": ...}}.'
         )
+    if not isinstance(value["params"], Tensor):
+        params(value["params"])
 
 
 def state_dict(value: object, *needed: str) -> None:

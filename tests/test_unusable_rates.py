@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -158,9 +159,10 @@ def test_an_unchanged_group_is_not_checked_again(monkeypatch):
         {"lr": np.float32(2**-10), "weight_decay": np.float64(0.5), "betas": (np.float32(0.5), np.float64(0.75))},
         {"lr": np.array(2**-10), "weight_decay": np.int64(0), "betas": np.array([0.5, 0.75])},
         {"lr": torch.tensor(2**-10), "weight_decay": torch.tensor([0.5]), "betas": [torch.tensor(0.5), 0.75]},
+        {"lr": Fraction(1, 1024), "weight_decay": torch.tensor(0.5), "betas": (Fraction(1, 2), 0.75)},
         {"lr": 1, "weight_decay": 0, "betas": (0, 0)},
     ],
-    ids=["numpy scalars", "numpy arrays", "tensors", "ints"],
+    ids=["numpy scalars", "numpy arrays", "tensors", "fractions", "ints"],
 )
 def test_numbers_of_numpy_and_tensors_train_as_floats_do(make, settings, tmp_path):
     floats = {k: tuple(map(float, v)) if k == "betas" else float(v) for k, v in settings.items()}

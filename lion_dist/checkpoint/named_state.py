@@ -10,6 +10,7 @@ The names are those of the unwrapped model, whatever engine holds it::
 
 from __future__ import annotations
 
+import numbers
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -307,9 +308,8 @@ def _plain(value):
     """As JSON: numbers may be tensors or NumPy's, ``betas`` any sequence of them."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return list(map(_plain, value))
-    if isinstance(value, Tensor) and value.numel() > 1 or type(value).__module__ == "numpy" and value.ndim:
-        return value.tolist()
-    return values.plain(value)
+    found = values.plain_list(values.plain(value))
+    return float(found) if isinstance(found, numbers.Real) and not isinstance(found, int) else found
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -78,7 +78,7 @@ def _object(parent: Mapping, name: str, default: Mapping, remedy: str, *, null: 
     if value is None and null:
         return default
     if not isinstance(value, Mapping):
-        found = json.dumps(value, default=values.shown)
+        found = json.dumps(value, default=values.shown)[:120]
         raise ValueError(f'the config\'s "{name}" must be an object, got {found}. {remedy}')
     return value
 

@@ -61,9 +61,9 @@ class StepScalars:
         """``1 - lr * weight_decay`` is computed in fp64 on the host, or on the device when either is a tensor."""
         if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
             # Python numbers meet the tensors as fp64 scalars: nothing is copied to the device, so nothing waits.
-            lr64, decay64 = (x.double().reshape(()) if isinstance(x, Tensor) else x for x in (lr, weight_decay))
+            lr64, decay64 = (x.double().reshape(()) if isinstance(x, Tensor) else float(x) for x in (lr, weight_decay))
             decay = (1.0 - lr64 * decay64).float()
-            lr = lr64.float() if isinstance(lr, Tensor) else torch.full_like(decay, lr)
+            lr = lr64.float() if isinstance(lr, Tensor) else torch.full_like(decay, lr64)
             return cls(lr, decay, *map(float, betas))
         return cls(float(lr), 1.0 - float(lr) * float(weight_decay), *map(float, betas))
 
