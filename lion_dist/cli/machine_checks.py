@@ -121,7 +121,7 @@ def _driver_version() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     lines = done.stdout.split()
     return lines[0] if done.returncode == 0 and lines else None
 
