@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist import values
 from lion_dist.bucket_shard import BucketShard
 from lion_dist.config import check_hyperparameters
 from lion_dist.engine_state import main_as
@@ -209,19 +210,8 @@ def _other_part(what: str, source: BoxedTensor, shard: BucketShard) -> str:
 
 def _checked_groups(live: LiveState, state_dict: object) -> list[dict]:
     """The saved param groups, of as many parameters as the live ones."""
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(f"load_state_dict() takes a dict as state_dict() returns it, got {type(state_dict).__name__}")
-    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
-        if not isinstance(state_dict.get(key), kind):
-            found = type(state_dict[key]).__name__ if key in state_dict else f"only {sorted(map(str, state_dict))[:8]}"
-            raise ValueError(
-                f"this is no optimizer's state: it needs {key!r} ({kind.__name__.lower()}) and has {found}. Pass what "
-                "state_dict() or full_state_dict() returned; rank 0's file may hold it under a key of its own."
-            )
+    values.state_dict(state_dict)
     groups = state_dict["param_groups"]
-    for i, group in enumerate(groups):
-        if not isinstance(group, Mapping) or not isinstance(group.get("params"), Sequence):
-            raise ValueError(f'param group {i} of the saved state is no param group: it needs a list "params"')
     counts = [[len(group["params"]) for group in side] for side in (groups, live.param_groups)]
     if counts[0] != counts[1]:
         raise ValueError(
