@@ -20,17 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist.adopted_state import adopt_groups
 from lion_dist.bucket_shard import BucketShard
-from lion_dist.config import check_hyperparameters
 from lion_dist.engine_state import main_as
 from lion_dist.local_tensors import local_tensor
 from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_over, can_read, read_box
 
-# Settings of torch's other optimizers, and the one that torch's Optimizer adds to every group of a state that it loads.
-FOREIGN_KEYS = frozenset(
-    ("differentiable", "foreach", "fused", "capturable", "maximize", "eps", "amsgrad", "momentum", "dampening")
-    + ("nesterov", "decoupled_weight_decay", "alpha", "centered", "momentum_decay", "rho", "lambd", "t0")
-)
 OWN_KEYS = ("params", "param_names", "process_group")  # of param groups: a loaded state does not change them
 
 
@@ -328,17 +323,12 @@ def _counters_in(state_dict: Mapping, live: LiveState) -> Tensor:
 
 
 def _settings(position: int, group: dict, saved: Mapping) -> dict:
-    """What the saved group changes of the live one. Unknown keys come along as in torch (a scheduler's ``initial_lr``);
-    settings of other optimizers do not, or the group would have other keys than a fresh one."""
-    taken = {
-        key: copy.deepcopy(value)
-        for key, value in saved.items()
-        if key not in OWN_KEYS and (key in group or key not in FOREIGN_KEYS)
-    }
+    """The settings of the live group after loading the saved one; unknown keys as ``Lion`` takes them."""
+    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in OWN_KEYS}
     if isinstance(taken.get("betas"), list):
         taken["betas"] = tuple(taken["betas"])
     try:
-        check_hyperparameters(group | taken)
+        (adopted,) = adopt_groups([taken], [group], {})
     except (TypeError, ValueError) as error:
         raise ValueError(f"param group {position} of the saved state: {error}") from error
-    return taken
+    return adopted
