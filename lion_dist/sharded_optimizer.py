@@ -919,7 +919,7 @@ class ShardedLion(Optimizer):
 
     @property
     def _live_state(self) -> LiveState:
-        return LiveState(self.param_groups, self.shards, self._params.names, self._counters)
+        return LiveState(self.param_groups, self.shards, self._params.names, self._counters, self._decoupled_from)
 
     def _settled_state(self) -> LiveState:
         """With parameters whole, and main params that follow them."""
