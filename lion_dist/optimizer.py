@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lion_dist import values
@@ -23,7 +24,7 @@ from lion_dist.config import HyperparameterWatch, PrecisionPolicy, check_hyperpa
 from lion_dist.engine_state import is_flat_param, movable_state, share_mesh_axes
 from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, skip_unusable, split_main
 from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
-from lion_dist.local_tensors import flat, local_tensor
+from lion_dist.local_tensors import check_memory, flat, local_tensor
 from lion_dist.metrics import OFF, Meter, measure_batch, metrics_of_rank
 from lion_dist.param_batch import STATE_KEYS, GroupBatches, ParamBatch
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
@@ -227,7 +228,7 @@ class Lion(Optimizer):
         if not any(isinstance(lr, Tensor) or lr for lr in rates):
             return  # torch.distributed.checkpoint makes state by such a step, with gradients of its own
         params = [p for group in self.param_groups for p in group["params"]]
-        if any_gradients or any(local_tensor(p).numel() for p in params):  # else this rank has no part to train
+        if any_gradients or any(is_lazy(p) or local_tensor(p).numel() for p in params):  # else no part to train here
             self._no_gradients.note_step(any_gradients)
 
     def _update(
@@ -306,14 +307,16 @@ class Lion(Optimizer):
         """The group's parameters that have a gradient, in batches of like tensors (one launch each), and gradients."""
         params = group["params"]
         grads = list(map(_grad, params))
-        if type(None) in set(map(type, grads)):
+        types = set(map(type, grads))
+        if type(None) in types:
+            types.discard(type(None))
             params, grads = [p for p in params if p.grad is not None], [g for g in grads if g is not None]
         known = self._known_batches.get(id(group))
         if known is None or not known.holds(params):
             if known is not None:
                 self._remember_written(known.batches)
             known = GroupBatches(params)
-        grads = known.placements.local_grads(grads)
+        grads = known.placements.local_grads(grads, types)
         matched = known.match(grads, self.state)
         if matched is None:
             self._remember_written(known.batches)
@@ -330,6 +333,7 @@ class Lion(Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
+                check_memory(local_tensor(param), "a parameter")
                 state = self.state_of(param)
                 if not fits(param, state, self._state_dtypes(param)):
                     self.state[param] = self._adopt_state(param, state)
