@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lion_dist import values
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.named_state import whole
@@ -39,7 +40,7 @@ def consolidate(path: str | Path, target: str | Path, progress: manifest.Progres
     Raises:
         CheckpointError: a checkpoint that is damaged, or ``target`` exists or cannot be written.
     """
-    found, target = directory.find(Path(path)), Path(target)
+    found, target = directory.find(values.path("path", path)), values.path("target", target)
     if target.exists():
         raise CheckpointError(f"{target} exists: give another name, or remove it first")
     if not target.parent.is_dir():
@@ -80,6 +81,7 @@ def import_consolidated(source: str | Path, path: str | Path, progress: manifest
     Raises:
         CheckpointError: the file is something else, or does not say which state belongs to which parameter.
     """
+    source, path = values.path("source", source), values.path("path", path)
     try:
         content = torch.load(source, mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -106,7 +108,7 @@ def import_consolidated(source: str | Path, path: str | Path, progress: manifest
         for name, i in zip(group["params"], saved["params"], strict=True):
             tensors |= _state_tensors(name, optimizer["state"].get(i, {}))
     entries = {"param_groups": groups, "extra": content.get("extra", {}), "tied": tied}
-    write(Path(path), Snapshot(tensors, entries), Ranks(None), progress)
+    write(path, Snapshot(tensors, entries), Ranks(None), progress)
 
 
 # ---- to one file

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lion_dist import values
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.storage import read_metadata
 
@@ -46,7 +47,7 @@ class Contents:
 
 def read_contents(path: str | Path) -> Contents:
     """Raises CheckpointError when there is no whole checkpoint at ``path``; contents of files are not checked."""
-    found = directory.find(Path(path))
+    found = directory.find(values.path("path", path))
     entries = manifest.read(found)
     manifest.check_sizes(found, entries["files"])
     tensors = [

@@ -27,6 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from lion_dist import values
 from lion_dist.checkpoint import manifest
 from lion_dist.checkpoint.errors import CheckpointError
 
@@ -138,7 +139,7 @@ def newest(folder: str | Path) -> Path | None:
     Whole: it has a manifest, and every file in it at its full length (checksums are for ``load`` and ``verify``).
     Partial ones are never taken. The path is for ``load``; after a save was killed it may be there as ``path.old``.
     """
-    found = _whole_ones(Path(folder))
+    found = _whole_ones(values.path("folder", folder))
     return found[-1] if found else None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lion_dist import values
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.conversion import Routes, Stored, convert, plan_routes, refresh_mains
 from lion_dist.checkpoint.errors import CheckpointError
@@ -34,9 +35,10 @@ def load(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion) -
         CheckpointError: on every rank. No checkpoint there, a damaged one, or one of another model, with what differs.
             Nothing has been changed, unless the message says that reading failed half-way.
     """
+    path = values.path("path", path)
     wait_for_pending()
     ranks = Ranks.here()
-    found = ranks.on_first(lambda: directory.find(Path(path)))
+    found = ranks.on_first(lambda: directory.find(path))
     loading = ranks.agree(lambda: _prepare(found, model, optimizer, ranks))
     for fact, names in loading.routes.notes.items():
         warnings.warn(f"{found.name}: {fact} ({len(names)}: {', '.join(names[:3])}, ...)", stacklevel=2)
@@ -55,7 +57,7 @@ def verify(path: str | Path, progress: manifest.Progress | None = None) -> None:
     Raises:
         CheckpointError: names the file and what is wrong with it.
     """
-    found = directory.find(Path(path))
+    found = directory.find(values.path("path", path))
     entries = manifest.read(found)
     manifest.check_sizes(found, entries["files"])
     for name, entry in entries["files"].items():
@@ -100,6 +102,8 @@ def _prepare(found: Path, model: nn.Module, optimizer: Lion | ShardedLion, ranks
     stored = reader.metadata.state_dict_metadata
     _check_same_model(found, stored, state)
     _check_same_groups(found, entries["param_groups"], state.param_groups)
+    for group, saved in zip(optimizer.param_groups, entries["param_groups"], strict=True):
+        check_hyperparameters(group | _settings_of(saved))
     return _Loading(found, entries, reader, state, plan_routes(stored, state))
 
 
@@ -132,11 +136,13 @@ def _refuse(path: Path, what: str, differences: list[str]) -> None:
         raise CheckpointError(f"{path} is of {what}: {'; '.join(sorted(differences)[:10])}{more}")
 
 
+def _settings_of(saved: dict) -> dict:
+    return {k: tuple(v) if k == "betas" and isinstance(v, list) else v for k, v in saved.items() if k != "params"}
+
+
 def _take_settings(optimizer: Lion | ShardedLion, groups: list[dict]) -> None:
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        settings = {k: tuple(v) if k == "betas" else v for k, v in saved.items() if k != "params"}
-        check_hyperparameters({**group, **settings})
-        for key, value in settings.items():
+        for key, value in _settings_of(saved).items():
             if isinstance(group.get(key), torch.Tensor):
                 group[key].fill_(value)
             else:
