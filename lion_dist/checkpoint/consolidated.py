@@ -48,7 +48,7 @@ def consolidate(path: str | Path, target: str | Path, progress: manifest.Progres
     manifest.check_sizes(found, entries["files"])
     for name, entry in entries["files"].items():
         manifest.check_contents(found, name, entry)
-    reader = Reader(found)
+    reader = Reader(found, entries["files"])
     # torch.empty memory that is never touched takes none; the file gets room for it.
     empty = {
         key: torch.empty(stored.size, dtype=stored.properties.dtype)

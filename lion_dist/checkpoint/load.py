@@ -60,7 +60,7 @@ def verify(path: str | Path, progress: manifest.Progress | None = None) -> None:
     manifest.check_sizes(found, entries["files"])
     for name, entry in entries["files"].items():
         manifest.check_contents(found, name, entry, progress)
-    Reader(found)
+    Reader(found, entries["files"])
 
 
 @dataclass
@@ -95,7 +95,7 @@ def _prepare(found: Path, model: nn.Module, optimizer: Lion | ShardedLion, ranks
     manifest.check_sizes(found, files)
     for name in {*manifest.share_of(files, ranks.rank, ranks.size), ".metadata"}:
         manifest.check_contents(found, name, files[name])
-    reader = Reader(found)
+    reader = Reader(found, files)
     state = collect(model, optimizer)
     stored = reader.metadata.state_dict_metadata
     _check_same_model(found, stored, state)

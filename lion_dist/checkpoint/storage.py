@@ -1,9 +1,8 @@
 """torch.distributed.checkpoint's files: written with checksums, read without unpickling.
 
-The files are those of its ``FileSystemWriter``, and any of its readers reads them. ``.metadata`` is a pickle: it is
-read by an unpickler that knows only the classes that belong there. A tensor in a ``.distcp`` file is a ``torch.save``
-archive (an uncompressed zip): its bytes are found by the zip's directory, its dtype and shape by the metadata, so the
-pickle in it is never looked at.
+The files are those of its ``FileSystemWriter``, and any of its readers reads them (``.metadata``: ``metadata.py``). A
+tensor in a ``.distcp`` file is a ``torch.save`` archive (an uncompressed zip): its bytes are found by the zip's
+directory, its dtype and shape by the metadata, so the pickle in it is never looked at.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
 import sys
 import zipfile
 import zlib
@@ -32,7 +30,8 @@ from torch.futures import Future
 
 from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError
-from lion_dist.checkpoint.manifest import Progress
+from lion_dist.checkpoint.manifest import Progress, open_regular
+from lion_dist.checkpoint.metadata import read_metadata
 from lion_dist.sharding.boxes import BoxedTensor
 
 # ---- writing
@@ -65,7 +64,12 @@ class ChecksummedFile:
         self.file.flush()
 
     def fileno(self) -> int:
+        """For torch's own ``os.fsync``, which knows nothing of what is still in the buffer."""
+        self.file.flush()
         return self.file.fileno()
+
+    def make_durable(self) -> None:
+        os.fsync(self.fileno())
 
     def close(self) -> None:
         self.file.close()
@@ -83,6 +87,7 @@ class _ChecksummingFileSystem(FileSystem):
             stream = ChecksummedFile(file, self.progress)
             try:
                 yield stream
+                stream.make_durable()
             except Exception as error:
                 if stream.error is not None:  # torch.save says only that writing failed
                     raise stream.error from error
@@ -123,8 +128,6 @@ class Writer(FileSystemWriter):
                     torch.save(planner.resolve_data(item).detach().to("cpu", copy=True).contiguous(), file)
                     length = file.tell() - start
                     results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-                file.flush()
-                os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -132,56 +135,14 @@ class Writer(FileSystemWriter):
 
 # ---- reading
 
-_METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
-    "torch.serialization": ("_get_layout",),
-    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
-    "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),  # where Python 3.13 keeps them
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if name not in _METADATA_CLASSES.get(module, ()):
-            raise CheckpointError(f"it asks for {module}.{name}, which is no part of a checkpoint's metadata")
-        return super().find_class("pathlib" if module == "pathlib._local" else module, name)
-
-    def persistent_load(self, pid):
-        raise CheckpointError("it refers to an object outside, which metadata does not")
-
-
-def read_metadata(directory: Path) -> Metadata:
-    """``.metadata``, with nothing executed that is not a plain description of tensors."""
-    path = directory / ".metadata"
-    try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is refused: {error}") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path} is damaged: it holds a {type(metadata).__name__}")
-    return metadata
-
 
 class Reader(FileSystemReader):
     """Reads pieces one at a time; needs no process group."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, files: dict[str, dict]):
+        """``files``: of the manifest."""
         super().__init__(path)
-        self.metadata = read_metadata(path)
+        self.metadata = read_metadata(path, files)
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         self.metadata.storage_meta = self.metadata.storage_meta or StorageMeta()
@@ -218,11 +179,9 @@ class Reader(FileSystemReader):
         stored = self.metadata.state_dict_metadata[index.fqn]
         sizes = stored.chunks[index.index].sizes
         place = self.metadata.storage_data[index]
-        if Path(name).name != name:
-            raise CheckpointError(f"{self.path}/.metadata is refused: it names a file elsewhere, {name!r}")
-        with open(self.path / name, "rb") as file:
+        with open_regular(self.path / name) as file:
             file.seek(place.offset)
-            archive = io.BytesIO(file.read(place.length))
+            archive = io.BytesIO(file.read(place.length))  # no longer than the file
         try:
             return _tensor_in(archive, sizes, stored.properties.dtype)
         except (zipfile.BadZipFile, KeyError, ValueError) as error:
@@ -235,6 +194,8 @@ def _tensor_in(archive: io.BytesIO, sizes: Sequence[int], dtype: torch.dtype) ->
     with zipfile.ZipFile(archive) as zipped:
         (data,) = (entry for entry in zipped.infolist() if entry.filename.endswith("/data/0"))
         (order,) = (entry for entry in zipped.infolist() if entry.filename.endswith("/byteorder"))
+        if order.compress_type != zipfile.ZIP_STORED or order.file_size > 16:
+            raise ValueError(f"its byte order takes {order.file_size} bytes")
         if zipped.read(order).decode() != sys.byteorder:
             raise ValueError(f"it was written on a {zipped.read(order).decode()}-endian machine")
     numel = math.prod(sizes)

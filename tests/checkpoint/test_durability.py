@@ -19,7 +19,7 @@ from torch import nn
 
 from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint import directory, manifest, storage
-from lion_dist.checkpoint.storage import read_metadata
+from lion_dist.checkpoint.metadata import read_metadata
 from tests.checkpoint.engines import engine, train
 from tests.checkpoint.killed import loaded_step, save
 
