@@ -158,8 +158,8 @@ class BucketShard:
         state: dict[str, dict[str, Tensor]] = {}
         for kind, shard in (("exp_avg", self.exp_avg), ("main_param", self.main_param)):
             for piece, local in zip(self.bucket.slices, [] if shard is None else self.slices_of(shard), strict=False):
-                shape = self.bucket.params[piece.param].shape
-                boxes = boxes_over(shape, piece.param_start, local)
+                shape, dims = self.bucket.params[piece.param].shape, self.bucket.formats[piece.param].dims
+                boxes = boxes_over(shape, piece.param_start, local, dims)
                 boxed = BoxedTensor(shape, boxes, dtype=shard.dtype, device=shard.device)
                 state.setdefault(self.bucket.names[piece.param], {})[kind] = boxed
         if self.steps is not None:

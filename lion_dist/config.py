@@ -106,6 +106,11 @@ class ShardingConfig:
             ``step()`` finishes what is left. There is no norm to clip by and no verdict to skip by: an element whose
             gradient is not finite stays. A parameter that nobody used counts as one with a zero gradient. All backward
             passes of a step but the last go inside ``no_sync()``.
+        wait_in_backward: True: when the gradients of a few buckets are under way, backward waits for the first of them
+            to be reduced, which bounds memory to those. False: it never waits, and gradients of all buckets may be in
+            memory at once. So it must be where ranks would wait for each other: where some ranks take another branch,
+            in a model that has collectives of its own inside backward (a loss that compares with other ranks'
+            examples), or in one of several models with a ShardedLion each in one backward pass.
         check_replicas_every: in every so-manieth step, compare checksums of all ranks' parameters, without waiting; a
             difference is raised by the next step (``ShardedLion.check_replicas``). 0: never.
     """
@@ -118,6 +123,7 @@ class ShardingConfig:
     param_sync: str = "gather"
     peer_memory: bool | None = None
     update_in_backward: bool = False
+    wait_in_backward: bool = True
     check_replicas_every: int = 0
 
     def __post_init__(self):

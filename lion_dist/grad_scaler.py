@@ -23,7 +23,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _unscale_grads_(self, optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool):
         if isinstance(optimizer, ShardedLion):
-            return {found_inf.device: optimizer.unscale_and_check_(inv_scale)}
+            return {found_inf.device: optimizer.unscale_and_check_(inv_scale, self._scale)}
         found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         if isinstance(optimizer, Lion):
             _agree_over_shards_(found, found_inf, [p for group in optimizer.param_groups for p in group["params"]])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -27,6 +28,7 @@ from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparamet
 from lion_dist.kernels.reference import StepScalars, cautious_lr
 from lion_dist.kernels.statistics import measure
 from lion_dist.kernels.update import choose_backend, lion_update_
+from lion_dist.membership import Membership
 from lion_dist.metrics import Meter, metrics_over_ranks
 from lion_dist.optimizer import decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
 from lion_dist.sharded_params import ShardedParams
@@ -38,13 +40,17 @@ from lion_dist.sharding.buffers import CommStream, GradBufferPool
 from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
+from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.param_sync import GatherParams, LeaveStale, SendCodes
 from lion_dist.sharding.param_watch import ParamWatch
 from lion_dist.sharding.peer_memory import PeerMemory, connect
-from lion_dist.sharding.process_groups import ShardGroups, backend_for, resolve_groups
+from lion_dist.sharding.process_groups import Progress, ShardGroups, backend_for, explained, resolve_groups
 from lion_dist.sharding.replicas import Frozen, ReplicaCheck
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
+from lion_dist.step_choices import Factors, StepChoices
+
+_requires_grad = operator.attrgetter("requires_grad")
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +111,15 @@ class ShardedLion(Optimizer):
         self.metrics_every = metrics_every
         self.precision, self.sharding, self.use_triton, self.cautious = precision, sharding, use_triton, cautious
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
-        self.groups = resolve_groups(process_group)
+        self._progress = Progress()
+        self.groups = resolve_groups(process_group)  # until ranks communicate; then of the optimizer's own
         self.shards: list[BucketShard] = []
         self._batches: list[ShardBatch] = []  # the same
         self._module = module
         self._params = ShardedParams(module, self.groups, precision)
         self._frozen: dict[Parameter, dict] = {}  # parameters that have no bucket yet, and their groups
         self._watch = ParamWatch()
+        self._membership = Membership(module)
         self._changed: set[Bucket] = set()  # by somebody else, since the last step
         self._is_closed = False
         self._pools: dict[tuple, GradBufferPool] = {}
@@ -121,18 +129,22 @@ class ShardedLion(Optimizer):
         self._backward_updates: BackwardUpdates | None = None
         self._param_sync = SendCodes() if sharding.param_sync == "coded" else GatherParams()
         self._is_built = False
+        self._factors: Factors | None = None  # that the last step has used
         super().__init__(params, defaults)
         self._build(self.param_groups)
 
     # ---- construction
 
+    @explained("the construction of ShardedLion")
     def _build(self, groups: list[dict]) -> None:
         """All user input has been checked: from here on ranks communicate, and tensors change."""
         params = [(p, g) for g in groups for p in g["params"]]
         if not params:
             raise ValueError("ShardedLion got no parameters: every param group is empty")
         self._device = params[0][0].device
-        self._stream = CommStream(self._device)
+        self._own_groups = self._params.own_groups = OwnGroups(self, self._progress)
+        self.groups = self._own_groups.like(self.groups)
+        self._stream = CommStream(self._device, bounded=self.sharding.wait_in_backward)
         self._updates_mark = self._stream.new_mark()  # behind the last update in backward
         divisor = self.groups.num_ranks if self.sharding.average else 1
         self._judge = Judge(self.groups, self._device, divisor, self._choose_sum_of_squares())
@@ -140,7 +152,8 @@ class ShardedLion(Optimizer):
         self._replicas = ReplicaCheck(self.groups, self._stream, self._device, self.sharding.check_replicas_every)
         self._counters = torch.zeros(2, dtype=torch.int64, device=self._device)  # steps taken, steps skipped
         if self.sharding.update_in_backward:
-            self._backward_updates = BackwardUpdates(self._stream, self._update_in_backward)
+            may_wait = self.sharding.wait_in_backward
+            self._backward_updates = BackwardUpdates(self._stream, self._update_in_backward, may_wait)
             self.grad_scheduler.after_start = self._backward_updates
         self._check_agreement(groups)
         if self._module is not None:
@@ -152,6 +165,7 @@ class ShardedLion(Optimizer):
         self._add_buckets(params)
         if self.groups.is_first:
             logger.info("%s", self._description())
+        self._membership.note(self.param_groups)
 
     def _description(self) -> str:
         """What was chosen at construction, in a line for the log."""
@@ -185,6 +199,7 @@ class ShardedLion(Optimizer):
             "its state_dict() with torch.distributed.checkpoint and construct another."
         )
 
+    @explained("add_param_group()")
     def add_param_group(self, param_group: dict) -> None:
         """Append a param group; its parameters get buckets of their own. All ranks do so together, between steps."""
         super().add_param_group(param_group)
@@ -200,10 +215,13 @@ class ShardedLion(Optimizer):
         self._params.add(group)
         if self._is_built:
             self._add_buckets([(p, group) for p in group["params"]])
+            self._membership.note(self.param_groups)
 
     def _check_agreement(self, groups: list[dict]) -> None:
         choices = (self.sharding, self.precision, self._decoupled_from, self.cautious, self.metrics_every)
-        entries = [("ShardedLion", tuple(map(str, choices))), *self._params.described(groups)]
+        torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
+        entries = [("torch", (torch_release,)), ("ShardedLion", tuple(map(str, choices)))]
+        entries += self._params.described(groups)
         for axis in self.groups.axes:
             check_ranks_agree(entries, axis)
 
@@ -242,11 +260,22 @@ class ShardedLion(Optimizer):
         wire = self.sharding.reduce_dtype or params[0].dtype
         if groups not in self._peer_memories:
             self._peer_memories[groups] = connect(groups.shard_group, self._device, self.sharding.peer_memory)
-        pool = GradBufferPool(wire, self._device, self._peer_memories[groups])
-        pool = self._pools.setdefault((wire, groups), pool)
+        if (wire, groups) not in self._pools:
+            bounded = self.sharding.wait_in_backward
+            self._pools[wire, groups] = GradBufferPool(wire, self._device, self._peer_memories[groups], bounded)
+        pool = self._pools[wire, groups]
         names = [self._params.names[p] for p in params]
         clock = self._meter.clock
-        bucket = Bucket(params, names, groups, pool, ordered_sum=ordered, stream=self._stream, clock=clock)
+        bucket = Bucket(
+            params,
+            names,
+            groups,
+            pool,
+            ordered_sum=ordered,
+            stream=self._stream,
+            clock=clock,
+            row_major=self.precision.is_stochastic(params[0].dtype),
+        )
         groups.broadcast(bucket.flat_params)
         starts = [self._params.canonical_starts[p] for p in params]
         shard = BucketShard(bucket, group, self.precision, starts)
@@ -257,14 +286,35 @@ class ShardedLion(Optimizer):
 
     def _adopt_unfrozen(self) -> None:
         """Parameters that take gradients now get buckets. Every rank has started the reductions of the others, so that
-        ranks with and without a batch come to the new ones' broadcast at the same point."""
-        unfrozen = [(p, g) for p, g in self._frozen.items() if p.requires_grad]
+        ranks with and without a batch come to the new ones' broadcast at the same point; and ranks have compared that
+        they are the same ones."""
+        unfrozen = self._unfrozen()
+        if unfrozen:
+            self._params.check_memory({self._params.names[param]: param for param, _ in unfrozen})
         for param, _ in unfrozen:
             del self._frozen[param]
-        if unfrozen:
-            self._add_buckets(unfrozen)
-            for bucket in dict.fromkeys(self.grad_scheduler.bucket_of(param) for param, _ in unfrozen):
-                bucket.register_grads_left_by_autograd()
+        self._add_buckets(unfrozen)
+        for bucket in dict.fromkeys(self.grad_scheduler.bucket_of(param) for param, _ in unfrozen):
+            bucket.register_grads_left_by_autograd()
+
+    def _unfrozen(self) -> list[tuple[Parameter, dict]]:
+        """Parameters that take gradients and have no bucket yet, and their groups."""
+        return [(p, g) for p, g in self._frozen.items() if p.requires_grad]
+
+    # ---- what has to be the same on all ranks in every step
+
+    def _choices(self) -> StepChoices:
+        names = self._params.names
+        unfrozen = [names[param] for param, _ in self._unfrozen()]
+        partly = [bucket for bucket in self.buckets if not all(map(_requires_grad, bucket.params))]  # 25 ns a parameter
+        frozen = [name for bucket in partly for name in bucket.names_without_grads()]
+        return StepChoices(self._factors_now(), self._factors, unfrozen, frozen)
+
+    def _factors_now(self) -> Factors:
+        judge = self._judge
+        loss_scale = self._loss_scale if judge.scaler_scale is None else judge.scaler_scale
+        others = judge.divisor, loss_scale, judge.inverse_loss_scale, judge.max_norm
+        return Factors.of(self.param_groups, *others)
 
     # ---- the step
 
@@ -272,6 +322,7 @@ class ShardedLion(Optimizer):
     def buckets(self) -> list[Bucket]:
         return [shard.bucket for shard in self.shards]
 
+    @explained("step()")
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
         """Update this rank's shards and start gathering the others'. All ranks call it together.
@@ -279,7 +330,7 @@ class ShardedLion(Optimizer):
         A step whose gradients are not finite on any rank is skipped on all: weights and momentum stay as they were.
 
         Raises:
-            RuntimeError: inside ``no_sync()``.
+            RuntimeError: inside ``no_sync()``; or the param groups or the module hold other parameters than they did.
         """
         self._refuse_blind_scaler()
         loss = None
@@ -290,6 +341,8 @@ class ShardedLion(Optimizer):
             self._refuse_bare_capture()
         if self._is_closed:
             raise RuntimeError("this ShardedLion has been closed: its model is no longer hooked up. Construct another.")
+        if self._membership.check(self.param_groups) and self.forward_hooks is not None:
+            self.forward_hooks.look_at_modules()
         if self._backward_updates is not None:
             self._finish_backward_updates()
             return loss
@@ -319,7 +372,7 @@ class ShardedLion(Optimizer):
         buckets = self.buckets
         self._watch.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
         self._counters += verdict.outcome
-        self._forget_step()
+        self._end_step()
         if self.forward_hooks is None:
             self.finish_param_sync()
         else:
@@ -360,18 +413,28 @@ class ShardedLion(Optimizer):
         if self._loss_scale is not None:
             raise RuntimeError("a GradScaler judges gradients before the update: use update_in_backward=False with it")
         self.grad_scheduler.start_all_but(self._backward_updates.begun)
-        self._adopt_unfrozen()
-        self.grad_scheduler.start_all_but(self._backward_updates.begun)
+        with self._stream.fork():
+            self._judge.agreement.exchange(self._choices)
+            self._stream.mark(self._updates_mark)  # it has read a learning rate or divisor on the device, too
+        if self._unfrozen():
+            self._judge.agreement.wait()
+            self._adopt_unfrozen()
+            self.grad_scheduler.start_all_but(self._backward_updates.begun)
         self._backward_updates.finish()
         # A learning rate or divisor on the device may be changed from here on; the updates have read it.
         self._stream.join(self._updates_mark)
         self._stream.release()
         self._counters[0] += 1
-        self._forget_step()
+        self._end_step()
         if self.forward_hooks is None:
             self.finish_param_sync()
         else:
             self.forward_hooks.finish_outside()
+
+    def _end_step(self) -> None:
+        self._factors = self._factors_now()
+        self._progress.step += 1
+        self._forget_step()
 
     def _forget_step(self) -> None:
         if self._backward_updates is not None:
@@ -449,10 +512,12 @@ class ShardedLion(Optimizer):
                 )
             self.finish_param_sync()  # a step without a forward since the last
             self.grad_scheduler.finish_backward()
-            self._adopt_unfrozen()
-            self.grad_scheduler.start_added()
-            with self._meter.clock.phase("norm"):
-                self._judge.decide(self.buckets, self.grad_scheduler.version)
+            if self._unfrozen():
+                self._decide()  # what ranks without such parameters do now, too
+                self._judge.agreement.wait()
+                self._adopt_unfrozen()
+                self.grad_scheduler.start_added()
+            self._decide()
             self._stream.release()
         return self._judge.verdict
 
@@ -462,6 +527,10 @@ class ShardedLion(Optimizer):
                 "step() inside torch.cuda.graph() would leave a gather in flight that no replay waits for. Use "
                 "lion_dist.CapturedStep, which captures the whole step and knows what lies between replays."
             )
+
+    def _decide(self) -> None:
+        with self._meter.clock.phase("norm"):
+            self._judge.decide(self.buckets, self.grad_scheduler.version, self._choices)
 
     def _refuse_blind_scaler(self) -> None:
         if isinstance(getattr(self, "found_inf", None), int):  # the sum of no checks at all
@@ -478,6 +547,7 @@ class ShardedLion(Optimizer):
 
     # ---- gradients
 
+    @explained("clip_grad_norm_()")
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the global norm of this step's gradients; the next ``step()`` applies it.
 
@@ -489,18 +559,22 @@ class ShardedLion(Optimizer):
         self._judge_gradients()
         return self._judge.clip(max_norm, self._loss_scale)
 
+    @explained("grad_norm()")
     def grad_norm(self) -> Tensor:
         """[] fp32 on the device: the global norm of this step's gradients, averaged and unscaled, before clipping."""
         self._judge_gradients()
         return self._judge.norm(self._loss_scale)
 
-    def unscale_and_check_(self, inverse_loss_scale: Tensor) -> Tensor:
+    @explained("GradScaler.unscale_()")
+    def unscale_and_check_(self, inverse_loss_scale: Tensor, loss_scale: Tensor | None = None) -> Tensor:
         """For ``lion_dist.GradScaler``: multiply gradients by ``inverse_loss_scale`` in the next step.
+
+        ``loss_scale``: the scaler's, which ranks compare, whether this call unscales by it or ``step()``.
 
         Returns:
             [] fp32 on the device: 1 when a gradient is not finite on any rank.
         """
-        self._judge.inverse_loss_scale = inverse_loss_scale
+        self._judge.inverse_loss_scale, self._judge.scaler_scale = inverse_loss_scale, loss_scale
         return self._judge_gradients().skip
 
     def set_grad_divisor(self, count: float | Tensor) -> None:
@@ -523,6 +597,7 @@ class ShardedLion(Optimizer):
         finally:
             self.grad_scheduler.in_no_sync = before
 
+    @explained("backward_without_batch()")
     def backward_without_batch(self) -> None:
         """This rank has no micro-batch where others run one more backward: it takes part with zeros.
 
@@ -531,6 +606,7 @@ class ShardedLion(Optimizer):
         """
         self.grad_scheduler.finish_absent_pass()
 
+    @explained("zero_grad()")
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget this step's gradients and divisor. It does not wait for parameters in flight: it touches none."""
         if not set_to_none:
@@ -542,6 +618,7 @@ class ShardedLion(Optimizer):
 
     # ---- parameters
 
+    @explained("finish_param_sync()")
     def finish_param_sync(self) -> None:
         """Whatever follows may read every parameter of the model."""
         for shard in self.shards:
@@ -577,6 +654,7 @@ class ShardedLion(Optimizer):
             self.forward_hooks.note_sync_starts()
         self._watch.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
 
+    @explained("refresh_main_params()")
     def refresh_main_params(self) -> None:
         """Make main params follow parameters that were written through ``.data``, which leaves no trace.
 
@@ -584,7 +662,7 @@ class ShardedLion(Optimizer):
         """
         self.finish_param_sync()
         for shard in self.shards:
-            shard.bucket.take_back_params()
+            self._watch.find_changes(shard.bucket)
             shard.refresh_main()
 
     def _refresh_stale_main(self, shards: Iterable[BucketShard]) -> None:
@@ -594,6 +672,7 @@ class ShardedLion(Optimizer):
                 shard.refresh_main()
                 self._changed.add(shard.bucket)
 
+    @explained("close()")
     def close(self) -> None:
         """Let go of the model: parameters are whole, hooks are removed, gradients stay with autograd.
 
@@ -603,6 +682,7 @@ class ShardedLion(Optimizer):
         if self.forward_hooks is not None:
             self.forward_hooks.close()
         self.grad_scheduler.close()
+        self._own_groups.give_back()
         self._is_closed = True
 
     # ---- what there is
@@ -615,6 +695,7 @@ class ShardedLion(Optimizer):
         """Steps that changed weights. Waits for the device."""
         return int(self._counters[0])
 
+    @explained("metrics()")
     def metrics(self) -> dict:
         """What the last measured step did, over all ranks; ``docs/metrics.md`` defines every key.
 
@@ -626,6 +707,7 @@ class ShardedLion(Optimizer):
         """
         return metrics_over_ranks(self._meter, self.groups) | {"skipped_steps": self.skipped_steps()}
 
+    @explained("check_replicas()")
     def check_replicas(self) -> None:
         """Compare checksums of all ranks' parameters, and wait for the result. All ranks call it together.
 
@@ -645,6 +727,23 @@ class ShardedLion(Optimizer):
                 frozen.append((name, param, self.groups))
         return self.buckets, frozen
 
+    @torch.no_grad()
+    @explained("broadcast_buffers()")
+    def broadcast_buffers(self) -> None:
+        """Make the module's buffers (such as BatchNorm's running statistics) the first rank's, on every rank.
+
+        All ranks call it together: before they evaluate, and before they save a checkpoint, which holds the first
+        rank's, and all ranks get those at a resume. In between, each rank's buffers follow its own batches.
+
+        Raises:
+            RuntimeError: no ``module`` was given.
+        """
+        if self._module is None:
+            raise RuntimeError("broadcast_buffers() needs the model: construct ShardedLion with module=model")
+        for buffer in self._module.buffers():
+            self.groups.broadcast(buffer)
+
+    @explained("resync_params()")
     def resync_params(self) -> None:
         """Replace every rank's parameters by their owners': the repair after a ``ReplicaError``. All ranks call it.
 
@@ -671,6 +770,7 @@ class ShardedLion(Optimizer):
 
     # ---- state_dict: boxes of full tensors by parameter name
 
+    @explained("state_dict()")
     def state_dict(self) -> dict:
         """This rank's part of the state, for torch.distributed.checkpoint.
 

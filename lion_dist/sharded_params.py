@@ -7,6 +7,9 @@ from torch.nn import Parameter
 
 from lion_dist.config import PrecisionPolicy, check_hyperparameters
 from lion_dist.optimizer import check_param
+from lion_dist.sharding.memory_checks import check_memory
+from lion_dist.sharding.memory_format import MemoryFormat
+from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import ShardGroups, resolve_groups
 
 
@@ -20,16 +23,19 @@ class ShardedParams:
     Attributes:
         names: of the optimizer's parameters; they need not be the module's.
         module_names: of the module's parameters.
+        own_groups: set when ranks begin to communicate; None: the given groups are used as they are.
         canonical_starts: the canonical index of each parameter's first element (``sharding/layout.py``).
     """
 
     def __init__(self, module: nn.Module | None, groups: ShardGroups, precision: PrecisionPolicy):
         self.groups, self.precision = groups, precision
         self.module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
+        self._module = module
         self.names: dict[Parameter, str] = {}
         self.canonical_starts: dict[Parameter, int] = {}
+        self.own_groups: OwnGroups | None = None
         self._numel = 0
-        self._own_groups: dict[object, ShardGroups] = {}
+        self._resolved: dict[object, ShardGroups] = {}
 
     def names_of(self, group: dict) -> list[str]:
         """Of a param group that has come or is to come."""
@@ -41,17 +47,22 @@ class ShardedParams:
         return [self.module_names.get(p, f"param.{first + i}") for i, p in enumerate(group["params"])]
 
     def groups_for(self, group: dict) -> ShardGroups:
+        """The optimizer's own groups. The first call for other ranks than before makes some, all of them together."""
+        given = self._given_groups(group)
+        return given if self.own_groups is None else self.own_groups.like(given)
+
+    def _given_groups(self, group: dict) -> ShardGroups:
         where = group["process_group"]
         if where is None:
             return self.groups
-        if where not in self._own_groups:
-            self._own_groups[where] = resolve_groups(where)
-        return self._own_groups[where]
+        if where not in self._resolved:
+            self._resolved[where] = resolve_groups(where)
+        return self._resolved[where]
 
     def check(self, group: dict, first: Parameter | None) -> None:
         """Raise TypeError or ValueError unless ``group`` can be trained. ``first``: of all parameters."""
         check_hyperparameters(group)
-        self.groups_for(group)
+        self._given_groups(group)
         names = self.names_of(group)
         if len(set(group["params"])) < len(names):
             raise ValueError(f"a param group holds a parameter more than once: {', '.join(names)}")
@@ -76,6 +87,16 @@ class ShardedParams:
                     f"parameter {name!r} is a DTensor: it is sharded already. Use lion_dist.Lion, which updates local "
                     "shards in place."
                 )
+        self.check_memory({n: p for n, p in zip(names, group["params"], strict=True) if p.requires_grad})
+
+    def check_memory(self, params: dict[str, Parameter]) -> None:
+        """Raise ValueError unless ``params``, which are about to get buckets, can move there."""
+        others = {name: param for param, name in (self.module_names | self.names).items()}
+        if self._module is not None:
+            others |= {f"buffer {clean_name(name)}": buffer for name, buffer in self._module.named_buffers()}
+        for dtype in dict.fromkeys(param.dtype for param in params.values()):
+            alike = {name: param for name, param in params.items() if param.dtype == dtype}
+            check_memory(alike, others | params, row_major=self.precision.is_stochastic(dtype))
 
     def add(self, group: dict) -> None:
         """Name and number the parameters of a checked ``group``."""
@@ -91,7 +112,9 @@ class ShardedParams:
             settings = [str(_number(group[key])) for key in ("lr", "betas", "weight_decay")]
             entries.append((f"param group {i}: lr, betas, weight_decay", tuple(settings)))
             for name, param in zip(self.names_of(group), group["params"], strict=True):
-                entries.append((name, (tuple(param.shape), str(param.dtype), param.requires_grad)))
+                dims = MemoryFormat.of(param).dims  # flat buffers are broadcast and summed as they lie in memory
+                order = () if dims is None else (f"in memory by dimensions {dims}",)
+                entries.append((name, (tuple(param.shape), str(param.dtype), param.requires_grad, *order)))
         return entries
 
 

@@ -107,7 +107,9 @@ def assert_same_state(opt: ShardedLion, model: nn.Module, lion: Lion, expected: 
                     assert key == "main_param" or not piece.any(), f"{key} of {shard.bucket.names[part.param]} moved"
                     continue
                 full = state[key]
-                mine = full if key == "step" else full.flatten()[part.param_start : part.param_stop]
+                dims = shard.bucket.formats[part.param].dims  # slices count in memory order
+                in_memory = full if dims is None or key == "step" else full.permute(dims)
+                mine = full if key == "step" else in_memory.flatten()[part.param_start : part.param_stop]
                 assert piece.dtype == mine.dtype
                 assert torch.equal(piece, mine), f"{key} of {shard.bucket.names[part.param]} differs"
 

@@ -178,7 +178,8 @@ def count_bytes(zero_stage: int) -> None:
     reductions = {1: 1, 2: 2}[zero_stage]
     share = (world_size - 1) / world_size
     assert sent["grad_sync"] == reductions * 4 * numel * share and sent["param_sync"] == 4 * numel * share
-    assert sent["norm"] == 2 * 8 * (1 + 2) * share  # a sum of squares and two uses, in fp64, there and back
+    # A sum of squares, two uses and what ranks compare, in fp64, there and back.
+    assert sent["norm"] == 2 * 8 * (1 + 2 + (world_size > 1)) * share
     assert sent["update"] == sent["measure"] == sent["elsewhere"] == 0
     assert 2 * sum(sent.values()) == collectives.sent_bytes - before - opt_message(world_size)
 

@@ -34,10 +34,17 @@ def train(model: nn.Module, opt: ShardedLion, steps: int = 2) -> None:
 
 
 def storages_alive() -> dict[int, int]:
-    """Address -> bytes of every tensor storage that Python can reach."""
+    """Address -> bytes of all memory that tensors occupy which Python can reach: of each storage, but for those within
+    another, as a parameter's is in its bucket's."""
     gc.collect()
     tensors = [obj for obj in gc.get_objects() if type(obj) in (Tensor, nn.Parameter) and obj.layout == torch.strided]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    extents = {(t.untyped_storage().data_ptr(), -t.untyped_storage().nbytes()) for t in tensors if t.numel()}
+    alive, end = {}, 0
+    for start, minus_nbytes in sorted(extents):
+        if start - minus_nbytes > end:
+            assert start >= end, "storages overlap"
+            alive[start], end = -minus_nbytes, start - minus_nbytes
+    return alive
 
 
 # ---- what is kept between steps
@@ -52,10 +59,10 @@ def count_bytes(dtype: torch.dtype, policy: PrecisionPolicy, stage: int) -> dict
     held = {
         "exp_avg": sum(shard.exp_avg.untyped_storage().nbytes() for shard in opt.shards),
         "main_params": sum(s.main_param.untyped_storage().nbytes() for s in opt.shards if s.main_param is not None),
-        "params": sum(
-            {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values()
-        ),
+        "params": sum(bucket.flat_params.untyped_storage().nbytes() for bucket in opt.buckets),
     }
+    flats = [(bucket.flat_params.data_ptr(), bucket.flat_params.nbytes) for bucket in opt.buckets]
+    assert all(any(0 <= p.data_ptr() - start <= size - p.nbytes for start, size in flats) for p in model.parameters())
     said = opt.memory_bytes()
     assert {kind: said[kind] for kind in held} == held
     assert not opt.state  # nothing is kept twice, in the place where torch's optimizers keep it

@@ -233,9 +233,9 @@ def _of_sharded_lion(optimizer: ShardedLion, names: dict[Parameter, list[str]]) 
         slices = {kind: (flat, shard.slices_of(flat)) for kind, flat in flats.items() if flat is not None}
         for position, param in enumerate(bucket.params):
             i = owned.get(position)
-            boxed = {}
+            boxed, dims = {}, bucket.formats[position].dims
             for kind, (flat, pieces) in slices.items():
-                boxes = {} if i is None else boxes_over(param.shape, bucket.slices[i].param_start, pieces[i])
+                boxes = {} if i is None else boxes_over(param.shape, bucket.slices[i].param_start, pieces[i], dims)
                 boxed[kind] = BoxedTensor(param.shape, boxes, dtype=flat.dtype, device=flat.device)
             step = None if shard.steps is None or i is None else shard.steps[i]
             params[names[param][0]] = OwnedParam(boxed.pop("value"), boxed, step)

@@ -12,11 +12,11 @@ class BackwardUpdates:
     """Called with each bucket whose reduction has just been started; sees to it that ``update(bucket)`` follows.
 
     On a CUDA stream the update joins the queue at once, behind the reduction. On a CPU only the host can wait, so a
-    bucket is updated when the next one's reduction is under way.
+    bucket is updated when the next one's reduction is under way; or, where backward may not wait, at its end.
     """
 
-    def __init__(self, stream: CommStream, update: Callable[[Bucket], None]):
-        self.stream, self._update = stream, update
+    def __init__(self, stream: CommStream, update: Callable[[Bucket], None], may_wait: bool = True):
+        self.stream, self._update, self._may_wait = stream, update, may_wait
         self.begun: set[Bucket] = set()  # in this step
         self._waiting: list[Bucket] = []
 
@@ -32,7 +32,7 @@ class BackwardUpdates:
                 self._update(bucket)
             return
         self._waiting.append(bucket)
-        if len(self._waiting) > 1:
+        if len(self._waiting) > 1 and self._may_wait:
             self._update(self._waiting.pop(0))
 
     def finish(self) -> None:

@@ -8,6 +8,9 @@ column 2::
     B B B B B        B: offsets (1, 0) sizes (2, 5)
     B B B B B
     C C . . .        C: offsets (3, 0) sizes (1, 2)
+
+A tensor that is not row-major in memory (``memory_format.py``) is cut along its dimensions in the order of memory. The
+boxes are told in its own dimensions, so what a checkpoint holds does not depend on how the tensor lay.
 """
 
 from __future__ import annotations
@@ -85,11 +88,20 @@ def _within_row(shape: Sequence[int], index: int, start: int, stop: int) -> list
     return [Box((index, *b.offsets), (1, *b.sizes)) for b in boxes_of_range(shape[1:], start, stop)]
 
 
-def boxes_over(shape: Sequence[int], start: int, local: Tensor) -> dict[Box, Tensor]:
-    """Views of ``local`` [n], which holds the flat range ``[start, start + n)`` of a tensor of ``shape``."""
+def boxes_over(
+    shape: Sequence[int], start: int, local: Tensor, dims: Sequence[int] | None = None
+) -> dict[Box, Tensor]:
+    """Views of ``local`` [n], which holds the flat range ``[start, start + n)`` of a tensor of ``shape``.
+
+    ``dims``: the tensor's dimensions in the order of memory, which the range counts in; None: row-major.
+    """
+    dims = range(len(shape)) if dims is None else dims
+    places = sorted(range(len(dims)), key=dims.__getitem__)  # of each dimension, among those in memory
     views, position = {}, 0
-    for box in boxes_of_range(shape, start, start + local.numel()):
-        views[box] = local[position : position + box.numel].view(box.sizes)
+    for box in boxes_of_range([shape[dim] for dim in dims], start, start + local.numel()):
+        view = local[position : position + box.numel].view(box.sizes)
+        own = Box(tuple(box.offsets[place] for place in places), tuple(box.sizes[place] for place in places))
+        views[own] = view.permute(places)
         position += box.numel
     return views
 

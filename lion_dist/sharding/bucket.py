@@ -2,7 +2,7 @@
 
 The tensors of a bucket, with N = shard_world_size and the geometry of ``layout.py``:
 
-    flat_params  [numel]        the parameters are views of it; full on every rank
+    flat_params  [numel]        the parameters lie in it, each with a storage of its own; full on every rank
     param_shard  [shard_numel]  this rank's part of flat_params, a view
     grad buffer  [numel]        this micro-batch's gradients, packed; from a pool, on their way out. Over peer memory
                                 nothing is packed, and it is what the other ranks send of theirs (``grad_push.py``)
@@ -21,9 +21,11 @@ from torch.nn import Parameter
 
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import CommStream, GradBuffer, GradBufferPool, gaps_of, views_of
+from lion_dist.sharding.collective_error import CollectiveError
 from lion_dist.sharding.collectives import Finish, nothing
 from lion_dist.sharding.grad_push import GradPush
 from lion_dist.sharding.layout import BucketLayout
+from lion_dist.sharding.memory_format import MemoryFormat, with_own_storage
 from lion_dist.sharding.peer_memory import zeros
 from lion_dist.sharding.phases import NO_CLOCK, PhaseClock, in_phase
 from lion_dist.sharding.process_groups import ShardGroups
@@ -66,15 +68,17 @@ _PARAM_TRANSITIONS = {
 
 @torch.no_grad()
 def _move_in(param: Parameter, place: Tensor) -> None:
-    place.copy_(param)
-    param.data = place
+    """``place`` is a view of the flat buffer. The storage made here is the parameter's alone: share_memory_() moves a
+    storage elsewhere, and whatever else had it would move along."""
+    place.copy_(param.clone() if param.data_ptr() == place.data_ptr() else param)  # the same memory, transposed
+    param.data = with_own_storage(place)
 
 
 class Bucket:
     """Parameters alike in group, dtype, device and ranks, in one flat buffer.
 
     Args:
-        params: they become views of the flat buffer; their values are kept.
+        params: they move into the flat buffer; their values are kept, and the strides of those without gaps.
         names: for errors.
         groups: the ranks that share and replicate the bucket.
         pool: of gradient buffers, in the dtype of the wire; its ``peer_memory`` moves the bucket's bytes, else
@@ -82,6 +86,7 @@ class Bucket:
         ordered_sum: gradients are summed in fp32 in rank order (see ``collectives.reduce_scatter``).
         stream: where communication is queued.
         clock: told when this bucket packs, waits or starts a gather.
+        row_major: parameters of other strides become row-major.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Bucket:
         ordered_sum: bool,
         stream: CommStream,
         clock: PhaseClock = NO_CLOCK,
+        row_major: bool = False,
     ):
         self.params, self.names, self.groups = list(params), list(names), groups
         self.layout = BucketLayout(tuple(p.numel() for p in params), groups.shard_world_size)
@@ -101,13 +107,14 @@ class Bucket:
         self.pool, self.ordered_sum, self.stream, self.clock = pool, ordered_sum, stream, clock
         pool.fit(self.layout.numel)
         self.shapes = [p.shape for p in self.params]
+        self.formats = [MemoryFormat.row_major(p.shape) if row_major else MemoryFormat.of(p) for p in params]
 
         self._shared_params = zeros(self.layout.numel, params[0].dtype, params[0].device, pool.peer_memory)
         self.flat_params = self._shared_params.flat
-        self._places = views_of(self.flat_params, self.layout, self.shapes)
-        self._addresses = [place.data_ptr() for place in self._places]
+        self._places = views_of(self.flat_params, self.layout, self.formats)
         for param, place in zip(params, self._places, strict=True):
             _move_in(param, place)
+        self._addresses, self._strides = list(map(Tensor.data_ptr, params)), list(map(Tensor.stride, params))
         start, stop = self.layout.shard_range(groups.shard_rank)
         self.param_shard = self.flat_params[start:stop]
 
@@ -117,7 +124,7 @@ class Bucket:
         self._squares: Tensor | None = None  # of the shard, where peers' gradients are summed up
         self._push: GradPush | None = None
         if pool.peer_memory is not None:
-            self._push = GradPush(self.layout, self.shapes, pool.peer_memory, pool.dtype, self.device)
+            self._push = GradPush(self.layout, self.formats, pool.peer_memory, pool.dtype, self.device)
             if groups.replicate_group is None:
                 self._squares = self._push.squares()
 
@@ -181,6 +188,10 @@ class Bucket:
                 return False
         return True
 
+    def names_without_grads(self) -> list[str]:
+        """Of parameters that take no gradients any more."""
+        return [name for param, name in zip(self.params, self.names, strict=True) if not param.requires_grad]
+
     @in_phase("grad_sync")
     def start_grad_sync(self) -> None:
         """Start the reduce-scatter of the gradients there are (zeros for the others), and forget them."""
@@ -192,7 +203,11 @@ class Bucket:
         self._set_grad_state(GradState.SYNCING)
         with self.stream.fork():  # packing and sending too: backward goes on beside it
             reduce = self._pack_and_reduce if self._push is None else self._push_and_sum
-            self._finish_reduce = reduce(grads, adds_up)
+            try:
+                self._finish_reduce = reduce(grads, adds_up)
+            except CollectiveError as error:
+                self._explain(error, "starting to reduce the gradients")
+                raise
             for param in self.params:
                 param.grad = None
             if self.stream.stream is not None:  # the rest only joins the queue, as the buffer's next use will
@@ -208,7 +223,7 @@ class Bucket:
         reduced = torch.empty_like(self._grad_shard) if adds_up else self._grad_shard
         flat = buffer.flat[: self.layout.numel]
         finish = collectives.reduce_scatter(reduced, flat, self.groups.shard_group, ordered=self.ordered_sum)
-        return lambda: self._take_in(finish, reduced, adds_up)
+        return lambda: self._take_in(finish, reduced, adds_up, buffer)
 
     def _push_and_sum(self, grads: Sequence[Tensor | None], adds_up: bool) -> Finish:
         buffer = self.pool.take()
@@ -239,7 +254,7 @@ class Bucket:
         """The parameters' places in ``buffer`` and the gaps between them; made once."""
         if self not in buffer.views:
             flat = buffer.flat[: self.layout.numel]
-            buffer.views[self] = views_of(flat, self.layout, self.shapes), gaps_of(flat, self.layout)
+            buffer.views[self] = views_of(flat, self.layout, self.formats), gaps_of(flat, self.layout)
         return buffer.views[self]
 
     def _check_grads(self, grads: Sequence[Tensor | None]) -> None:
@@ -263,10 +278,22 @@ class Bucket:
     def complete_reduction(self) -> None:
         """Bring a reduction under way to its end. On a CUDA stream it is queued already and this costs nothing."""
         finish, self._finish_reduce = self._finish_reduce, nothing
-        finish()
+        try:
+            finish()
+        except CollectiveError as error:
+            self._explain(error, "reducing the gradients")
+            raise
 
-    def _take_in(self, finish: Finish, reduced: Tensor, adds_up: bool) -> None:
+    def _explain(self, error: CollectiveError, what: str) -> None:
+        """Say in ``error`` what this bucket was doing, unless it had to wait for another one, which has said it."""
+        if not error.is_explained:
+            first, last = repr(self.names[0]), repr(self.names[-1])
+            self.groups.progress.explain(error, f"{what} of {first}" + f" to {last}" * (first != last))
+
+    def _take_in(self, finish: Finish, reduced: Tensor, adds_up: bool, buffer: GradBuffer | None = None) -> None:
         finish()
+        if buffer is not None:  # whoever takes it next must not wait for a later reduction of this bucket
+            buffer.release = nothing
         if self.ordered_sum:
             collectives.ordered_all_reduce(reduced, self.groups.replicate_group)
         else:
@@ -319,7 +346,11 @@ class Bucket:
         """
         self._set_param_state(ParamState.GATHERING)
         with self.stream.fork() as self._param_stream:
-            self._finish_gather = self._gather() if start is None else start()
+            try:
+                self._finish_gather = self._gather() if start is None else start()
+            except CollectiveError as error:
+                self._explain(error, "starting to gather the parameters")
+                raise
             self.stream.mark(self._param_mark)
 
     def leave_stale(self) -> None:
@@ -341,28 +372,30 @@ class Bucket:
             self.start_param_sync()
         with self.clock.phase("param_sync", self.label):
             finish, self._finish_gather = self._finish_gather, nothing
-            finish()
+            try:
+                finish()
+            except CollectiveError as error:
+                self._explain(error, "gathering the parameters")
+                raise
             self.stream.join(self._param_mark)
             self.stream.join(self._param_mark, self._param_stream)  # whoever asks first may be on a stream of its own
         self._set_param_state(ParamState.FULL)
 
-    def take_back_params(self) -> bool:
-        """Parameters that were given other memory since (``param.data = ...``) become views of ``flat_params`` again,
-        with the values that they have there. Not while a gather is under way.
+    def moved_params(self) -> list[int]:
+        """Positions of the parameters that were given other memory or strides since (``param.data = ...``)."""
+        addresses, strides = list(map(Tensor.data_ptr, self.params)), list(map(Tensor.stride, self.params))
+        if addresses == self._addresses and strides == self._strides:
+            return []
+        now, then = zip(addresses, strides, strict=True), zip(self._addresses, self._strides, strict=True)
+        return [i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b and self.params[i].numel()]
 
-        Returns:
-            Whether there were any.
+    def take_back_params(self, moved: Sequence[int]) -> None:
+        """Parameters at ``moved`` lie in ``flat_params`` again, with the values that they have where they are now. Not
+        while a gather is under way.
 
         Raises:
             RuntimeError: one of another dtype, device or shape, which only a new optimizer can train.
         """
-        if list(map(Tensor.data_ptr, self.params)) == self._addresses:
-            return False
-        moved = [
-            i
-            for i, (param, address) in enumerate(zip(self.params, self._addresses, strict=True))
-            if param.data_ptr() != address and param.numel()
-        ]
         for i in moved:
             param, place = self.params[i], self._places[i]
             if (param.dtype, param.device, param.shape) != (place.dtype, place.device, place.shape):
@@ -372,7 +405,17 @@ class Bucket:
                     "the model first, and construct the optimizer after."
                 )
             _move_in(param, place)
-        return bool(moved)
+
+    def place_of(self, position: int) -> Tensor:
+        """The memory in ``flat_params`` that is that of ``params[position]``."""
+        return self._places[position]
+
+    def name_at(self, address: int) -> str | None:
+        """The name of the parameter whose place in ``flat_params`` ``address`` is within; None: there is none."""
+        for name, start, place in zip(self.names, self._addresses, self._places, strict=True):
+            if 0 <= address - start < place.nbytes:
+                return name
+        return None
 
     def grad_shard_nbytes(self) -> int:
         return self._grad_shard.nbytes + (0 if self._accumulator is None else self._accumulator.nbytes)

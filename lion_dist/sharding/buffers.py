@@ -12,14 +12,15 @@ from torch import Tensor
 
 from lion_dist.sharding.collectives import Finish, nothing
 from lion_dist.sharding.layout import BucketLayout
+from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.peer_memory import PeerMemory, zeros
 
 
-def views_of(flat: Tensor, layout: BucketLayout, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """The parameters' places in ``flat`` [layout.numel], each in its parameter's shape."""
+def views_of(flat: Tensor, layout: BucketLayout, formats: Sequence[MemoryFormat]) -> list[Tensor]:
+    """The parameters' places in ``flat`` [layout.numel], each in its parameter's shape and strides."""
     return [
-        flat[offset : offset + numel].view(shape)
-        for offset, numel, shape in zip(layout.offsets, layout.param_numels, shapes, strict=True)
+        memory_format.place_in(flat[offset : offset + numel])
+        for offset, numel, memory_format in zip(layout.offsets, layout.param_numels, formats, strict=True)
     ]
 
 
@@ -45,6 +46,8 @@ class CommStream:
     stream that it leaves, and one within another changes nothing. ``mark(m)`` moves a mark to the present end of the
     queue; ``join(m)`` lets what follows wait for it, never the host. ``hold(tensors)`` keeps what the queue reads.
 
+    ``bounded``: computation waits when the queue falls behind by ``HELD`` buckets; False: what is held grows instead.
+
     Each of these is called dozens of times a step, where micro-batches are small and the host is the limit. So events
     are reused (2 us instead of 5), the current stream is asked for by the device's index (``torch.cuda.stream()`` would
     ask three times), and a stream that has waited for a later mark does not wait again.
@@ -52,11 +55,12 @@ class CommStream:
 
     HELD = 2  # buckets: so far may the queue fall behind before computation waits
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, bounded: bool = True):
         self.stream = self._index = None
+        self._bounded = bounded
         self._left: torch.cuda.Stream | None = None  # by the fork that is open
         self._joined: tuple[torch.cuda.Stream | None, int] = (None, 0)  # who has waited last, for which number at most
-        self._held: deque[tuple[Mark, Sequence[Tensor | None]]] = deque()
+        self._held: deque[tuple[Mark | None, Sequence[Tensor | None]]] = deque()
         self._numbers = itertools.count(1)
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
@@ -106,7 +110,9 @@ class CommStream:
         They belong to the stream that was left. Forgotten, their memory would serve its next kernels while the queue
         still reads; so it waits for the queue first. (``record_stream`` would cost an event a tensor.)
         """
-        if self.stream is not None:
+        if self.stream is not None and not self._bounded:
+            self._held.append((None, tensors))
+        elif self.stream is not None:
             mark = next(self._hold_marks)
             self.mark(mark)
             self._held.append((mark, tensors))
@@ -145,13 +151,19 @@ class GradBufferPool:
     CUDA stream one buffer does, for its uses queue up in order, packing included; what waits there is the gradients of
     ``CommStream.HELD`` buckets. So three buckets are in memory on either device. Over peer memory two buffers receive
     in turn (``grad_push.py``), each of all but a rank's own share of a bucket: three buckets on two ranks, up to four.
+
+    ``bounded`` False: on a CPU each bucket has a buffer of its own, so that taking one never waits in a backward pass.
     """
 
     DEPTH = 3
     RECEIVING = 2
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, peer_memory: PeerMemory | None = None):
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, peer_memory: PeerMemory | None = None, bounded: bool = True
+    ):
         self.dtype, self.device, self.peer_memory = dtype, device, peer_memory
+        self._bounded = bounded or device.type == "cuda" or peer_memory is not None
+        self._buckets = 0
         self._depth = self.DEPTH
         if device.type == "cuda":
             self._depth = 1 if peer_memory is None else self.RECEIVING
@@ -160,7 +172,10 @@ class GradBufferPool:
         self._turn = 0
 
     def fit(self, numel: int) -> None:
-        """Make room for buckets of ``numel`` elements."""
+        """Make room for one bucket more, of ``numel`` elements."""
+        self._buckets += 1
+        if not self._bounded:
+            self._depth = self._buckets
         if numel > self._numel:
             for buffer in self._buffers:
                 buffer.release()  # a reduction may read it yet: its memory must not be given to others

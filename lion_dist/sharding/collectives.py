@@ -3,6 +3,8 @@
 Each function starts a collective on the current stream (NCCL) or in the background (gloo) and returns what has yet to
 be done: a callable that completes it. On a CUDA stream the rest is queued at once and the callable does nothing; on
 gloo it waits on the host and finishes the arithmetic. A group of None is this rank alone: nothing moves.
+
+Where the backend fails, the functions and what they return raise ``CollectiveError``.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from lion_dist.sharding.collective_error import attempt, explained
 
 Finish = Callable[[], None]
 
@@ -57,7 +61,11 @@ def reduce_scatter(
     count_sent(flat.nbytes - flat.nbytes // group.size())
     if ordered:
         return _ordered_reduce_scatter(output, flat, group)
-    return _finish_of(_reduce_scatter_single(output, flat, group=group, async_op=not flat.is_cuda))
+    try:
+        work = _reduce_scatter_single(output, flat, group=group, async_op=not flat.is_cuda)
+    except RuntimeError as error:
+        raise explained(error, "reduce_scatter", group) from error
+    return _finish_of(work, "reduce_scatter", group)
 
 
 def _ordered_reduce_scatter(output: Tensor, flat: Tensor, group: ProcessGroup) -> Finish:
@@ -68,14 +76,13 @@ def _ordered_reduce_scatter(output: Tensor, flat: Tensor, group: ProcessGroup) -
     for part in _parts(shard_numel, chunks):
         send = addends[:, part].contiguous()  # the whole of flat, uncopied, when there is one chunk
         received = torch.empty_like(send)
-        work = dist.all_to_all_single(received, send, group=group, async_op=not flat.is_cuda)
+        work = attempt(dist.all_to_all_single, received, send, group=group, async_op=not flat.is_cuda)
         pieces.append((part, received, send, work))
 
     def finish() -> None:
         while pieces:
             part, received, _send, work = pieces.pop(0)
-            if work is not None:
-                work.wait()
+            _finish_of(work, "all_to_all", group)()
             total = output[part].copy_(received[0])
             for addend in received[1:]:
                 total.add_(addend)
@@ -88,21 +95,25 @@ def all_gather(flat: Tensor, shard: Tensor, group: ProcessGroup | None) -> Finis
     if group is None:
         return nothing
     count_sent((group.size() - 1) * shard.nbytes)
-    return _finish_of(_all_gather_single(flat, shard, group=group, async_op=not flat.is_cuda))
+    try:
+        work = _all_gather_single(flat, shard, group=group, async_op=not flat.is_cuda)
+    except RuntimeError as error:
+        raise explained(error, "all_gather", group) from error
+    return _finish_of(work, "all_gather", group)
 
 
 def all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
     """Sum ``tensor`` over the group, in place, complete on return (on the current stream)."""
     if group is not None:
         count_sent(2 * (tensor.nbytes - tensor.nbytes // group.size()))
-        dist.all_reduce(tensor, group=group)
+        attempt(dist.all_reduce, tensor, group=group)
 
 
 def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> None:
     """The greatest of every rank's ``tensor``, element by element; otherwise as :func:`all_reduce`."""
     if group is not None:
         count_sent(2 * (tensor.nbytes - tensor.nbytes // group.size()))
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+        attempt(dist.all_reduce, tensor, op=dist.ReduceOp.MAX, group=group)
 
 
 def ordered_all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
@@ -111,7 +122,7 @@ def ordered_all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
         return
     gathered = tensor.new_empty(group.size() * tensor.numel())  # gloo gathers into 1-D only
     count_sent((group.size() - 1) * tensor.nbytes)
-    _all_gather_single(gathered, tensor, group=group)
+    attempt(_all_gather_single, gathered, tensor, group=group)
     addends = gathered.view(group.size(), -1)
     tensor.copy_(addends[0])
     for addend in addends[1:]:
@@ -121,7 +132,7 @@ def ordered_all_reduce(tensor: Tensor, group: ProcessGroup | None) -> None:
 def broadcast(tensor: Tensor, group: ProcessGroup | None) -> None:
     """``tensor`` of the group's first rank becomes everybody's."""
     if group is not None:
-        dist.broadcast(tensor, group_src=0, group=group)
+        attempt(dist.broadcast, tensor, group_src=0, group=group)
 
 
 def gather_rows(row: Tensor, axes: Sequence[ProcessGroup]) -> tuple[Tensor, Finish]:
@@ -143,7 +154,7 @@ def gather_objects(value: object, group: ProcessGroup | None) -> list[object]:
     if group is None:
         return [value]
     values: list[object] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
+    attempt(dist.all_gather_object, values, value, group=group)
     return values
 
 
@@ -152,8 +163,17 @@ def _parts(numel: int, count: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-def _finish_of(work: dist.Work | None) -> Finish:
-    return nothing if work is None else lambda: work.wait() and None
+def _finish_of(work: dist.Work | None, collective: str, group: ProcessGroup) -> Finish:
+    if work is None:
+        return nothing
+
+    def finish() -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise explained(error, collective, group) from error
+
+    return finish
 
 
 def _now_or_later(finish: Finish, flat: Tensor) -> Finish:

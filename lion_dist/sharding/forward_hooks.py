@@ -189,7 +189,11 @@ class ForwardHooks:
     def add_buckets(self, buckets: Sequence[Bucket]) -> None:
         self.buckets += buckets
         self._bucket_of.update((param, bucket) for bucket in buckets for param in bucket.params)
-        self._hook_up_again()  # the module may have got layers since
+        self.look_at_modules()
+
+    def look_at_modules(self) -> None:
+        """Find out which module owns which parameters; again whenever there are others."""
+        self._hook_up_again()
         inside = set(self.module.parameters())
         self._outside = [bucket for bucket in self.buckets if not inside.issuperset(bucket.params)]
 

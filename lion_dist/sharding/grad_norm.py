@@ -1,13 +1,13 @@
 """The verdict on a step's gradients: their global norm, whether they are finite, and which parameters had any.
 
-One message per group of ranks: a vector in fp64 that is summed, ``[sum of squares, uses of parameter 0, ...]``. fp64
-makes the norm independent of how the parameters are partitioned (in fp32, 56 of 200 partitions changed it), and no
-sum of squares of fp32 numbers overflows it: it is finite exactly when every gradient is.
+One message per group of ranks: a vector in fp64 that is summed, ``[sum of squares, uses of parameter 0, ...]``, and
+among all ranks a hash of what they have chosen for this step (``step_agreement.py``). fp64 makes the norm independent
+of how the parameters are partitioned (in fp32, 56 of 200 partitions changed it), and no sum of squares of fp32 numbers
+overflows it: it is finite exactly when every gradient is.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
+from lion_dist.sharding.collective_error import CollectiveError
 from lion_dist.sharding.process_groups import ShardGroups
 
 SumOfSquares = Callable[[Sequence[Tensor]], Tensor]  # [] fp64, of all elements, whatever their dtype
@@ -37,29 +38,40 @@ class GradNorm:
         self.main_groups, self.device, self.sum_of_squares = main_groups, device, sum_of_squares
         self._uses: dict[tuple[bool, ...], Tensor] = {}  # the last pattern of uses of each group, on the device
 
-    def __call__(self, buckets: Sequence[Bucket]) -> tuple[Tensor, Tensor]:
+    def __call__(self, buckets: Sequence[Bucket], also: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``total``, ``used``, and ``also`` [n] fp64 summed over all ranks."""
         by_groups: dict[ShardGroups, list[Bucket]] = {}
         for bucket in buckets:
             by_groups.setdefault(bucket.groups, []).append(bucket)
-        if not buckets:  # every parameter is frozen
-            return torch.zeros((), dtype=torch.float64, device=self.device), torch.zeros(0, device=self.device)
-        totals, used = zip(*(self._judge(groups, members) for groups, members in by_groups.items()), strict=True)
         if list(by_groups) == [self.main_groups]:
-            return totals[0], used[0]
+            total, used, also = self._judge(self.main_groups, by_groups[self.main_groups], also)
+            return total[0], used, also
         # Groups of their own (experts): every rank of a group brings an equal share of that group's sum.
-        total = torch.stack([t / groups.num_ranks for t, groups in zip(totals, by_groups, strict=True)]).sum()
-        for axis in self.main_groups.axes:
-            collectives.all_reduce(total, axis)
-        members = list(itertools.chain.from_iterable(by_groups.values()))
-        used_of = dict(zip(members, torch.cat(used).split([len(b.params) for b in members]), strict=True))
-        return total, torch.cat([used_of[bucket] for bucket in buckets])
+        totals, used_of = [torch.zeros(1, dtype=torch.float64, device=self.device)], {}
+        for groups, members in by_groups.items():
+            total, used, _ = self._judge(groups, members, also[:0])
+            totals.append(total / groups.num_ranks)
+            used_of |= zip(members, used.split([len(b.params) for b in members]), strict=True)
+        message = torch.cat([torch.cat(totals).sum().reshape(1), also])
+        self._sum(message, self.main_groups)
+        none = torch.zeros(0, device=self.device)  # every parameter is frozen
+        return message[0], torch.cat([none, *(used_of[bucket] for bucket in buckets)]), message[1:]
 
-    def _judge(self, groups: ShardGroups, buckets: list[Bucket]) -> tuple[Tensor, Tensor]:
-        """The total of these buckets, and which of their parameters were used."""
-        message = torch.cat([self._squares_of(buckets).reshape(1), self._uses_on_device(buckets)])
-        for axis in groups.axes:
-            collectives.all_reduce(message, axis)
-        return message[0] / groups.replicate_world_size, (message[1:] > 0).float()
+    def _judge(self, groups: ShardGroups, buckets: list[Bucket], also: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[1] the total of these buckets, which of their parameters were used, and the sum of ``also``."""
+        message = torch.cat([self._squares_of(buckets).reshape(1), also, self._uses_on_device(buckets)])
+        self._sum(message, groups)
+        first = 1 + len(also)
+        return message[:1] / groups.replicate_world_size, (message[first:] > 0).float(), message[1:first]
+
+    @staticmethod
+    def _sum(message: Tensor, groups: ShardGroups) -> None:
+        try:
+            for axis in groups.axes:
+                collectives.all_reduce(message, axis)
+        except CollectiveError as error:
+            groups.progress.explain(error, "judging the gradients (norm, finite, used)")
+            raise
 
     def _squares_of(self, buckets: list[Bucket]) -> Tensor:
         """[] fp64, of the shards on this rank."""

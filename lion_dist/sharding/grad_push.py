@@ -19,6 +19,7 @@ from torch import Tensor
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import GradBuffer, views_of
 from lion_dist.sharding.layout import BucketLayout
+from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.peer_memory import PeerMemory
 
 
@@ -28,21 +29,22 @@ class GradPush:
     In fp32, ``((g0 + g1) + g2) + ...`` in rank order, and rounded to the output's dtype at the end.
 
     Args:
-        shapes: of the bucket's parameters.
+        formats: of the bucket's parameters.
         dtype: of the wire.
     """
 
     def __init__(
         self,
         layout: BucketLayout,
-        shapes: Sequence[torch.Size],
+        formats: Sequence[MemoryFormat],
         memory: PeerMemory,
         dtype: torch.dtype,
         device: torch.device,
     ):
         from lion_dist.sharding.ordered_sum_triton import OrderedSum
 
-        self._layout, self._shapes, self._memory, self._dtype = layout, shapes, memory, dtype
+        self._layout, self._formats, self._memory, self._dtype = layout, formats, memory, dtype
+        self._dims = [memory_format.dims for memory_format in formats]
         first, _ = layout.shard_range(memory.rank)
         own = layout.slices(memory.rank)
         self._own = [(s.param, s.param_start * dtype.itemsize) for s in own]  # bytes from its beginning
@@ -85,17 +87,20 @@ class GradPush:
 
     @torch.no_grad()
     def _readable(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Contiguous, in the wire's dtype, from a multiple of 16 bytes on: as autograd left them, or else copies."""
-        odd = [i for i, grad in enumerate(grads) if grad is not None and not self._is_readable(grad)]
+        """In their parameters' memory order and the wire's dtype, from a multiple of 16 bytes on: as autograd left
+        them, or else copies."""
+        pairs = enumerate(zip(grads, self._dims, strict=True))
+        odd = [i for i, (grad, dims) in pairs if grad is not None and not self._is_readable(grad, dims)]
         if not odd:
             return grads
         flat = torch.empty(self._layout.numel, dtype=self._dtype, device=grads[odd[0]].device)
-        places = views_of(flat, self._layout, self._shapes)
+        places = views_of(flat, self._layout, self._formats)
         torch._foreach_copy_([places[i] for i in odd], [grads[i] for i in odd])
         return [places[i] if i in odd else grad for i, grad in enumerate(grads)]
 
-    def _is_readable(self, grad: Tensor) -> bool:
-        return grad.dtype is self._dtype and grad.is_contiguous() and grad.data_ptr() % 16 == 0
+    def _is_readable(self, grad: Tensor, dims: tuple[int, ...] | None) -> bool:
+        in_memory = grad if dims is None else grad.permute(dims)
+        return grad.dtype is self._dtype and in_memory.is_contiguous() and grad.data_ptr() % 16 == 0
 
     @torch.no_grad()
     def _send(self, places: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
@@ -106,7 +111,7 @@ class GradPush:
             elif place.shape == grad.shape:
                 place.copy_(grad)
             else:
-                place.copy_(grad.view(-1)[piece.param_start : piece.param_stop])
+                place.copy_(self._formats[piece.param].flatten(grad)[piece.param_start : piece.param_stop])
 
     def _places_in(self, buffer: GradBuffer) -> list[Tensor]:
         """Where each leaving piece goes, in the shape of its parameter if that is all of it; made once."""
@@ -118,5 +123,5 @@ class GradPush:
             place = self._memory.place_at(owner, buffer.shared, self._layout.shard_numel)
             place = place.narrow(0, piece.bucket_start - first, piece.numel)
             whole = piece.numel == self._layout.param_numels[piece.param]
-            places.append(place.view(self._shapes[piece.param]) if whole else place)
+            places.append(self._formats[piece.param].place_in(place) if whole else place)
         return places

@@ -13,6 +13,8 @@ import torch
 from torch.nn import Parameter
 
 from lion_dist.sharding.bucket import Bucket
+from lion_dist.sharding.memory_checks import is_shared_with_processes, warn_of_another_format, warn_of_shared_memory
+from lion_dist.sharding.memory_format import MemoryFormat
 
 _version = operator.attrgetter("_version")
 
@@ -35,8 +37,38 @@ class ParamWatch:
         """Whether somebody else has written parameters of ``bucket``, or given them other memory, since the last call.
 
         Afterwards they lie in the flat buffer. What is written through ``.data`` in place leaves no trace.
+
+        Raises:
+            RuntimeError: one has the memory of another, or is of another dtype, device or shape.
         """
-        moved = bucket.take_back_params()
+        moved = bucket.moved_params()
+        if moved:
+            self._refuse_tied_memory(bucket, moved)
+            _warn_of_loss(bucket, moved)
+            bucket.take_back_params(moved)
         known = self._versions[bucket]
         self.add([bucket])
-        return moved or known != self._versions[bucket]
+        return bool(moved) or known != self._versions[bucket]
+
+    def _refuse_tied_memory(self, bucket: Bucket, moved: Sequence[int]) -> None:
+        for i in moved:
+            param, own = bucket.params[i], bucket.place_of(i)
+            address = param.data_ptr()
+            if own.data_ptr() == address:
+                continue  # its own memory, seen with other strides
+            names = [name for other in self._versions if (name := other.name_at(address)) is not None]
+            if names:
+                raise RuntimeError(
+                    f"parameter {bucket.names[i]!r} was given the memory of {names[0]!r} after ShardedLion was made, "
+                    "which keeps each parameter in a place of its own: they would be trained apart. Tie the "
+                    "parameters themselves (head.weight = embedding.weight) before constructing the optimizer."
+                )
+
+
+def _warn_of_loss(bucket: Bucket, moved: Sequence[int]) -> None:
+    """Values are kept when parameters are taken back; sharing with other processes, or a memory format, is not."""
+    pairs = [(bucket.names[i], bucket.params[i], bucket.place_of(i)) for i in moved]
+    warn_of_shared_memory([name for name, param, _ in pairs if is_shared_with_processes(param)])
+    alike = [(name, param, place) for name, param, place in pairs if param.shape == place.shape]
+    orders = [(name, MemoryFormat.of(param).dims, MemoryFormat.of(place).dims) for name, param, place in alike]
+    warn_of_another_format([name for name, now, then in orders if now != then])

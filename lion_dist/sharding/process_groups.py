@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,42 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from lion_dist.sharding import collectives
+from lion_dist.sharding.collective_error import CollectiveError
+
+
+@dataclass
+class Progress:
+    """How far one optimizer has come on this rank; for errors.
+
+    Attributes:
+        step: the one under way, from 1 on.
+        is_lost: a collective has failed; ranks are at different places from then on.
+    """
+
+    step: int = 1
+    is_lost: bool = False
+
+    def explain(self, error: CollectiveError, what: str) -> None:
+        """Add what this rank was doing."""
+        error.during(what if error.is_explained else f"{what} in step {self.step}")
+        self.is_lost = True
+
+
+def explained(call: str) -> Callable[[Callable], Callable]:
+    """Decorates a method of an object that has a ``_progress``: errors of collectives inside name ``call``."""
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def within(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except CollectiveError as error:
+                self._progress.explain(error, call)
+                raise
+
+        return within
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -17,11 +55,13 @@ class ShardGroups:
     """The ranks among which a bucket is sharded, and those that hold the same shard.
 
     ``None`` stands for a group of this rank alone: nothing is communicated, by the same code. Of a 2-D mesh the last
-    axis shards and the first replicates (hybrid sharding: shard inside a node, replicate across).
+    axis shards and the first replicates (hybrid sharding: shard inside a node, replicate across). ``progress``: of the
+    optimizer that uses them.
     """
 
     shard_group: ProcessGroup | None
     replicate_group: ProcessGroup | None = None
+    progress: Progress = field(default_factory=Progress, compare=False, repr=False)
 
     @property
     def shard_world_size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.grad_norm import GradNorm, SumOfSquares
 from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.sharding.step_agreement import Choices, StepAgreement
 
 
 @dataclass
@@ -37,15 +38,19 @@ class Judge:
     def __init__(self, groups: ShardGroups, device: torch.device, divisor: int, sum_of_squares: SumOfSquares):
         self.verdict: Verdict | None = None
         self.inverse_loss_scale: Tensor | None = None  # of a GradScaler that has unscaled already
+        self.scaler_scale: Tensor | None = None  # its scale
+        self.agreement = StepAgreement(groups, device)
+        self.divisor: float | Tensor | None = None  # of this step; None: the default
+        self.max_norm: float | Tensor | None = None  # that this step is clipped to
         self._grad_norm = GradNorm(groups, device, sum_of_squares)
         self._device, self._default_divisor = device, divisor
-        self._divisor: float | Tensor | None = None
         # Made once: small operations on the device cost 10 us of the host each, and a step ends with a row of them.
         self._default_unscaling = torch.full((), divisor, dtype=torch.float64, device=device).reciprocal()
         self._taken_or_skipped = torch.tensor([True, False]).to(device)
+        self._nothing = torch.zeros(0, dtype=torch.float64, device=device)
 
     def forget_step(self) -> None:
-        self.verdict = self._divisor = self.inverse_loss_scale = None
+        self.verdict = self.divisor = self.inverse_loss_scale = self.scaler_scale = self.max_norm = None
 
     def drop_outdated(self, grad_version: int) -> None:
         """Of gradients that a later backward pass has added to."""
@@ -58,9 +63,12 @@ class Judge:
             )
         self.verdict = None
 
-    def decide(self, buckets: Sequence[Bucket], grad_version: int) -> None:
-        """Ask all ranks, once, about the reduced gradients of ``buckets``."""
-        total, used = self._grad_norm(buckets)
+    def decide(self, buckets: Sequence[Bucket], grad_version: int, choices: Callable[[], Choices]) -> None:
+        """Ask all ranks, once, about the reduced gradients of ``buckets``, and compare their ``choices``."""
+        also = self.agreement.begin(choices()) if self.agreement.is_on else self._nothing
+        total, used, sums = self._grad_norm(buckets, also)
+        if self.agreement.is_on:
+            self.agreement.end(sums)
         outcome = (total < math.inf) == self._taken_or_skipped  # NaN is not below
         self.verdict = Verdict(total, outcome, outcome[1].float(), used, grad_version)
 
@@ -70,13 +78,13 @@ class Judge:
             raise ValueError(f"the gradient divisor must be finite and above 0, got {count!r}")
         if self.verdict is not None and self.verdict.clip_coefficient is not None:
             raise RuntimeError("set_grad_divisor() comes before clip_grad_norm_(), which has used the old one")
-        self._divisor = count
+        self.divisor = count
 
     def unscaling(self, loss_scale: Tensor | None) -> Tensor:
         """[] fp64: what turns a sum of scaled gradients into the gradient."""
         factor = self._default_unscaling
-        if self._divisor is not None or loss_scale is not None:
-            divisor = self._default_divisor if self._divisor is None else self._divisor
+        if self.divisor is not None or loss_scale is not None:
+            divisor = self._default_divisor if self.divisor is None else self.divisor
             if isinstance(divisor, Tensor):
                 divisor = divisor.to(self._device, torch.float64)
             else:
@@ -98,4 +106,5 @@ class Judge:
         """Let ``grad_scale`` bring the norm down to ``max_norm``; returns :meth:`norm`."""
         norm = self.norm(loss_scale)
         self.verdict.clip_coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.max_norm = max_norm
         return norm

@@ -9,6 +9,7 @@ from torch import nn
 from lion_dist.sharding.bucket import Bucket, GradState, ParamState
 from lion_dist.sharding.buffers import CommStream, GradBufferPool, gaps_of, views_of
 from lion_dist.sharding.layout import BucketLayout
+from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.process_groups import ShardGroups
 
 CPU = torch.device("cpu")
@@ -129,7 +130,8 @@ def test_views_and_gaps_cover_the_flat_buffer():
     layout = BucketLayout((3, 0, 70, 1), 3)
     flat = torch.zeros(layout.numel)
     shapes = [torch.Size(s) for s in ((3,), (0,), (7, 10), ())]
-    for view, shape in zip(views_of(flat, layout, shapes), shapes, strict=True):
+    views = views_of(flat, layout, [MemoryFormat.row_major(shape) for shape in shapes])
+    for view, shape in zip(views, shapes, strict=True):
         assert view.shape == shape
         view += 1
     for gap in gaps_of(flat, layout):

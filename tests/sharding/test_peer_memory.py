@@ -16,6 +16,7 @@ from lion_dist import ShardedLion, ShardingConfig
 from lion_dist.sharding import collectives, peer_memory
 from lion_dist.sharding.grad_push import GradPush
 from lion_dist.sharding.layout import BucketLayout
+from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.ordered_sum_triton import OrderedSum
 from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory, Recording
 
@@ -97,6 +98,7 @@ class Reductions:
     def __init__(self, ranks, dtype, shapes=SHAPES, buffers=2):
         self.ranks, self.dtype, self.shapes = ranks, dtype, [torch.Size(shape) for shape in shapes]
         self.layout = BucketLayout(tuple(shape.numel() for shape in self.shapes), ranks)
+        self.formats = [MemoryFormat.row_major(shape) for shape in self.shapes]
         room = (ranks - 1) * self.layout.shard_numel + 64  # longer than it must be, as the pool's for a small bucket
         flats = [[torch.full((room,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(ranks)] for _ in range(2)]
         self.received = [tuple(flat) for flat in flats[:buffers]]
@@ -106,7 +108,7 @@ class Reductions:
         results = [[None] * self.ranks for _ in range(count)]
 
         def reduce(memory, _):
-            push = GradPush(self.layout, self.shapes, memory, self.dtype, DEVICE)
+            push = GradPush(self.layout, self.formats, memory, self.dtype, DEVICE)
             output = torch.zeros(self.layout.shard_numel, dtype=output_dtype, device=DEVICE)
             buffers = itertools.cycle(
                 SimpleNamespace(shared=PeerBuffer(flats[memory.rank], flats), flat=flats[memory.rank], views={})
