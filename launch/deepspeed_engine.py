@@ -114,17 +114,24 @@ def _all_or_none(act: Callable[[], object]) -> None:
 def _remove(path: Path) -> None:
     """Under another name, so that a kill half-way leaves nothing that looks whole."""
     if path.exists():
-        doomed = path.with_name(path.name.removesuffix(".partial") + ".removed")
-        if doomed.exists():  # of a kill half-way
-            shutil.rmtree(doomed)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(_doomed(path))
 
 
 def _replace(path: Path, partial: Path) -> None:
-    _remove(path)
+    """The one that had the name goes when the new one has it for good."""
+    doomed = _doomed(path) if path.exists() else None
     partial.rename(path)
     sync(path.parent)
+    if doomed is not None:
+        shutil.rmtree(doomed)
+
+
+def _doomed(path: Path) -> Path:
+    """``path`` by the name under which it goes."""
+    doomed = path.with_name(path.name.removesuffix(".partial") + ".removed")
+    if doomed.exists():  # of a kill half-way
+        shutil.rmtree(doomed)
+    return path.rename(doomed)
 
 
 def _make_durable(folder: Path) -> None:
