@@ -123,13 +123,17 @@ def keep_last(folder: str | Path, count: int) -> None:
     """Keep the ``count`` newest whole checkpoints directly under ``folder``; remove the others and leftovers.
 
     The first rank does it; others return at once. A save under way is left alone, another job's too: what dead saves
-    left goes an hour after they last wrote.
+    left goes an hour after they last wrote. What cannot be removed is warned of and tried again by the next call; so
+    is a checkpoint into whose directory somebody put a file, which stays.
     """
     if count < 1:
         raise ValueError(f"keep_last keeps at least 1 checkpoint, got {count!r}")
     under_way = None if _pending is None or _pending.done() else directory.partial_of(_pending.path.resolve())
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        directory.remove_older(Path(folder).resolve(), count, under_way)
+        try:
+            directory.remove_older(Path(folder).resolve(), count, under_way)
+        except OSError as error:  # a run that has its checkpoints does not end because there are too many
+            warnings.warn(f"keep_last() could not look through {folder}: {error}", stacklevel=2)
 
 
 # ---- one save

@@ -46,13 +46,13 @@ def test_every_file_and_name_is_durable_before_the_checkpoint_gets_its_name(tmp_
 def test_an_overwriting_save_removes_the_old_one_after_the_new_one_is_durable_under_its_name(tmp_path, monkeypatch):
     save(tmp_path / "c")
     at_removal = []
-    remove = directory.remove
+    clear = directory.clear
 
-    def removing(*args):
+    def clearing(doomed):
         at_removal.append(faults(events, tmp_path / "c"))
-        return remove(*args)
+        return clear(doomed)
 
-    monkeypatch.setattr(directory, "remove", removing)
+    monkeypatch.setattr(directory, "clear", clearing)
     with recorded() as events:
         save(tmp_path / "c")
     assert at_removal == [[]]
@@ -99,4 +99,5 @@ def test_the_recorder_notices_a_name_that_is_not_durable(tmp_path, monkeypatch):
     monkeypatch.setattr(directory, "sync", lambda path: None)
     with recorded() as events:
         save(tmp_path / "c")
-    assert faults(events, tmp_path / "c") == ["c was not synced with its files", f"{tmp_path.name} was not synced with c"]
+    found = faults(events, tmp_path / "c")
+    assert found == ["c was not synced with its files", f"{tmp_path.name} was not synced with c"]

@@ -37,7 +37,7 @@ def disk(tmp_path):
     image, folder = tmp_path / "disk", tmp_path / "folder"
     with open(image, "wb") as file:
         file.truncate(64 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mkfs.ext4", "-q", "-b", "4096", image], check=True)
 
     @contextlib.contextmanager
     def after_power_cut():
