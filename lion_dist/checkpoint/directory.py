@@ -82,6 +82,11 @@ def old_of(path: Path) -> Path:
     return path.with_name(path.name + ".old")
 
 
+def doomed_of(path: Path) -> Path:
+    """A fresh name for what is to be removed: an earlier one may still be there, held by a reader."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.removed")
+
+
 def find(path: Path) -> Path:
     """The directory to load ``path`` from: itself, or ``path.old`` when a save was killed between two renames."""
     if not path.exists() and (old_of(path) / manifest.NAME).is_file():
@@ -146,7 +151,7 @@ def remove(directory: Path, path: Path) -> None:
     Raises:
         OSError: it cannot even be renamed, and is as it was.
     """
-    doomed = path.with_name(f"{path.name}.{secrets.token_hex(4)}.removed")
+    doomed = doomed_of(path)
     directory.rename(doomed)
     sync(doomed.parent)
     clear(doomed)
