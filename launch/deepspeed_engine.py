@@ -65,6 +65,11 @@ class DeepSpeedEngine(PlainEngine):
         return max(_checkpoints(folder), key=_step, default=None)
 
     @staticmethod
+    def newest_verified(folder: Path) -> Path | None:
+        """The newest by name, as the first rank sees it: DeepSpeed's files have no checksums."""
+        return gather_objects(DeepSpeedEngine.newest(folder))[0]
+
+    @staticmethod
     def keep_last(folder: Path, count: int) -> None:
         def remove_older():
             for doomed in folder.glob("step-*.removed"):

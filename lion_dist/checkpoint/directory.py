@@ -197,18 +197,9 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def newest(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint directly under ``folder``, by the order of their saves; None when there is none.
-
-    Whole: it has a manifest, and every file in it at its full length (checksums are for ``load`` and ``verify``).
-    Partial ones are never taken. The path is for ``load``; after a save was killed it may be there as ``path.old``.
-    """
-    return next(reversed(_whole_ones(Path(folder))), None)
-
-
 def next_order(path: Path) -> int:
     """``saved`` of a checkpoint about to be committed: the clock, or one more than any beside it."""
-    return max([time.time_ns(), *(saved + 1 for saved in _whole_ones(path.parent).values())])
+    return max([time.time_ns(), *(saved + 1 for saved in whole_ones(path.parent)[0].values())])
 
 
 def remove_older(folder: Path, count: int, in_use: Path | None) -> None:
@@ -224,7 +215,7 @@ def remove_older(folder: Path, count: int, in_use: Path | None) -> None:
     for doomed in folder.glob("*.removed"):
         if _is_ours(doomed):
             clear(doomed)
-    own = [path for path in _whole_ones(folder) if not path.is_symlink()]
+    own = [path for path in whole_ones(folder)[0] if not path.is_symlink()]
     for path in own[:-count]:
         found = find(path)
         foreign = _foreign(found)
@@ -257,24 +248,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _whole_ones(folder: Path) -> dict[Path, int]:
-    """Names to load from and when they were saved, oldest first; of symlinks only those to elsewhere, for others are
-    second names."""
+def whole_ones(folder: Path) -> tuple[dict[Path, int], dict[Path, str]]:
+    """Checkpoints directly under ``folder``: names to load from, in the order of their saves, with ``saved``; and those
+    that have a manifest but are not whole, or not readable for us, with what is wrong.
+
+    Whole: every file has its full length. Of symlinks only those to elsewhere count, for others are second names.
+    """
     names = set()
     for entry in folder.iterdir() if folder.is_dir() else ():
         # Not Path.is_file, which raises for a directory that we may not look into.
         is_one = not entry.name.endswith((".partial", ".removed")) and os.path.isfile(entry / manifest.NAME)
         if is_one and not (entry.is_symlink() and entry.resolve().parent == folder.resolve()):
             names.add(entry.with_name(entry.name.removesuffix(".old")))
-    saved = {}
-    for path in names:
+    saved, unfit = {}, {}
+    for path in sorted(names):
         try:
             entries = manifest.read(find(path))
             manifest.check_sizes(find(path), entries["files"])
-        except (CheckpointError, OSError):
-            continue  # not whole, or not readable for us: not one to load
-        saved[path] = entries["saved"]
-    return {path: saved[path] for path in sorted(saved, key=lambda path: (saved[path], path.name))}
+            saved[path] = entries["saved"]
+        except (CheckpointError, OSError) as error:
+            unfit[path] = str(error)
+    return {path: saved[path] for path in sorted(saved, key=lambda path: (saved[path], path.name))}, unfit
 
 
 def _foreign(directory: Path) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lion_dist.checkpoint import directory, manifest
+from lion_dist.checkpoint import directory, manifest, metadata
 from lion_dist.checkpoint.conversion import Routes, Stored, convert, plan_routes, refresh_mains
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.named_state import NamedState, collect
@@ -63,6 +63,42 @@ def verify(path: str | Path, progress: manifest.Progress | None = None) -> None:
     Reader(found, entries["files"])
 
 
+def newest(folder: str | Path, *, verified: bool = False) -> Path | None:
+    """The newest whole checkpoint directly under ``folder``, by the order of their saves; None when there is none.
+
+    Whole: it has a manifest, and every file in it at its full length. Partial ones are never taken. The path is for
+    ``load``; after a save was killed it may be there as ``path.old``.
+
+    Args:
+        verified: also compare the checksums of all files, and go back to an older one where they differ; the first rank
+            warns of each that was left out. All ranks call it together (each reads a share), and get the same.
+    """
+    if not verified:
+        return next(reversed(directory.whole_ones(Path(folder))[0]), None)
+    wait_for_pending()
+    ranks = Ranks.here()
+    whole, left_out = ranks.on_first(lambda: directory.whole_ones(Path(folder)))
+    found = None
+    for path in reversed(whole):
+        failures = [failure for failure in ranks.gather(_damage(path, ranks)) if failure is not None]
+        if not failures:
+            found = path
+            break
+        left_out[path] = failures[0]
+    for path, reason in left_out.items() if ranks.is_first else ():
+        warnings.warn(f"{path} is left out: {reason}", stacklevel=2)
+    return found
+
+
+def _damage(path: Path, ranks: Ranks) -> str | None:
+    try:
+        found = directory.find(path)
+        _checked_reader(found, manifest.read(found)["files"], ranks)
+    except (CheckpointError, OSError) as error:
+        return describe(error)
+    return None
+
+
 @dataclass
 class _Loading:
     """A checkpoint that was found whole and fit for this model; nothing has been changed yet."""
@@ -89,18 +125,23 @@ class _Loading:
 
 
 def _prepare(found: Path, model: nn.Module, optimizer: Lion | ShardedLion, ranks: Ranks) -> _Loading:
-    """Every rank looks at all names and sizes; the checksums of the files are shared out among the ranks."""
     entries = manifest.read(found)
-    files = entries["files"]
-    manifest.check_sizes(found, files)
-    for name in {*manifest.share_of(files, ranks.rank, ranks.size), ".metadata"}:
-        manifest.check_contents(found, name, files[name])
-    reader = Reader(found, files)
+    reader = _checked_reader(found, entries["files"], ranks)
     state = collect(model, optimizer)
     stored = reader.metadata.state_dict_metadata
     _check_same_model(found, stored, state)
     _check_same_groups(found, entries["param_groups"], state.param_groups)
     return _Loading(found, entries, reader, state, plan_routes(stored, state))
+
+
+def _checked_reader(found: Path, files: dict[str, dict], ranks: Ranks) -> Reader:
+    """Every rank looks at all names and sizes; the checksums of the files are shared out among the ranks."""
+    manifest.check_sizes(found, files)
+    if metadata.NAME not in files:
+        raise CheckpointError(f"{found / manifest.NAME} is damaged: it does not list {metadata.NAME}")
+    for name in {*manifest.share_of(files, ranks.rank, ranks.size), metadata.NAME}:
+        manifest.check_contents(found, name, files[name])
+    return Reader(found, files)
 
 
 # ---- does it fit
