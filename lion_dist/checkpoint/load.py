@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from lion_dist.checkpoint import directory, manifest, metadata
-from lion_dist.checkpoint.conversion import Routes, Stored, convert, plan_routes, refresh_mains
+from lion_dist.checkpoint.conversion import Routes, convert, plan_routes, refresh_mains
 from lion_dist.checkpoint.errors import CheckpointError
+from lion_dist.checkpoint.fit import check_fit
 from lion_dist.checkpoint.named_state import NamedState, collect
 from lion_dist.checkpoint.ranks import Ranks, describe
 from lion_dist.checkpoint.save import wait_for_pending
 from lion_dist.checkpoint.storage import Reader
-from lion_dist.config import check_hyperparameters
 from lion_dist.optimizer import Lion
 from lion_dist.sharded_optimizer import ShardedLion
 
@@ -56,11 +56,7 @@ def verify(path: str | Path, progress: manifest.Progress | None = None) -> None:
         CheckpointError: names the file and what is wrong with it.
     """
     found = directory.find(Path(path))
-    entries = manifest.read(found)
-    manifest.check_sizes(found, entries["files"])
-    for name, entry in entries["files"].items():
-        manifest.check_contents(found, name, entry, progress)
-    Reader(found, entries["files"])
+    checked_reader(found, manifest.read(found)["files"], Ranks(None), progress)
 
 
 def newest(folder: str | Path, *, verified: bool = False) -> Path | None:
@@ -93,7 +89,7 @@ def newest(folder: str | Path, *, verified: bool = False) -> Path | None:
 def _damage(path: Path, ranks: Ranks) -> str | None:
     try:
         found = directory.find(path)
-        _checked_reader(found, manifest.read(found)["files"], ranks)
+        checked_reader(found, manifest.read(found)["files"], ranks)
     except (CheckpointError, OSError) as error:
         return describe(error)
     return None
@@ -126,57 +122,31 @@ class _Loading:
 
 def _prepare(found: Path, model: nn.Module, optimizer: Lion | ShardedLion, ranks: Ranks) -> _Loading:
     entries = manifest.read(found)
-    reader = _checked_reader(found, entries["files"], ranks)
+    reader = checked_reader(found, entries["files"], ranks)
     state = collect(model, optimizer)
     stored = reader.metadata.state_dict_metadata
-    _check_same_model(found, stored, state)
-    _check_same_groups(found, entries["param_groups"], state.param_groups)
+    check_fit(found, stored, entries["param_groups"], state)
     return _Loading(found, entries, reader, state, plan_routes(stored, state))
 
 
-def _checked_reader(found: Path, files: dict[str, dict], ranks: Ranks) -> Reader:
-    """Every rank looks at all names and sizes; the checksums of the files are shared out among the ranks."""
+def checked_reader(
+    found: Path, files: dict[str, dict], ranks: Ranks, progress: manifest.Progress | None = None
+) -> Reader:
+    """Every rank looks at all names and sizes; the contents of the files are shared out among the ranks."""
     manifest.check_sizes(found, files)
     if metadata.NAME not in files:
         raise CheckpointError(f"{found / manifest.NAME} is damaged: it does not list {metadata.NAME}")
-    for name in {*manifest.share_of(files, ranks.rank, ranks.size), metadata.NAME}:
-        manifest.check_contents(found, name, files[name])
-    return Reader(found, files)
-
-
-# ---- does it fit
-
-
-def _check_same_model(path: Path, stored: Stored, state: NamedState) -> None:
-    saved = {key.removeprefix("model."): entry.size for key, entry in stored.items() if key.startswith("model.")}
-    here = {name: param.value.shape for name, param in state.params.items()}
-    here |= {name: buffer.shape for name, buffer in state.buffers.items()}
-    differences = [f"only in the checkpoint: {name}" for name in saved.keys() - here.keys()]
-    differences += [f"only in the model: {name}" for name in here.keys() - saved.keys() if here[name].numel()]
-    for name in saved.keys() & here.keys():
-        if saved[name] != here[name]:
-            differences.append(f"{name}: {tuple(saved[name])} saved, {tuple(here[name])} here")
-    _refuse(path, "another model", differences)
-
-
-def _check_same_groups(path: Path, saved: list[dict], present: list[dict]) -> None:
-    differences = [] if len(saved) == len(present) else [f"{len(saved)} param groups saved, {len(present)} here"]
-    for i, (theirs, mine) in enumerate(zip(saved, present, strict=False)):
-        moved = sorted(set(theirs["params"]) ^ set(mine["params"]))
-        differences += [f"param group {i}: {name} is in only one of the two" for name in moved]
-    _refuse(path, "other param groups", differences)
-
-
-def _refuse(path: Path, what: str, differences: list[str]) -> None:
-    if differences:
-        more = f" and {len(differences) - 10} more" if len(differences) > 10 else ""
-        raise CheckpointError(f"{path} is of {what}: {'; '.join(sorted(differences)[:10])}{more}")
+    share = manifest.share_of(files, ranks.rank, ranks.size)
+    for name in {*share, metadata.NAME}:
+        manifest.check_contents(found, name, files[name], progress)
+    reader = Reader(found, files)
+    reader.check_pieces(share)
+    return reader
 
 
 def _take_settings(optimizer: Lion | ShardedLion, groups: list[dict]) -> None:
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         settings = {k: tuple(v) if k == "betas" else v for k, v in saved.items() if k != "params"}
-        check_hyperparameters({**group, **settings})
         for key, value in settings.items():
             if isinstance(group.get(key), torch.Tensor):
                 group[key].fill_(value)

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -164,8 +165,8 @@ class Reader(FileSystemReader):
                 raise CheckpointError(f"{item.storage_index.fqn!r} in {self.path} is no tensor: it is not unpickled")
             stored = self.metadata.storage_data[item.storage_index]
             by_place.setdefault((stored.relative_path, stored.offset), []).append(item)
-        for (name, _), items in sorted(by_place.items(), key=lambda pair: pair[0]):
-            piece = self._piece(name, items[0].storage_index)
+        for _, items in sorted(by_place.items(), key=lambda pair: pair[0]):
+            piece = self._piece(items[0].storage_index)
             for item in items:
                 target = planner.resolve_tensor(item).detach()
                 target.copy_(_narrow(piece, item.storage_offsets, item.lengths))
@@ -174,23 +175,73 @@ class Reader(FileSystemReader):
         done.set_result(None)
         return done
 
-    def _piece(self, name: str, index) -> Tensor:
+    def check_pieces(self, names: Sequence[str]) -> None:
+        """Raise CheckpointError unless each piece in the files ``names`` is there in its form; reads no contents."""
+        for name, stored in self.metadata.state_dict_metadata.items():
+            for i, chunk in enumerate(stored.chunks):
+                index = MetadataIndex(name, chunk.offsets, i)
+                place = self.metadata.storage_data[index]
+                if place.relative_path in names:
+                    with self._opened(place) as file, self._explained(index):
+                        _find_data(io.BufferedReader(_Window(file, place.offset, place.length)), *self._form(index))
+
+    def _piece(self, index: MetadataIndex) -> Tensor:
         """One stored piece, in a fresh CPU tensor."""
-        stored = self.metadata.state_dict_metadata[index.fqn]
-        sizes = stored.chunks[index.index].sizes
         place = self.metadata.storage_data[index]
-        with open_regular(self.path / name) as file:
+        sizes, dtype = self._form(index)
+        with self._opened(place) as file:
             file.seek(place.offset)
             archive = io.BytesIO(file.read(place.length))  # no longer than the file
+        with self._explained(index):
+            start = _find_data(archive, sizes, dtype)
+            return torch.frombuffer(archive.getbuffer(), dtype=dtype, count=math.prod(sizes), offset=start).view(sizes)
+
+    def _form(self, index: MetadataIndex) -> tuple[torch.Size, torch.dtype]:
+        stored = self.metadata.state_dict_metadata[index.fqn]
+        return stored.chunks[index.index].sizes, stored.properties.dtype
+
+    def _opened(self, place: _StorageInfo) -> io.FileIO:
+        return open_regular(self.path / place.relative_path)
+
+    @contextmanager
+    def _explained(self, index: MetadataIndex) -> Iterator[None]:
         try:
-            return _tensor_in(archive, sizes, stored.properties.dtype)
-        except (zipfile.BadZipFile, KeyError, ValueError) as error:
-            where = f"{self.path / name} at {place.offset}"
-            raise CheckpointError(f"{where} holds no piece of {index.fqn!r}: {error}") from error
+            yield
+        except Exception as error:  # zipfile raises a dozen kinds for archives that are none
+            place = self.metadata.storage_data[index]
+            where = f"{self.path / place.relative_path} at {place.offset}"
+            raise CheckpointError(f"{where} holds no piece of {index.fqn!r}: {error!r:.200}") from error
 
 
-def _tensor_in(archive: io.BytesIO, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The contiguous tensor of a ``torch.save`` archive, as a view of its memory."""
+class _Window(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int):
+        self.file, self.start, self.length, self.position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise ValueError(f"seek to {base + offset}")
+        self.position = base + offset
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        count = max(0, min(len(buffer), self.length - self.position))
+        self.file.seek(self.start + self.position)
+        count = self.file.readinto(memoryview(buffer)[:count]) if count else 0
+        self.position += count
+        return count
+
+
+def _find_data(archive: BinaryIO, sizes: Sequence[int], dtype: torch.dtype) -> int:
+    """Where in a ``torch.save`` archive the bytes of its contiguous tensor start; ValueError when it is another one."""
     with zipfile.ZipFile(archive) as zipped:
         (data,) = (entry for entry in zipped.infolist() if entry.filename.endswith("/data/0"))
         (order,) = (entry for entry in zipped.infolist() if entry.filename.endswith("/byteorder"))
@@ -198,12 +249,14 @@ def _tensor_in(archive: io.BytesIO, sizes: Sequence[int], dtype: torch.dtype) ->
             raise ValueError(f"its byte order takes {order.file_size} bytes")
         if zipped.read(order).decode() != sys.byteorder:
             raise ValueError(f"it was written on a {zipped.read(order).decode()}-endian machine")
-    numel = math.prod(sizes)
-    if data.compress_type != zipfile.ZIP_STORED or data.file_size != numel * dtype.itemsize:
-        raise ValueError(f"{data.file_size} bytes of data, {numel * dtype.itemsize} expected")
-    memory = archive.getbuffer()
-    start = start_of_data(data.header_offset, memory[data.header_offset : data.header_offset + 30])
-    return torch.frombuffer(memory, dtype=dtype, count=numel, offset=start).view(sizes)
+    nbytes = math.prod(sizes) * dtype.itemsize
+    if data.compress_type != zipfile.ZIP_STORED or data.file_size != nbytes:
+        raise ValueError(f"{data.file_size} bytes of data, {nbytes} expected")
+    archive.seek(data.header_offset)
+    start = start_of_data(data.header_offset, archive.read(30))
+    if start + nbytes > archive.seek(0, os.SEEK_END):
+        raise ValueError(f"{nbytes} bytes from {start} on are more than it has")
+    return start
 
 
 def start_of_data(header_offset: int, header: bytes | memoryview) -> int:
