@@ -81,15 +81,18 @@ def import_consolidated(source: str | Path, path: str | Path, progress: manifest
         CheckpointError: the file is something else, or does not say which state belongs to which parameter.
     """
     try:
+        _check_archive(source)
         content = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
-        found = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))) or "an object"
+        found = ", ".join(_unsafe_globals(source)) or "an object"
         raise CheckpointError(
             f"{source} holds more than tensors and numbers ({found}), which could run code when it is unpickled. Save "
             '{"model": model.state_dict(), "optimizer": optimizer.state_dict()} alone.'
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{source} is no file of torch.save: {error}") from error
+    except Exception as error:  # a damaged file can end in anything
+        raise CheckpointError(f"{source} is no file of torch.save: {error!r:.300}") from error
     if not isinstance(content, dict) or not {"model", "optimizer"} <= content.keys():
         raise CheckpointError(f'{source} is no consolidated checkpoint: it needs "model" and "optimizer"')
     model, optimizer = content["model"], content["optimizer"]
@@ -108,7 +111,7 @@ def import_consolidated(source: str | Path, path: str | Path, progress: manifest
         for name, i in zip(group["params"], saved["params"], strict=True):
             tensors |= _state_tensors(name, optimizer["state"].get(i, {}))
     entries = {"param_groups": groups, "extra": extra, "tied": tied}
-    write(Path(path), Snapshot(tensors, entries), Ranks(None), progress)
+    write(directory.absolute(path), Snapshot(tensors, entries), Ranks(None), progress)
 
 
 # ---- to one file
@@ -160,6 +163,21 @@ def _fill(file, start: int, like: Tensor, key: str, reader: Reader, progress: ma
 
 
 # ---- from one file
+
+
+def _check_archive(source) -> None:
+    """Raise CheckpointError for a zip of compressed members: torch maps their bytes as if they were plain."""
+    with manifest.open_regular(Path(source)) as file, zipfile.ZipFile(file) as zipped:
+        compressed = [entry.filename for entry in zipped.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        raise CheckpointError(f"{source} is a compressed zip ({compressed[0]}), which torch.save does not write")
+
+
+def _unsafe_globals(source) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
+    except Exception:  # it is for a message only, and the pickle may be damaged as well
+        return []
 
 
 def _check_form(source, model: object, optimizer: object) -> None:

@@ -89,6 +89,21 @@ def doomed_of(path: Path) -> Path:
 
 def find(path: Path) -> Path:
     """The directory to load ``path`` from: itself, or ``path.old`` when a save was killed between two renames."""
+    try:
+        return _found(path if path.name not in ("", "..") else absolute(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked into: {error}") from error
+
+
+def absolute(path: str | Path) -> Path:
+    """``path`` wherever the program goes later, with its name: that of a symlink stays."""
+    path = Path(path).absolute()
+    return path.resolve() if path.name == ".." else path
+
+
+def _found(path: Path) -> Path:
+    if not path.name:
+        raise CheckpointError(f"no checkpoint at {path}: it has no {manifest.NAME}. Give the directory of a save().")
     if not path.exists() and (old_of(path) / manifest.NAME).is_file():
         return old_of(path)
     if not (path / manifest.NAME).is_file():
@@ -295,6 +310,8 @@ def _is_dead(partial: Path) -> bool:
 
 
 def _refuse_name(path: Path) -> None:
+    if not path.name or "\0" in path.name:
+        raise CheckpointError(f"{str(path)!r} is no name for a checkpoint. Give that of a directory to be made.")
     if path.name.endswith((".partial", ".old", ".removed")):
         raise CheckpointError(
             f"{path.name} is no name for a checkpoint: .partial, .old and .removed are what unfinished and replaced "

@@ -91,7 +91,7 @@ def read_regular(path: Path, most: int) -> bytes:
     """What a file holds; CheckpointError when it is a device, a pipe or a directory, or has more than ``most`` bytes.
 
     Raises:
-        FileNotFoundError, PermissionError
+        FileNotFoundError
     """
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > most:
@@ -104,7 +104,7 @@ def open_regular(path: Path) -> io.FileIO:
     try:
         file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except OSError as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
+        if isinstance(error, FileNotFoundError):
             raise
         raise CheckpointError(f"{path} cannot be opened: {error}") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -50,10 +50,11 @@ def save(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion, e
             (of those that every rank holds whole, a sample of the elements is compared). Also the error of an earlier
             :func:`save_async` that nobody waited for.
     """
+    path = directory.absolute(path)
     finish_pending()
     ranks = Ranks.here()
     state = _agreed_state(model, optimizer, ranks)
-    write(Path(path), ranks.agree(lambda: Snapshot.of(state, extra, ranks)), ranks)
+    write(path, ranks.agree(lambda: Snapshot.of(state, extra, ranks)), ranks)
 
 
 def save_async(
@@ -67,11 +68,12 @@ def save_async(
     Returns:
         what to ``wait()`` for, at the latest before the program ends.
     """
+    path = directory.absolute(path)  # the thread may see another working directory
     finish_pending()
     ranks = Ranks.here()
     state = _agreed_state(model, optimizer, ranks)
     snapshot = ranks.agree(lambda: Snapshot.of(state, extra, ranks).copy())
-    return PendingSave(Path(path), snapshot, ranks)
+    return PendingSave(path, snapshot, ranks)
 
 
 class PendingSave:
