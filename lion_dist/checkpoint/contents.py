@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lion_dist import values
 from lion_dist.checkpoint import directory, manifest
-from lion_dist.checkpoint.storage import read_metadata
+from lion_dist.checkpoint.metadata import read_metadata
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_contents(path: str | Path) -> Contents:
             math.prod(stored.size) * stored.properties.dtype.itemsize,
             len(stored.chunks),
         )
-        for name, stored in sorted(read_metadata(found).state_dict_metadata.items())
+        for name, stored in sorted(read_metadata(found, entries["files"]).state_dict_metadata.items())
     ]
     saved = datetime.fromtimestamp(entries["saved"] / 1e9, UTC)
     kept = {key: entries[key] for key in ("format", "files", "param_groups", "tied", "extra")}

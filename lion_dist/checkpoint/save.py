@@ -52,7 +52,7 @@ def save(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion, e
             (of those that every rank holds whole, a sample of the elements is compared). Also the error of an earlier
             :func:`save_async` that nobody waited for.
     """
-    path = values.path("path", path)
+    path = directory.absolute(values.path("path", path))
     finish_pending()
     ranks = Ranks.here()
     state = _agreed_state(model, optimizer, ranks)
@@ -70,7 +70,7 @@ def save_async(
     Returns:
         what to ``wait()`` for, at the latest before the program ends.
     """
-    path = values.path("path", path)
+    path = directory.absolute(values.path("path", path))  # the thread may see another working directory
     finish_pending()
     ranks = Ranks.here()
     state = _agreed_state(model, optimizer, ranks)
@@ -127,14 +127,18 @@ def keep_last(folder: str | Path, count: int) -> None:
     """Keep the ``count`` newest whole checkpoints directly under ``folder``; remove the others and leftovers.
 
     The first rank does it; others return at once. A save under way is left alone, another job's too: what dead saves
-    left goes an hour after they last wrote.
+    left goes an hour after they last wrote. What cannot be removed is warned of and tried again by the next call; so
+    is a checkpoint into whose directory somebody put a file, which stays.
     """
     folder = values.path("folder", folder)
     remedy = "Pass how many checkpoints are to stay."
     count = values.whole_number("count", count, "at least 1", least=1, remedy=remedy)
     under_way = None if _pending is None or _pending.done() else directory.partial_of(_pending.path.resolve())
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        directory.remove_older(folder.resolve(), count, under_way)
+        try:
+            directory.remove_older(folder.resolve(), count, under_way)
+        except OSError as error:  # a run that has its checkpoints does not end because there are too many
+            warnings.warn(f"keep_last() could not look through {folder}: {error}", stacklevel=2)
 
 
 # ---- one save
