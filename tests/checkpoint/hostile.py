@@ -35,16 +35,29 @@ def bits_of(model, optimizer):
     }
 
 
-def refused(path):
-    """The error of a load, which has changed nothing; None when it loaded."""
+def zeroed():
+    """The small model with zeros for what was saved, so that a load shows."""
     model, optimizer = small()
+    with torch.no_grad():
+        for tensor in [*model.state_dict().values(), *(optimizer.state[p]["exp_avg"] for p in model.parameters())]:
+            tensor.zero_()
+    return model, optimizer
+
+
+def outcome(path):
+    """(the error of a load, which has changed nothing, or None when it loaded; all bits after it)."""
+    model, optimizer = zeroed()
     before = bits_of(model, optimizer)
     try:
         checkpoint.load(path, model=model, optimizer=optimizer)
     except checkpoint.CheckpointError as error:
         assert bits_of(model, optimizer) == before
-        return str(error)
-    return None
+        return str(error), before
+    return None, bits_of(model, optimizer)
+
+
+def refused(path):
+    return outcome(path)[0]
 
 
 def write_manifest(path, entries):

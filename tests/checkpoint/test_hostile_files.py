@@ -25,6 +25,7 @@ from lion_dist.checkpoint.metadata import DTYPES
 from tests.checkpoint.hostile import (
     bits_of,
     change_metadata,
+    outcome,
     read_manifest,
     refused,
     small,
@@ -300,7 +301,11 @@ def one(rng, saved, folder):
         (folder / "fifo").unlink(missing_ok=True)
     accepted = accepted_by(path, folder / "one.pt")
     assert {"newest", "newest verified"} <= set(accepted)  # one odd neighbour stops neither
-    return change.__name__, refused(path)
+    error, bits = outcome(path)
+    # Others may change what the file says: a number, or which of two pieces of one form is whose.
+    if error is None and change in (metadata_pieces, metadata_names, metadata_build, manifest_file, data_special):
+        assert bits == bits_of(*small())
+    return change.__name__, error
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -324,13 +329,7 @@ def test_a_hostile_checkpoint_gives_right_values_or_checkpoint_error(saved, tmp_
 
 
 def test_what_the_fuzzer_starts_from_loads_with_the_values_that_were_saved(saved):
-    model, optimizer = small()
-    expected = bits_of(model, optimizer)
-    for param in model.parameters():
-        param.data.zero_()
-        optimizer.state[param]["exp_avg"].zero_()
-    assert checkpoint.load(saved, model=model, optimizer=optimizer) == {"step": 1}
-    assert bits_of(model, optimizer) == expected
+    assert outcome(saved) == (None, bits_of(*small()))
 
 
 def test_a_build_instruction_changes_no_class(saved, tmp_path):
