@@ -96,7 +96,10 @@ def read_regular(path: Path, most: int) -> bytes:
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > most:
             raise CheckpointError(f"{path} has {os.fstat(file.fileno()).st_size} bytes, more than any checkpoint's")
-        return file.read()
+        try:
+            return file.read()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -137,10 +140,13 @@ def check_contents(directory: Path, name: str, entry: dict, progress: Progress |
     """Raise CheckpointError unless the file's bytes are those that were written."""
     checksum, buffer = 0, memoryview(bytearray(READ_BYTES))
     with open_regular(directory / name) as file:
-        while count := file.readinto(buffer):
-            checksum = zlib.crc32(buffer[:count], checksum)
-            if progress is not None:
-                progress(count)
+        try:
+            while count := file.readinto(buffer):
+                checksum = zlib.crc32(buffer[:count], checksum)
+                if progress is not None:
+                    progress(count)
+        except OSError as error:
+            raise CheckpointError(f"{directory / name} cannot be read: {error}") from error
     if f"{checksum:08x}" != entry["crc32"]:
         raise CheckpointError(
             f"{directory / name} is damaged: its CRC-32 is {checksum:08x}, {entry['crc32']} was written. "
