@@ -36,7 +36,7 @@ from comparison.ranks import (
     start_process_group,
     stop_process_group,
 )
-from comparison.report import memory_table, save_loss_curve, unsharded_memory
+from comparison.report import memory_table, replace_text, save_loss_curve, unsharded_memory
 from comparison.resuming import Checkpoints
 from comparison.throughput import Throughput, throughput_of
 from lion_dist import PrecisionPolicy
@@ -140,7 +140,7 @@ def finish(run: Run, held_out: dict[int, float]) -> int:
             print(f"  {name}: ranks {ranks} differ from rank 0")
         summary = {"held_out": held_out, "memory_bytes": memory, "numel": numel, "differing": differing}
         summary["skipped_steps"] = skipped
-        (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        replace_text(args.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         save_loss_curve(args.out / "metrics.jsonl", held_out, args.out / "loss-curve.png")
         print(f"in {args.out}: metrics.jsonl, loss-curve.png, summary.json, step-{last:06d}/")
     return 1 if differing else 0

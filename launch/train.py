@@ -228,18 +228,17 @@ class Training:
                 checkpoint.keep_last(self.args.out, self.args.keep_last)
 
     def begin(self) -> int:
-        """Loads the newest whole checkpoint in --out under --resume auto. Returns the number of completed steps."""
-        out, newest = self.args.out, [checkpoint.newest(self.args.out)]
-        dist.broadcast_object_list(newest)  # the first rank's look decides: another's may come a moment later
-        extra = {"step": 0}
-        if self.args.resume and newest[0] is not None:
-            extra = checkpoint.load(newest[0], model=self.model, optimizer=self.optimizer)
+        """Loads the newest undamaged checkpoint in --out under --resume auto. Returns the number of completed steps."""
+        out, extra = self.args.out, {"step": 0}
+        found = checkpoint.newest(out, verified=True) if self.args.resume else None
+        if found is not None:
+            extra = checkpoint.load(found, model=self.model, optimizer=self.optimizer)
             self.schedule.load_state_dict(extra["scheduler"])
         if dist.get_rank() == 0:
             print(f"{extra['step']} steps are done in {out}; process {os.getpid()} takes signals", flush=True)
             out.mkdir(parents=True, exist_ok=True)
             metrics, new = out / "metrics.jsonl", out / "metrics.jsonl.tmp"
-            if newest[0] is not None and not self.args.resume:  # of an earlier run, with which this one is not mixed
+            if found is None and any(out.glob("step-*")):  # of an earlier run, with which this one must not be mixed
                 aside = next(path for n in itertools.count(1) if not (path := out / f"earlier-{n}").exists())
                 aside.mkdir()
                 for path in [*out.glob("metrics.jsonl"), *out.glob("step-*")]:

@@ -28,9 +28,9 @@ OF_THE_WHOLE_OPTIMIZER = ("precision", "cautious", "use_triton", "metrics_every"
 # ---- param groups
 
 
-def check_group(group: Mapping) -> None:
+def check_group(group: Mapping, decoupled_from: float | None) -> None:
     """Raise ValueError if a param group asks for what ``Lion`` would not do."""
-    check_hyperparameters(group)
+    check_hyperparameters(group, decoupled_from)
     for key, remedy in (
         ("maximize", "Negate the loss instead"),
         ("differentiable", "Leave it out: gradients do not flow through a step"),
@@ -45,7 +45,9 @@ def check_group(group: Mapping) -> None:
             )
 
 
-def adopt_groups(saved: Sequence[Mapping], present: Sequence[Mapping], defaults: Mapping) -> list[dict]:
+def adopt_groups(
+    saved: Sequence[Mapping], present: Sequence[Mapping], defaults: Mapping, decoupled_from: float | None
+) -> list[dict]:
     """``saved`` param groups with the keys of the ``present`` ones, whatever wrote them.
 
     Keys that a saved group lacks are filled in. Keys of the user's own, and those of schedulers, are kept.
@@ -55,7 +57,7 @@ def adopt_groups(saved: Sequence[Mapping], present: Sequence[Mapping], defaults:
         own = present[i] if i < len(present) else {}  # torch refuses another number of groups
         known = {key: value for key, value in group.items() if key in own or key not in FOREIGN_KEYS}
         filled = {key: value for key, value in own.items() if key not in ("params", "param_names")}
-        check_group(dict(defaults) | filled | dict(group))
+        check_group(dict(defaults) | filled | dict(group), decoupled_from)
         result.append(dict(defaults) | filled | known)
     return result
 

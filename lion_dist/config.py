@@ -6,10 +6,13 @@ Two frozen dataclasses: :class:`PrecisionPolicy` says in which dtypes the state 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from lion_dist import values
 
 MAIN_PARAMS = ("auto", "fp32", "split", "none")
 ROUNDINGS = ("nearest", "stochastic")
@@ -43,17 +46,20 @@ class PrecisionPolicy:
     seed: int = 0
 
     def __post_init__(self):
-        if self.main_params not in MAIN_PARAMS:
-            raise ValueError(f"main_params must be one of {MAIN_PARAMS}, got {self.main_params!r}")
-        if self.momentum_rounding not in ROUNDINGS:
-            raise ValueError(f"momentum_rounding must be one of {ROUNDINGS}, got {self.momentum_rounding!r}")
-        if self.momentum_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"momentum_dtype must be torch.float32, torch.bfloat16 or None (as the parameter), got "
-                f"{self.momentum_dtype!r}. fp16 lacks the range of a momentum."
-            )
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be an int in [0, 2**63), got {self.seed!r}")
+        _set(
+            self,
+            main_params=values.choice("main_params", self.main_params, MAIN_PARAMS),
+            momentum_rounding=values.choice("momentum_rounding", self.momentum_rounding, ROUNDINGS),
+            momentum_dtype=values.dtype(
+                "momentum_dtype",
+                self.momentum_dtype,
+                (torch.float32, torch.bfloat16),
+                "fp16 lacks the range of a momentum; None is the parameter's own dtype.",
+            ),
+            seed=values.whole_number(
+                "seed", self.seed, "an int in [0, 2**63)", least=0, below=2**63, remedy="Pass the same on every rank."
+            ),
+        )
 
     def main_params_for(self, param_dtype: torch.dtype) -> str:
         """``"own"`` (the parameter itself is fp32), ``"fp32"``, ``"split"`` or ``"none"`` for one parameter dtype."""
@@ -127,20 +133,31 @@ class ShardingConfig:
     check_replicas_every: int = 0
 
     def __post_init__(self):
-        if self.zero_stage == 3:
+        remedy = "Use 2, or 1 where no_sync() is to send nothing."
+        stage = values.whole_number("zero_stage", self.zero_stage, "1 or 2", least=1, below=4, remedy=remedy)
+        if stage == 3:
             raise ValueError(
                 "zero_stage=3 (sharded parameters) is not ShardedLion's: wrap the model with "
                 "torch.distributed.fsdp.fully_shard and use lion_dist.Lion(model.parameters()) over its shards."
             )
-        if self.zero_stage not in (1, 2):
-            raise ValueError(f"zero_stage must be 1 or 2, got {self.zero_stage!r}")
-        if self.param_sync not in PARAM_SYNCS:
-            raise ValueError(f"param_sync must be one of {PARAM_SYNCS}, got {self.param_sync!r}")
-        if self.bucket_numel is not None and self.bucket_numel < 1:
-            raise ValueError(f"bucket_numel must be at least 1 element, got {self.bucket_numel!r}")
-        if self.reduce_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"reduce_dtype must be torch.float32, torch.bfloat16 or None, got {self.reduce_dtype!r}")
-        check_interval("check_replicas_every", self.check_replicas_every)
+        _set(
+            self,
+            zero_stage=stage,
+            param_sync=values.choice("param_sync", self.param_sync, PARAM_SYNCS),
+            reduce_dtype=values.dtype(
+                "reduce_dtype", self.reduce_dtype, (torch.float32, torch.bfloat16), "None is the parameter's own dtype."
+            ),
+            average=values.flag("average", self.average),
+            ordered_sum=values.flag("ordered_sum", self.ordered_sum, optional=True),
+            peer_memory=values.flag("peer_memory", self.peer_memory, optional=True),
+            update_in_backward=values.flag("update_in_backward", self.update_in_backward),
+            wait_in_backward=values.flag("wait_in_backward", self.wait_in_backward),
+            check_replicas_every=check_interval("check_replicas_every", self.check_replicas_every),
+        )
+        if self.bucket_numel is not None:
+            expected, remedy = "at least 1 element", "Pass a whole number such as 16_000_000, or None."
+            found = values.whole_number("bucket_numel", self.bucket_numel, expected, least=1, remedy=remedy)
+            _set(self, bucket_numel=found)
         if self.update_in_backward and (self.param_sync != "gather" or self.check_replicas_every):
             raise ValueError(
                 "update_in_backward=True leaves no moment at which all parameters are old or all are new, which "
@@ -149,26 +166,85 @@ class ShardingConfig:
             )
 
 
-def check_interval(name: str, every: int) -> None:
-    """Raise ValueError unless ``every`` is a number of steps, or 0 for never."""
-    if not isinstance(every, int) or isinstance(every, bool) or every < 0:
-        raise ValueError(f"{name} must be a whole number of steps, or 0 for never, got {every!r}")
+def _set(config, **fields) -> None:
+    """Keep checked values in a frozen config as Python's own, whose repr is the same on every rank."""
+    for name, value in fields.items():
+        object.__setattr__(config, name, value)
 
 
-def check_hyperparameters(group: dict) -> None:
+def check_interval(name: str, every: int) -> int:
+    """``every`` as an int; ValueError unless it is a number of steps, or 0 for never."""
+    expected = "a whole number of steps, or 0 for never"
+    return values.whole_number(name, every, expected, least=0, remedy="Pass one without a decimal point.")
+
+
+def check_policy(precision: object) -> PrecisionPolicy:
+    """TypeError unless ``precision`` is a PrecisionPolicy."""
+    remedy = 'Pass lion_dist.PrecisionPolicy(main_params="fp32"), for example.'
+    return values.instance("precision", precision, PrecisionPolicy, remedy)
+
+
+def check_sharding(sharding: object) -> ShardingConfig:
+    """TypeError unless ``sharding`` is a ShardingConfig."""
+    remedy = "Pass lion_dist.ShardingConfig(zero_stage=2), for example."
+    return values.instance("sharding", sharding, ShardingConfig, remedy)
+
+
+def check_betas(betas: object, name: str = "betas") -> tuple[float, float]:
+    """``betas`` as two floats; ValueError unless they are two numbers in [0, 1)."""
+    pair = values.plain_list(betas)
+    found = [values.as_number(beta) for beta in pair] if isinstance(pair, Sequence) and len(pair) == 2 else [None]
+    if not all(beta is not None and 0.0 <= beta < 1.0 for beta in found):
+        raise ValueError(
+            f"{name} must be two numbers in [0, 1), got {values.shown(betas)}. The paper's are (0.9, 0.99); Lion has "
+            "no third."
+        )
+    return tuple(found)
+
+
+def check_hyperparameters(group: Mapping, decoupled_from: float | None = None) -> None:
     """Raise ValueError unless ``lr``, ``betas`` and ``weight_decay`` of a param group are usable.
 
-    A tensor (a learning rate on the device) is taken as it is: looking at its value would wait for the device.
+    A tensor (a learning rate on the device) is taken as it is: looking at its value would wait for the device. A step
+    whose value then cannot be used is skipped (``StepScalars.is_unusable``).
+
+    Args:
+        decoupled_from: what ``decoupled_weight_decay`` divides the weight decay by.
     """
-    for name in ("lr", "weight_decay"):
-        value = group[name]
-        if isinstance(value, torch.Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{name} as a tensor must hold one element, got shape {tuple(value.shape)}")
-        elif not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
-    betas = group["betas"]
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(
-            f"betas must be two numbers in [0, 1), got {betas!r}. The paper's are (0.9, 0.99); Lion has no third."
-        )
+    for name in ("lr", "betas", "weight_decay"):
+        if name not in group:
+            raise ValueError(f"a param group has no {name}. Put it back, or make the optimizer anew.")
+    lr, weight_decay = group["lr"], group["weight_decay"]
+    values.rate("lr", lr)
+    values.rate("weight_decay", weight_decay)
+    check_betas(group["betas"])
+    if not isinstance(lr, Tensor) and not isinstance(weight_decay, Tensor):
+        product = float(lr) * (float(weight_decay) / (decoupled_from or 1.0))
+        if not product <= values.FP32_MAX:
+            raise ValueError(
+                f"weight_decay={values.shown(weight_decay)} with lr={values.shown(lr)} is a decay of {product:.1e} a "
+                "step, beyond fp32. Pass a smaller one, such as 0.1."
+            )
+
+
+class HyperparameterWatch:
+    """Checks the param groups at every step, where a scheduler or a program may have put anything.
+
+    It costs three comparisons a group unless something has been replaced since the last step.
+    """
+
+    def __init__(self, decoupled_from: float | None):
+        self._decoupled_from = decoupled_from
+        self._checked: list[tuple] = []
+
+    def check(self, groups: Sequence[Mapping]) -> None:
+        """Raise ValueError, before a step changes anything, when a group cannot be used."""
+        found = [(group.get("lr"), group.get("weight_decay"), group.get("betas")) for group in groups]
+        if len(found) == len(self._checked):
+            pairs = zip(found, self._checked, strict=True)
+            # By identity: a NaN differs from itself, and comparing tensors would wait. A list may change in place.
+            if all(a is d and b is e and c is f and type(c) is tuple for (a, b, c), (d, e, f) in pairs):
+                return
+        for group in groups:
+            check_hyperparameters(group, self._decoupled_from)
+        self._checked = found

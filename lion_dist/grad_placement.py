@@ -8,11 +8,12 @@ leave it to DTensor's dispatch; ``Lion`` works on local tensors, so it redistrib
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
+import torch
 from torch import Tensor
 
-from lion_dist.local_tensors import PLAIN, local_tensor
+from lion_dist.local_tensors import PLAIN, check_memory, local_tensor
 
 _spec_and_local = operator.attrgetter("_spec", "_local_tensor")
 
@@ -30,16 +31,18 @@ class GradPlacements:
         self._specs: list | None = None  # of the gradients that were looked at last
         self._misplaced: list[int] = []  # positions of those that have to be redistributed
 
-    def local_grads(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    def local_grads(self, grads: Sequence[Tensor], types: Set[type]) -> Sequence[Tensor]:
         """The local part of each gradient; redistributed where its placements are not the parameter's.
 
         All ranks of a mesh call it with gradients of the same placements. ``grads`` themselves stay as they are.
+
+        Args:
+            types: of the ``grads``.
 
         Raises:
             TypeError: one of parameter and gradient is a DTensor and the other is not.
             ValueError: they are DTensors of different meshes.
         """
-        types = set(map(type, grads))
         if self._none_sharded and types <= PLAIN:
             return grads
         if self._all_sharded and all(hasattr(kind, "placements") for kind in types):
@@ -80,6 +83,10 @@ def wait_for(tensor: Tensor) -> Tensor:
     """
     if type(tensor) in PLAIN:
         return tensor
-    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    if torch.distributed.is_available():
+        from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
+        if isinstance(tensor, AsyncCollectiveTensor):
+            return tensor.wait()
+    check_memory(tensor, "a gradient")
+    return tensor

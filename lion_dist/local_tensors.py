@@ -24,3 +24,12 @@ def local_tensors(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def flat(tensor: Tensor) -> Tensor:
     """[local numel], contiguous: a view where the memory is contiguous and a copy where it is not."""
     return local_tensor(tensor).detach().contiguous().view(-1)
+
+
+def check_memory(tensor: Tensor, what: str) -> None:
+    """Raise TypeError if the local ``tensor`` is a wrapper around other tensors, without memory of its own."""
+    if type(tensor) not in PLAIN and tensor.numel() and not tensor.data_ptr():
+        raise TypeError(
+            f"{what} of shape {tuple(tensor.shape)} is a {type(tensor).__name__}, whose memory Lion cannot reach. "
+            "Leave it out of the optimizer, or train plain tensors or DTensors."
+        )

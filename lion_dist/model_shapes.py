@@ -16,6 +16,8 @@ from pathlib import Path
 
 from torch import nn
 
+from lion_dist import values
+
 # Llama-shaped, by their published configs. kv: key and value heads; tied: one matrix is embedding and head.
 PRESETS = {
     "1b": {"hidden": 2048, "ffn": 8192, "layers": 16, "heads": 32, "kv": 8, "vocab": 128_256, "tied": True},
@@ -39,6 +41,7 @@ PRESET_NAMES = {
 LLAMA_LIKE = ("llama", "mistral")
 # What most configs call their sizes. Lists, one value a layer, are left to the model.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+LARGEST_LAYERS, LARGEST_SIZE = 10_000, 2**31  # beyond any model; the layers are made one by one
 BLOCK = re.compile(r"^(.*?\.)?\d+(?=\.)")  # "model.layers.3" of "model.layers.3.mlp.up_proj.weight"
 
 
@@ -121,16 +124,16 @@ def read_shapes(where: str) -> ModelShapes:
     Raises:
         ValueError: neither, or a config that cannot be made into a causal language model here.
     """
-    if where.lower() in PRESETS:
-        return preset(where.lower())
-    path = Path(where)
+    path = values.path("where", where)
+    if str(where).lower() in PRESETS:
+        return preset(str(where).lower())
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
         raise ValueError(f"--params {where}: neither a file nor one of {', '.join(PRESETS)}. Pass a config.json.")
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--params {where} is not JSON ({error}). Pass a Hugging Face config.json.") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f'--params {where} has no "model_type". Pass the config.json of a Hugging Face model.')
@@ -174,10 +177,14 @@ def _by_transformers(path: Path, config: dict) -> ModelShapes:
 def _check_sizes(path: Path, sizes: Mapping[str, object]) -> None:
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
+            shown = json.dumps(value)[:80]
             raise ValueError(
-                f'--params {path}: "{name}" must be a whole number of at least 1, got {json.dumps(value)}. Correct it, '
-                f"or pass a preset: {', '.join(PRESETS)}."
+                f'--params {path}: "{name}" must be a whole number of at least 1, got {shown}. Correct it, or pass a '
+                f"preset: {', '.join(PRESETS)}."
             )
+        largest = LARGEST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
+        if value > largest:
+            raise ValueError(f'--params {path}: "{name}" is beyond any model (at most {largest}). Correct it.')
 
 
 def _by_formula(path: Path, config: dict) -> ModelShapes:
@@ -193,6 +200,11 @@ def _by_formula(path: Path, config: dict) -> ModelShapes:
             raise ValueError(f'--params {path} has no "{name}". Pass a whole config.json.')
     optional = {name: config[name] for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None}
     _check_sizes(path, {name: config[name] for name in needed} | optional)
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(
+            f'--params {path}: "tie_word_embeddings" must be true or false, got {values.shown(tied)}. Correct it.'
+        )
     sizes = {
         "hidden": config["hidden_size"],
         "ffn": config["intermediate_size"],
@@ -200,7 +212,7 @@ def _by_formula(path: Path, config: dict) -> ModelShapes:
         "heads": config["num_attention_heads"],
         "kv": optional.get("num_key_value_heads", config["num_attention_heads"]),
         "vocab": config["vocab_size"],
-        "tied": config.get("tie_word_embeddings", False),
+        "tied": tied,
         "head_dim": optional.get("head_dim"),
     }
     params = tuple(llama_shapes(**sizes))

@@ -14,15 +14,17 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lion_dist import values
 from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
 from lion_dist.canonical_index import CanonicalStarts
-from lion_dist.config import PrecisionPolicy, check_hyperparameters, check_interval
+from lion_dist.config import HyperparameterWatch, PrecisionPolicy, check_hyperparameters, check_interval, check_policy
 from lion_dist.engine_state import is_flat_param, movable_state, share_mesh_axes
-from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, split_main
+from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, skip_unusable, split_main
 from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
-from lion_dist.local_tensors import flat, local_tensor
+from lion_dist.local_tensors import check_memory, flat, local_tensor
 from lion_dist.metrics import OFF, Meter, measure_batch, metrics_of_rank
 from lion_dist.param_batch import STATE_KEYS, GroupBatches, ParamBatch
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
@@ -33,14 +35,20 @@ _grad, _version = map(operator.attrgetter, ("grad", "_version"))
 
 def effective_weight_decay(group: dict, decoupled_from: float | None):
     """lion-pytorch's ``decoupled_weight_decay``: the decay is divided by the constructor's learning rate."""
-    return group["weight_decay"] if decoupled_from is None else group["weight_decay"] / decoupled_from
+    weight_decay = group["weight_decay"]
+    if decoupled_from is None:
+        return weight_decay
+    return (weight_decay if isinstance(weight_decay, Tensor) else float(weight_decay)) / decoupled_from
 
 
 def decoupling_lr(lr, decoupled_weight_decay: bool) -> float | None:
-    if not decoupled_weight_decay:
+    if not values.flag("decoupled_weight_decay", decoupled_weight_decay):
         return None
     if not float(lr) > 0:
-        raise ValueError(f"decoupled_weight_decay divides by the initial lr, which must be above 0, got {lr!r}")
+        raise ValueError(
+            f"decoupled_weight_decay divides by the initial lr, which must be above 0, got {values.shown(lr)}. Let a "
+            "schedule begin above 0, or pass decoupled_weight_decay=False."
+        )
     return float(lr)
 
 
@@ -51,7 +59,7 @@ def warn_if_decay_vanishes(lr, weight_decay) -> None:
     """``1 - lr * weight_decay`` is 1 in fp32 below about 6e-8: say so, once; a schedule passes many such products."""
     if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
         return
-    product = lr * weight_decay
+    product = float(lr) * float(weight_decay)
     if 0 < product < 2**-24 and not _warned_of_decay:
         _warned_of_decay.add(product)
         warnings.warn(
@@ -123,20 +131,20 @@ class Lion(Optimizer):
         cautious: bool = False,
         metrics_every: int = 0,
     ):
-        check_interval("metrics_every", metrics_every)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
-        self.precision, self.cautious = precision, cautious
-        self.use_triton = use_triton
+        self.precision, self.cautious = check_policy(precision), values.flag("cautious", cautious)
+        self.use_triton = values.flag("use_triton", use_triton, optional=True)
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
-        self.metrics_every = metrics_every
         self._no_gradients = NoGradientWarning()
         self._starts: CanonicalStarts | None = None  # of the known batches; None: no random bits were drawn
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
+        self.metrics_every = check_interval("metrics_every", metrics_every)
         self._meter: Meter = OFF  # until the first step, when parameters are where they will stay
         self._known_batches: dict[int, GroupBatches] = {}  # by id of the param group, from the last step
         # Of params with main params, by id: (version counter, address) after our last write; or the batch knows it.
         self._written: dict[int, tuple[int | None, int]] = {}
-        super().__init__(params, defaults)
+        super().__init__(values.params(params), defaults)
 
     shares_verdict = False  # lion_dist.GradScaler: every rank that holds a shard knows of every other's overflow
 
@@ -161,12 +169,14 @@ class Lion(Optimizer):
         self.__dict__.setdefault("_no_gradients", NoGradientWarning())
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's __setstate__ adds it; a fresh optimizer has no such key
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
 
     def add_param_group(self, param_group: dict) -> None:
+        values.param_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group)
+            check_group(group, self._decoupled_from)
             names = group.get("param_names", [f"parameter {i} of the group" for i in range(len(group["params"]))])
             for name, param in zip(names, group["params"], strict=True):
                 check_param(param, name)
@@ -180,17 +190,24 @@ class Lion(Optimizer):
     @torch._disable_dynamo  # compiled, it updated nothing in the second step after add_param_group()
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
-        """One step for every parameter that has a gradient. Returns what ``closure`` returned."""
+        """One step for every parameter that has a gradient. Returns what ``closure`` returned.
+
+        Raises:
+            ValueError: a param group holds an lr, betas or weight_decay that cannot be used; nothing is changed.
+        """
+        values.closure(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._hyperparameters.check(self.param_groups)
         grad_scale, skip = self._scaling()
         self._follow_moved_params()
         # Whatever may be refused is refused here, before anything is changed.
         found = [(group, *batch) for group in self.param_groups for batch in self._batches(group)]
         backends = [choose_backend(batch.tensors.device, self.use_triton) for _, batch, _ in found]
         scalars = [self._scalars(group) for group, _, _ in found]
+        skip = skip_unusable(skip, scalars)
         if self._no_gradients.is_waiting:
             self._note_gradients(bool(found))
         self._make_meter()
@@ -211,7 +228,7 @@ class Lion(Optimizer):
         if not any(isinstance(lr, Tensor) or lr for lr in rates):
             return  # torch.distributed.checkpoint makes state by such a step, with gradients of its own
         params = [p for group in self.param_groups for p in group["params"]]
-        if any_gradients or any(local_tensor(p).numel() for p in params):  # else this rank has no part to train
+        if any_gradients or any(is_lazy(p) or local_tensor(p).numel() for p in params):  # else no part to train here
             self._no_gradients.note_step(any_gradients)
 
     def _update(
@@ -219,6 +236,8 @@ class Lion(Optimizer):
     ) -> None:
         params, tensors = batch.params, batch.tensors
         self._refresh_stale_main(batch)
+        if skip is not None:
+            skip = skip.to(tensors.device, non_blocking=True)  # where groups lie on several devices
         arguments = {
             "grad_scale": grad_scale,
             "seed": self.precision.seed,
@@ -254,6 +273,8 @@ class Lion(Optimizer):
         Raises:
             RuntimeError: ``metrics_every`` is 0.
         """
+        remedy = "Pass the group among whose ranks an engine cuts the parameters."
+        values.instance("process_group", process_group, ProcessGroup, remedy, optional=True)
         self._make_meter()
         params = [p for group in self.param_groups for p in group["params"]]
         return metrics_of_rank(self._meter, params, process_group)
@@ -270,6 +291,8 @@ class Lion(Optimizer):
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """What GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not isinstance(skip, Tensor):  # without any gradient torch's GradScaler sums an empty list: the int 0
+            skip = None
         if skip is not None and not self.shares_verdict:
             params = [p for group in self.param_groups for p in group["params"]]
             if not share_mesh_axes(p if p.grad is None else p.grad for p in params):
@@ -284,14 +307,16 @@ class Lion(Optimizer):
         """The group's parameters that have a gradient, in batches of like tensors (one launch each), and gradients."""
         params = group["params"]
         grads = list(map(_grad, params))
-        if type(None) in set(map(type, grads)):
+        types = set(map(type, grads))
+        if type(None) in types:
+            types.discard(type(None))
             params, grads = [p for p in params if p.grad is not None], [g for g in grads if g is not None]
         known = self._known_batches.get(id(group))
         if known is None or not known.holds(params):
             if known is not None:
                 self._remember_written(known.batches)
             known = GroupBatches(params)
-        grads = known.placements.local_grads(grads)
+        grads = known.placements.local_grads(grads, types)
         matched = known.match(grads, self.state)
         if matched is None:
             self._remember_written(known.batches)
@@ -308,6 +333,7 @@ class Lion(Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
+                check_memory(local_tensor(param), "a parameter")
                 state = self.state_of(param)
                 if not fits(param, state, self._state_dtypes(param)):
                     self.state[param] = self._adopt_state(param, state)
@@ -436,10 +462,11 @@ class Lion(Optimizer):
         ``exp_avg`` takes the configured dtype (with a warning where the file's differs), main params are made from
         the parameters where the file has none, and missing group keys are filled in. Load the model first.
         """
+        values.state_dict(state_dict)
         states: dict[Tensor, dict] = {}
 
         def adopt(_self, state_dict: dict) -> dict:  # after a user's own hooks, which may have changed it
-            groups = adopt_groups(state_dict["param_groups"], self.param_groups, self.defaults)
+            groups = adopt_groups(state_dict["param_groups"], self.param_groups, self.defaults, self._decoupled_from)
             saved_ids = [i for group in groups for i in group["params"]]
             params = [p for group in self.param_groups for p in group["params"]]
             saved = state_dict["state"]

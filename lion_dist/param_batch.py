@@ -7,16 +7,17 @@ of looking at one parameter after the other.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lion_dist.grad_placement import GradPlacements
 from lion_dist.kernels.update import LionTensors
-from lion_dist.local_tensors import local_tensors
+from lion_dist.local_tensors import local_tensor, local_tensors
 
 _shape, _layout, _dtype = map(operator.attrgetter, ("shape", "layout", "dtype"))
+_exp_avg = operator.itemgetter("exp_avg")
 STATE_KEYS = ("exp_avg", "main_param", "step")
 
 
@@ -57,28 +58,30 @@ class ParamBatch:
         self._are_plain = local is params  # and stay so: a DTensor in their place would be at address 0
         self.addresses = self._addresses_of(params)
         self.written: list[int | None] = []
-        self._state_keys = [key for key in STATE_KEYS if key in states[0]]
-        self._state_memory = self._state_addresses()
+        self._exp_avg_addresses = self._addresses_of(map(_exp_avg, states))
+        others = [operator.itemgetter(key) for key in STATE_KEYS[1:] if key in states[0]]
+        self._other_state = [(get, list(map(get, states))) for get in others]
         # Non-contiguous parameters are updated in a copy, and the copy is made anew at each step. (What is contiguous
         # stays so at its address, unless somebody transposes a square matrix in place: still_holds() looks.)
         self.copied = [(p, copy) for p, copy in zip(local, tensors.params, strict=True) if not p.is_contiguous()]
 
-    def _addresses_of(self, tensors: Sequence[Tensor]) -> list[int]:
-        return list(map(Tensor.data_ptr, tensors if self._are_plain else local_tensors(tensors)))
-
-    def _state_addresses(self) -> list[list[int]] | None:
-        """Of each kind of state; None where a user has removed some, or put a number in its place."""
-        try:
-            return [self._addresses_of([state[key] for state in self.states]) for key in self._state_keys]
-        except (KeyError, TypeError):
-            return None
+    def _addresses_of(self, tensors: Iterable[Tensor]) -> list[int]:
+        return list(map(Tensor.data_ptr, tensors if self._are_plain else map(local_tensor, tensors)))
 
     def still_holds(self) -> bool:
-        """Parameters and momentum are where they were: a user may put others in their place."""
+        """Parameters and state are where they were: a user may put others in their place."""
         local = self.params if self._are_plain else local_tensors(self.params)
         if self.copied or list(map(Tensor.data_ptr, local)) != self.addresses:
             return False
-        return all(map(Tensor.is_contiguous, local)) and self._state_addresses() == self._state_memory
+        return all(map(Tensor.is_contiguous, local)) and self._has_its_state()
+
+    def _has_its_state(self) -> bool:
+        try:
+            if self._addresses_of(map(_exp_avg, self.states)) != self._exp_avg_addresses:
+                return False
+            return all(all(map(operator.is_, map(get, self.states), kept)) for get, kept in self._other_state)
+        except (KeyError, TypeError):  # a user has removed some of it, or put a number in its place
+            return False
 
     def accepts(self, grads: Sequence[Tensor]) -> bool:
         """Local gradients of the right dtype, shape and layout for these parameters."""

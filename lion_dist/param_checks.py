@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lion_dist.config import PARAM_DTYPES
 from lion_dist.local_tensors import local_tensor
@@ -38,7 +39,7 @@ def check_param(param: object, name: str) -> None:
             f"{name} is a DTensor with the placements {param.placements}: each rank holds an addend of its values, and "
             "the sign of an update cannot be split into addends. Redistribute it to Shard or Replicate placements."
         )
-    if param.requires_grad:
+    if param.requires_grad and not is_lazy(param):  # a lazy module's has no memory yet, and gets it in place
         check_no_overlap(param, name)
 
 
@@ -54,7 +55,7 @@ def check_no_overlap(param: Tensor, name: str) -> None:
 
 def check_grad(param: Tensor, grad: Tensor) -> None:
     """Raise unless the local ``grad`` can be a gradient of ``param``."""
-    if grad.is_sparse:
+    if grad.layout != torch.strided:
         raise RuntimeError(
             f"Lion has no sparse update, and a parameter of shape {tuple(param.shape)} has a sparse gradient. "
             "Use nn.Embedding(sparse=False): untouched rows stay where they are without it too."

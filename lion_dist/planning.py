@@ -17,7 +17,8 @@ from math import prod
 
 import torch
 
-from lion_dist.config import PrecisionPolicy, ShardingConfig
+from lion_dist import values
+from lion_dist.config import PrecisionPolicy, ShardingConfig, check_sharding
 from lion_dist.kernels.codes import digits_for
 from lion_dist.model_shapes import ModelShapes
 from lion_dist.sharding.buffers import GradBufferPool
@@ -78,8 +79,9 @@ class Job:
 
     def __post_init__(self):
         for name in ("ranks", "nodes", "micro_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            found = values.whole_number(name, getattr(self, name), "at least 1", least=1, remedy="Pass a whole number.")
+            object.__setattr__(self, name, found)
+        check_sharding(self.sharding)
         if self.ranks % self.nodes:
             raise ValueError(f"{self.ranks} ranks do not spread evenly over {self.nodes} nodes")
 
@@ -123,6 +125,8 @@ class EnginePlan:
 
         A group that spans nodes goes at the slower of the two. Latency, and overlap with computing, are left out.
         """
+        for name, speed in (("intra", intra), ("inter", inter)):
+            values.number(name, speed, "above 0", above=0.0, remedy="Pass bytes/s of a rank, such as 300e9.")
         return sum(c.sent / (min(intra, inter) if c.crosses else intra) for c in self.traffic)
 
 
@@ -304,6 +308,9 @@ def engines_for(precision: Precision, job: Job) -> dict[str, tuple[Callable, dic
 
 def plan(model: ModelShapes, job: Job, precision: str) -> list[EnginePlan]:
     """Every engine with one of ``PRECISIONS``; an engine that has no such precision is left out."""
+    values.instance("model", model, ModelShapes, 'Pass model_shapes.read_shapes("7b"), for example.')
+    values.instance("job", job, Job, "Pass planning.Job(ranks=8), for example.")
+    values.choice("precision", precision, tuple(PRECISIONS))
     chosen = PRECISIONS[precision]
     plans = []
     for name, (engine, settings) in engines_for(chosen, job).items():
@@ -321,6 +328,10 @@ def activation_bytes(model: ModelShapes, tokens: int, itemsize: int, *, checkpoi
     scores), or one with activation checkpointing, which has one whole layer at a time. The loss keeps the logits, and
     a copy and a gradient of them in fp32.
     """
+    values.instance("model", model, ModelShapes, 'Pass model_shapes.read_shapes("7b"), for example.')
+    for name, count in (("tokens", tokens), ("itemsize", itemsize)):
+        values.whole_number(name, count, "at least 1", least=1, remedy="Pass a whole number.")
+    checkpointing = values.flag("checkpointing", checkpointing)
     per_layer = 17 * model.hidden * itemsize
     layers = model.layers * model.hidden * itemsize + per_layer if checkpointing else model.layers * per_layer
     return tokens * (layers + model.vocab * (itemsize + 8))

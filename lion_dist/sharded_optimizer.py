@@ -23,10 +23,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lion_dist import values
 from lion_dist.bucket_shard import BucketShard, ShardBatch, make_batches, params_of_slices
-from lion_dist.config import PrecisionPolicy, ShardingConfig, check_hyperparameters, check_interval
+from lion_dist.config import (
+    HyperparameterWatch,
+    PrecisionPolicy,
+    ShardingConfig,
+    check_hyperparameters,
+    check_interval,
+    check_policy,
+    check_sharding,
+)
 from lion_dist.full_state import Consolidated, check_rank, copied_containers, maker_of_parts, meet
-from lion_dist.kernels.reference import StepScalars, cautious_lr
+from lion_dist.kernels.reference import StepScalars, cautious_lr, skip_unusable
 from lion_dist.kernels.statistics import measure
 from lion_dist.kernels.update import choose_backend, lion_update_
 from lion_dist.membership import Membership
@@ -108,17 +117,20 @@ class ShardedLion(Optimizer):
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
-        check_interval("metrics_every", metrics_every)
+        self.metrics_every = check_interval("metrics_every", metrics_every)
+        self.precision, self.sharding = check_policy(precision), check_sharding(sharding)
+        self.use_triton = values.flag("use_triton", use_triton, optional=True)
+        self.cautious = cautious = values.flag("cautious", cautious)
+        values.instance("module", module, nn.Module, "Pass the model that owns the parameters.", optional=True)
         if sharding.update_in_backward and (cautious or metrics_every):
             raise ValueError(
                 "update_in_backward=True updates a bucket before the other buckets' gradients are there. cautious=True "
                 "(statistics over whole tensors) and metrics_every (over a whole step) need update_in_backward=False."
             )
-        self.metrics_every = metrics_every
-        self.precision, self.sharding, self.use_triton, self.cautious = precision, sharding, use_triton, cautious
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._progress = Progress()
         self.groups = resolve_groups(process_group)  # until ranks communicate; then of the optimizer's own
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
         self.shards: list[BucketShard] = []
         self._batches: list[ShardBatch] = []  # the same
         self._module = module
@@ -140,7 +152,7 @@ class ShardedLion(Optimizer):
         self._param_sync = SendCodes() if sharding.param_sync == "coded" else GatherParams()
         self._is_built = False
         self._factors: Factors | None = None  # that the last step has used
-        super().__init__(params, defaults)
+        super().__init__(values.params(params), defaults)
         refuse_wrapped(self._params.names, module)
         refuse_sparse_gradients(self._params.names, module)
         self._build(self.param_groups)
@@ -214,6 +226,7 @@ class ShardedLion(Optimizer):
     @explained("add_param_group()")
     def add_param_group(self, param_group: dict) -> None:
         """Append a param group; its parameters get buckets of their own. All ranks do so together, between steps."""
+        values.param_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -343,7 +356,9 @@ class ShardedLion(Optimizer):
 
         Raises:
             RuntimeError: inside ``no_sync()``; or the param groups or the module hold other parameters than they did.
+            ValueError: a param group holds an lr, betas or weight_decay that cannot be used; nothing is changed.
         """
+        values.closure(closure)
         self._refuse_blind_scaler()
         refuse_emptied(self.state)
         self._consolidated = None
@@ -366,7 +381,9 @@ class ShardedLion(Optimizer):
         if self._backward_updates is not None:
             self._finish_backward_updates()
             return loss
-        verdict = self._judge_gradients()
+        scalars = self._all_scalars()
+        self._judge_gradients()
+        verdict = self._judge.skip_unusable(skip_unusable(None, scalars.values()))
         if self.forward_hooks is not None:
             self.forward_hooks.note_sync_starts()
         if self._no_gradients.is_waiting:
@@ -377,7 +394,6 @@ class ShardedLion(Optimizer):
                 self._replicas.begin_step(self._copies)
         self._meter.begin_step()
         self._refresh_stale_main(self.shards)
-        scalars = {id(group): self._scalars_of(group) for group in self.param_groups}
         with self._meter.clock.phase("norm"):
             cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
         self._updating.update(self.buckets)
@@ -413,11 +429,13 @@ class ShardedLion(Optimizer):
         self._refresh_stale_main(batch.shards)
         self._updating.add(bucket)
         trained = [param.requires_grad for param in bucket.params]
+        scalars = self._all_scalars()
         if batch.tensors is not None:
             lion_update_(
                 batch.tensors,
                 batch.grads(),
-                self._scalars_of(batch.group),
+                scalars[id(batch.group)],
+                skip=skip_unusable(None, scalars.values()),
                 grad_scale=self._judge.grad_scale(None),
                 active=None if all(trained) else self._on_device([trained[s.param] for s in bucket.slices]),
                 seed=self.precision.seed,
@@ -455,7 +473,11 @@ class ShardedLion(Optimizer):
         # A learning rate or divisor on the device may be changed from here on; the updates have read it.
         self._stream.join(self._updates_mark)
         self._stream.release()
-        self._counters[0] += 1
+        skip = skip_unusable(None, self._all_scalars().values())
+        if skip is None:
+            self._counters[0] += 1
+        else:
+            self._counters += torch.stack([skip == 0, skip != 0])
         self._end_step()
         if self.forward_hooks is None:
             self.finish_param_sync()
@@ -471,6 +493,11 @@ class ShardedLion(Optimizer):
         if self._backward_updates is not None:
             self._backward_updates.forget_step()
         self._judge.forget_step()
+
+    def _all_scalars(self) -> dict[int, StepScalars]:
+        """By id of the param group."""
+        self._hyperparameters.check(self.param_groups)
+        return {id(group): self._scalars_of(group) for group in self.param_groups}
 
     def _scalars_of(self, group: dict) -> StepScalars:
         weight_decay = effective_weight_decay(group, self._decoupled_from)
@@ -603,8 +630,8 @@ class ShardedLion(Optimizer):
         Returns:
             [] fp32 on the device: the norm before clipping, over all ranks and parameters.
         """
-        if not max_norm > 0:
-            raise ValueError(f"max_norm must be above 0, got {max_norm!r}")
+        remedy = "Pass the largest norm that a step may have, such as 1.0."
+        max_norm = values.number("max_norm", max_norm, "above 0", above=0.0, remedy=remedy)
         self._judge_gradients()
         return self._judge.clip(max_norm, self._loss_scale)
 
@@ -623,6 +650,8 @@ class ShardedLion(Optimizer):
         Returns:
             [] fp32 on the device: 1 when a gradient is not finite on any rank.
         """
+        values.instance("inverse_loss_scale", inverse_loss_scale, Tensor, "Use lion_dist.GradScaler, which passes it.")
+        values.scalar_tensor("inverse_loss_scale", inverse_loss_scale)
         self._judge.inverse_loss_scale, self._judge.scaler_scale = inverse_loss_scale, loss_scale
         return self._judge_gradients().skip
 
@@ -706,7 +735,7 @@ class ShardedLion(Optimizer):
         After an exception anywhere in a step, all ranks call it and go on: an update that was under way is ended by
         gathering all parameters anew, so replicas agree, but a part of them may have been updated.
         """
-        if not set_to_none:
+        if not values.flag("set_to_none", set_to_none):
             raise ValueError("ShardedLion keeps no full gradients to zero: call zero_grad() with set_to_none=True")
         try:
             self._forget_step()
@@ -890,7 +919,7 @@ class ShardedLion(Optimizer):
 
     @property
     def _live_state(self) -> LiveState:
-        return LiveState(self.param_groups, self.shards, self._params.names, self._counters)
+        return LiveState(self.param_groups, self.shards, self._params.names, self._counters, self._decoupled_from)
 
     def _settled_state(self) -> LiveState:
         """With parameters whole, and main params that follow them."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from lion_dist.config import PrecisionPolicy, check_hyperparameters
@@ -57,6 +59,8 @@ class ShardedParams:
         where = group.get("process_group")
         if where is None:
             return self.groups
+        if not isinstance(where, DeviceMesh | ProcessGroup):
+            return resolve_groups(where)  # which refuses it
         if where not in self._resolved:
             self._resolved[where] = resolve_groups(where)
         return self._resolved[where]

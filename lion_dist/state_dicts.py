@@ -20,17 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist import values
+from lion_dist.adopted_state import adopt_groups
 from lion_dist.bucket_shard import BucketShard
-from lion_dist.config import check_hyperparameters
 from lion_dist.engine_state import main_as
 from lion_dist.local_tensors import local_tensor
 from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_over, can_read, read_box
 
-# Settings of torch's other optimizers, and the one that torch's Optimizer adds to every group of a state that it loads.
-FOREIGN_KEYS = frozenset(
-    ("differentiable", "foreach", "fused", "capturable", "maximize", "eps", "amsgrad", "momentum", "dampening")
-    + ("nesterov", "decoupled_weight_decay", "alpha", "centered", "momentum_decay", "rho", "lambd", "t0")
-)
 OWN_KEYS = ("params", "param_names", "process_group")  # of param groups: a loaded state does not change them
 
 
@@ -41,12 +37,14 @@ class LiveState:
     Attributes:
         names: of its parameters, frozen ones too.
         counters: [2] int64 on the device.
+        decoupled_from: what ``decoupled_weight_decay`` divides the weight decay by.
     """
 
     param_groups: list[dict]
     shards: Sequence[BucketShard]
     names: Mapping[Parameter, str]
     counters: Tensor
+    decoupled_from: float | None
 
     @property
     def params(self) -> list[Parameter]:
@@ -113,7 +111,10 @@ class LoadPlan:
         self._live = live
         self._copies = [planned for shard in live.shards for planned in _copies_of(shard, saved)]
         self._counters = _counters_in(state_dict, live)
-        self._settings = [_settings(i, *pair) for i, pair in enumerate(zip(live.param_groups, groups, strict=True))]
+        self._settings = [
+            _settings(i, *pair, live.decoupled_from)
+            for i, pair in enumerate(zip(live.param_groups, groups, strict=True))
+        ]
 
     def apply(self) -> None:
         """Change the live state."""
@@ -209,19 +210,8 @@ def _other_part(what: str, source: BoxedTensor, shard: BucketShard) -> str:
 
 def _checked_groups(live: LiveState, state_dict: object) -> list[dict]:
     """The saved param groups, of as many parameters as the live ones."""
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(f"load_state_dict() takes a dict as state_dict() returns it, got {type(state_dict).__name__}")
-    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
-        if not isinstance(state_dict.get(key), kind):
-            found = type(state_dict[key]).__name__ if key in state_dict else f"only {sorted(map(str, state_dict))[:8]}"
-            raise ValueError(
-                f"this is no optimizer's state: it needs {key!r} ({kind.__name__.lower()}) and has {found}. Pass what "
-                "state_dict() or full_state_dict() returned; rank 0's file may hold it under a key of its own."
-            )
+    values.state_dict(state_dict)
     groups = state_dict["param_groups"]
-    for i, group in enumerate(groups):
-        if not isinstance(group, Mapping) or not isinstance(group.get("params"), Sequence):
-            raise ValueError(f'param group {i} of the saved state is no param group: it needs a list "params"')
     counts = [[len(group["params"]) for group in side] for side in (groups, live.param_groups)]
     if counts[0] != counts[1]:
         raise ValueError(
@@ -327,18 +317,13 @@ def _counters_in(state_dict: Mapping, live: LiveState) -> Tensor:
     return _local(counters, "counters")
 
 
-def _settings(position: int, group: dict, saved: Mapping) -> dict:
-    """What the saved group changes of the live one. Unknown keys come along as in torch (a scheduler's ``initial_lr``);
-    settings of other optimizers do not, or the group would have other keys than a fresh one."""
-    taken = {
-        key: copy.deepcopy(value)
-        for key, value in saved.items()
-        if key not in OWN_KEYS and (key in group or key not in FOREIGN_KEYS)
-    }
+def _settings(position: int, group: dict, saved: Mapping, decoupled_from: float | None) -> dict:
+    """The settings of the live group after loading the saved one; unknown keys as ``Lion`` takes them."""
+    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in OWN_KEYS}
     if isinstance(taken.get("betas"), list):
         taken["betas"] = tuple(taken["betas"])
     try:
-        check_hyperparameters(group | taken)
+        (adopted,) = adopt_groups([taken], [group], {}, decoupled_from)
     except (TypeError, ValueError) as error:
         raise ValueError(f"param group {position} of the saved state: {error}") from error
-    return taken
+    return adopted

@@ -57,6 +57,27 @@ def test_a_captured_step_replays_under_a_schedule(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_a_captured_step_skips_a_learning_rate_that_cannot_be_used(policy):
+    """In one group of two, and without the host looking."""
+    dtype, precision = POLICIES[policy]
+    lr = torch.tensor(1e-3, device="cuda")
+    captured, eager = (in_two_groups(params_with_grads(dtype), lr.clone(), precision=precision) for _ in range(2))
+    for optimizer in (captured, eager):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for new_lr in (1e-3, float("nan"), -1e-3, float("inf"), 1e-4):
+        lr.fill_(new_lr)
+        graph.replay()
+        if new_lr in (1e-3, 1e-4):
+            eager.step()
+        assert_same(captured, eager)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_host_goes_on_while_the_device_is_busy(policy):
     """With gradients at new addresses, whose table has to travel to the device."""
     dtype, precision = POLICIES[policy]

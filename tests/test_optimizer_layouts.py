@@ -165,6 +165,52 @@ def test_overlap_is_what_addresses_say(shape):
         assert overlaps_itself(tensor) == (tensor.unique().numel() < tensor.numel()), strides
 
 
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, as quantized tensors are."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner: Tensor):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        unwrapped = [x.inner if isinstance(x, Wrapper) else x for x in args]
+        result = func(*unwrapped, **(kwargs or {}))
+        return Wrapper(result) if isinstance(result, Tensor) else result
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_tensor_without_memory_is_refused_and_nothing_is_changed(steps_before):
+    """The update read and wrote address 0. A frozen one beside trained parameters is left alone."""
+    param, frozen = nn.Parameter(torch.ones(3)), nn.Parameter(Wrapper(torch.ones(3)), requires_grad=False)
+    opt = Lion([param, frozen], lr=0.0)
+    for _ in range(steps_before):
+        param.grad = torch.ones(3)
+        opt.step()
+    opt.param_groups[0]["lr"] = LR
+    param.grad = Wrapper(torch.ones(3))
+    with pytest.raises(TypeError, match="a gradient of shape .* is a Wrapper, whose memory Lion cannot reach"):
+        opt.step()
+    param.grad, frozen.grad = torch.ones(3), torch.ones(3)
+    with pytest.raises(TypeError, match="a parameter of shape .* is a .*, whose memory Lion cannot reach"):
+        opt.step()
+    assert torch.equal(param, torch.ones(3)) and torch.equal(frozen.inner, torch.ones(3))
+
+
+def test_parameter_of_a_lazy_module_is_trained_once_it_is_there():
+    """It gets its memory in place, so that the optimizer may be made before."""
+    model = nn.LazyLinear(3)
+    opt = Lion(model.parameters(), lr=LR)
+    opt.step()
+    model(torch.ones(1, 4)).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.step()
+    assert all(torch.allclose(b - p, torch.tensor(LR)) for p, b in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("cls", [Lion, ShardedLion])
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
 def test_sparse_parameter_is_refused_by_name(cls, layout):

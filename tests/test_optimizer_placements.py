@@ -384,4 +384,4 @@ def test_gradients_that_a_collective_has_yet_to_write_are_waited_for(gloo):
 def test_plain_gradients_are_handed_back_as_they_are():
     params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
     grads = [torch.ones(3) for _ in range(2)]
-    assert GradPlacements(params).local_grads(grads) is grads
+    assert GradPlacements(params).local_grads(grads, {Tensor}) is grads

@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,7 +16,7 @@ from comparison.plain_engine import PlainEngine, param_groups
 from comparison.ranks import gather_objects
 from comparison.report import MEMORY_KINDS
 from lion_dist import PrecisionPolicy
-from lion_dist.checkpoint.directory import sync
+from lion_dist.checkpoint.directory import clear, doomed_of, remove, sync
 from lion_dist.integrations.deepspeed import lion_optimizer
 
 
@@ -53,7 +53,8 @@ class DeepSpeedEngine(PlainEngine):
         """Under another name, for DeepSpeed writes in place: what is named step-N is whole and durable."""
         partial = path.with_name(path.name + ".partial")
         is_first, is_first_of_node = dist.get_rank() == 0, os.environ["LOCAL_RANK"] == "0"
-        _all_or_none(lambda: is_first and _remove(partial))  # of a killed save, maybe of more ranks
+        # Of a killed save, maybe of more ranks.
+        _all_or_none(lambda: is_first and partial.exists() and remove(partial, path))
         self.engine.save_checkpoint(str(partial), tag="deepspeed", client_state=extra)
         dist.barrier()
         _all_or_none(lambda: is_first_of_node and _make_durable(partial))  # what its ranks wrote is in its page cache
@@ -64,10 +65,17 @@ class DeepSpeedEngine(PlainEngine):
         return max(_checkpoints(folder), key=_step, default=None)
 
     @staticmethod
+    def newest_verified(folder: Path) -> Path | None:
+        """The newest by name, as the first rank sees it: DeepSpeed's files have no checksums."""
+        return gather_objects(DeepSpeedEngine.newest(folder))[0]
+
+    @staticmethod
     def keep_last(folder: Path, count: int) -> None:
         def remove_older():
+            for doomed in folder.glob("step-*.removed"):
+                clear(doomed)
             for old in sorted(_checkpoints(folder), key=_step)[:-count]:
-                _remove(old)
+                _remove_or_warn(old)
 
         _all_or_none(lambda: dist.get_rank() == 0 and remove_older())
 
@@ -111,20 +119,20 @@ def _all_or_none(act: Callable[[], object]) -> None:
             raise OSError(f"rank {rank}: {found}")
 
 
-def _remove(path: Path) -> None:
-    """Under another name, so that a kill half-way leaves nothing that looks whole."""
-    if path.exists():
-        doomed = path.with_name(path.name.removesuffix(".partial") + ".removed")
-        if doomed.exists():  # of a kill half-way
-            shutil.rmtree(doomed)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-
-
 def _replace(path: Path, partial: Path) -> None:
-    _remove(path)
+    """The one that had the name goes when the new one has it for good."""
+    doomed = path.rename(doomed_of(path)) if path.exists() else None
     partial.rename(path)
     sync(path.parent)
+    if doomed is not None:
+        clear(doomed)
+
+
+def _remove_or_warn(path: Path) -> None:
+    try:
+        remove(path, path)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be removed and stays: {error}", stacklevel=2)
 
 
 def _make_durable(folder: Path) -> None:

@@ -64,6 +64,11 @@ class PlainEngine:
         return lion_dist.checkpoint.newest(folder)
 
     @staticmethod
+    def newest_verified(folder: Path) -> Path | None:
+        """The newest one of which every byte is as it was written; warns of those left out. Every rank calls."""
+        return lion_dist.checkpoint.newest(folder, verified=True)
+
+    @staticmethod
     def keep_last(folder: Path, count: int) -> None:
         """Removes older whole checkpoints; every rank calls."""
         lion_dist.checkpoint.keep_last(folder, count)

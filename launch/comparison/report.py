@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lion_dist import PrecisionPolicy
+from lion_dist.checkpoint.directory import sync
 
 # What a run leaves beside its checkpoints.
 RESULTS = ("metrics.jsonl", "metrics.csv", "tensorboard", "summary.json", "loss-curve.png")
@@ -28,7 +29,7 @@ class Metrics:
         rows = read_metrics(path) if completed_steps else []
         rows = [row for row in rows if row["step"] <= completed_steps]
         self._path, self._csv_path = path, path.with_suffix(".csv")
-        _replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
         self._columns = columns_of(rows)
         self._make_csv(rows)
@@ -54,7 +55,7 @@ class Metrics:
             self._tensorboard.flush()  # a killed run keeps what it has logged
 
     def _make_csv(self, rows: list[dict]) -> None:
-        _replace_text(self._csv_path, "")
+        replace_text(self._csv_path, "")
         self._csv_file = self._csv_path.open("a", newline="")
         if self._columns:
             csv.DictWriter(self._csv_file, self._columns).writeheader()
@@ -66,11 +67,13 @@ class Metrics:
         self._csv_file.flush()
 
 
-def _replace_text(path: Path, text: str) -> None:
-    """At once: a run that is killed here leaves the old file or the new one."""
+def replace_text(path: Path, text: str) -> None:
+    """At once: a run that is killed here, by a power cut too, leaves the old file or the new one."""
     new = path.with_name(path.name + ".tmp")
     new.write_text(text)
+    sync(new)
     new.replace(path)
+    sync(path.parent)
 
 
 def _tensorboard_writer(folder: Path, completed_steps: int):

@@ -1,6 +1,7 @@
 """Checkpoints of a run: written while it trains, kept by number, and gone on from."""
 
 import itertools
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -55,18 +56,28 @@ class Checkpoints:
     def resume(self, how: str | None) -> int:
         """Returns the number of completed steps: of the newest whole checkpoint, or 0 for a run that begins.
 
-        `how` is --resume. A run that begins where an earlier one was sets its checkpoints aside in OUT/earlier-N, so
+        `how` is --resume; with "auto" a checkpoint with damaged files is left out, for nobody may be there to choose
+        another. A run that begins where an earlier one was sets its checkpoints aside in OUT/earlier-N, so
         that they are not taken for its own when it is resumed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         newest = [self.engine.newest(self.folder) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(newest)  # one rank's look decides: another's may come a moment later
-        if newest[0] is not None and how is not None:
-            return self._load(newest[0])
+        found = self._verified() if how == "auto" else newest[0]
+        if found is not None and how is not None:
+            return self._load(found)
         if newest[0] is not None and dist.get_rank() == 0:
             _set_aside(self.folder)
         dist.barrier()
         return 0
+
+    def _verified(self) -> Path | None:
+        with warnings.catch_warnings(record=True) as left_out:
+            warnings.simplefilter("always")
+            found = self.engine.newest_verified(self.folder)
+        for warning in left_out:
+            say(str(warning.message))
+        return found
 
     def _load(self, path: Path) -> int:
         extra = self.engine.load(path)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lion_dist import values
 from lion_dist.checkpoint import directory, manifest
-from lion_dist.checkpoint.storage import read_metadata
+from lion_dist.checkpoint.metadata import read_metadata
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Contents:
 
 def read_contents(path: str | Path) -> Contents:
     """Raises CheckpointError when there is no whole checkpoint at ``path``; contents of files are not checked."""
-    found = directory.find(Path(path))
+    found = directory.find(values.path("path", path))
     entries = manifest.read(found)
     manifest.check_sizes(found, entries["files"])
     tensors = [
@@ -57,7 +58,7 @@ def read_contents(path: str | Path) -> Contents:
             math.prod(stored.size) * stored.properties.dtype.itemsize,
             len(stored.chunks),
         )
-        for name, stored in sorted(read_metadata(found).state_dict_metadata.items())
+        for name, stored in sorted(read_metadata(found, entries["files"]).state_dict_metadata.items())
     ]
     saved = datetime.fromtimestamp(entries["saved"] / 1e9, UTC)
     kept = {key: entries[key] for key in ("format", "files", "param_groups", "tied", "extra")}

@@ -7,11 +7,17 @@ A save of ``path`` goes through these states; each arrow is one system call::
     path (old)  path.partial (whole, durable)                               the old one
     path.old    path.partial (whole)                                        the old one, from path.old
     path (new)  path.old                                                    the new one
-    path (new)  path.partial (the old one, going away)                      the new one
+    path (new)  path.1f2e3d4c.removed (the old one, going away)             the new one
     path (new)                                                              the new one
 
-So a name ending in ``.partial`` is never a checkpoint, and ``path.old`` is one only while there is no ``path``. A
-symlink is another name of a checkpoint: it can be loaded, but is never replaced, removed, or counted by ``keep_last``.
+So a name ending in ``.partial`` or ``.removed`` is never a checkpoint, and ``path.old`` is one only while there is no
+``path``. A symlink is another name of a checkpoint: it can be loaded, but is never replaced, removed, or counted by
+``keep_last``.
+
+From the last but two on the save has succeeded, whatever becomes of the old one::
+
+    path (new)  path.1f2e3d4c.removed (what a file system does not let go)  warned of; ``keep_last`` tries again
+    path (new)  path.replaced-1 (the old one, in which the user keeps files of his own)            warned of; stays
 
 Two jobs that save the same path at once share ``path.partial``: the one that began last owns it, by a token in it, and
 the other one fails. It is no lock (shared file systems have none that survives a kill), but no mixture gets the name.
@@ -19,11 +25,14 @@ the other one fails. It is no lock (shared file systems have none that survives 
 
 from __future__ import annotations
 
+import glob
+import itertools
 import os
 import re
 import secrets
 import shutil
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +40,8 @@ from lion_dist.checkpoint import manifest
 from lion_dist.checkpoint.errors import CheckpointError
 
 _OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|lion_dist\.(json|owner)")
+# What file systems and desktops leave behind in any directory: nobody's files.
+_LITTER = re.compile(r"\.nfs\w+|\.fuse_hidden\w+|\.DS_Store|\._.*|Thumbs\.db|desktop\.ini")
 _OWNER = "lion_dist.owner"
 _DEAD_AFTER = 3600  # seconds without a write; a save that hangs in a slow file system is not dead yet
 
@@ -71,8 +82,28 @@ def old_of(path: Path) -> Path:
     return path.with_name(path.name + ".old")
 
 
+def doomed_of(path: Path) -> Path:
+    """A fresh name for what is to be removed: an earlier one may still be there, held by a reader."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.removed")
+
+
 def find(path: Path) -> Path:
     """The directory to load ``path`` from: itself, or ``path.old`` when a save was killed between two renames."""
+    try:
+        return _found(path if path.name not in ("", "..") else absolute(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked into: {error}") from error
+
+
+def absolute(path: str | Path) -> Path:
+    """``path`` wherever the program goes later, with its name: that of a symlink stays."""
+    path = Path(path).absolute()
+    return path.resolve() if path.name == ".." else path
+
+
+def _found(path: Path) -> Path:
+    if not path.name:
+        raise CheckpointError(f"no checkpoint at {path}: it has no {manifest.NAME}. Give the directory of a save().")
     if not path.exists() and (old_of(path) / manifest.NAME).is_file():
         return old_of(path)
     if not (path / manifest.NAME).is_file():
@@ -86,20 +117,23 @@ def find(path: Path) -> Path:
 def begin(path: Path) -> Partial:
     """An empty ``path.partial`` to write into, after putting right what a killed save left behind."""
     _refuse_name(path)
+    for doomed in path.parent.glob(f"{glob.escape(path.name)}.*.removed"):
+        if _is_ours(doomed):
+            clear(doomed)
     if path.exists() and not (path / manifest.NAME).is_file():
-        if not path.is_dir() or any(path.iterdir()):
+        if not path.is_dir() or not all(_LITTER.fullmatch(entry.name) for entry in path.iterdir()):
             raise CheckpointError(f"{path} exists and is no checkpoint: it would be replaced. Give another name.")
-        path.rmdir()
-    if not path.exists() and (old_of(path) / manifest.NAME).is_file():
-        old_of(path).rename(path)
+        remove(path, path)
     partial, old = partial_of(path), old_of(path)
+    if not path.exists() and (old / manifest.NAME).is_file():
+        old.rename(path)
     for leftover in (partial, old):
-        if leftover.exists():
+        if leftover.exists() and not (leftover == old and (old / manifest.NAME).is_file()):
             _refuse_foreign(leftover)
     if old.exists():
-        remove(old, partial)
-    elif partial.exists():
-        shutil.rmtree(partial)
+        _put_away(old, path)
+    if partial.exists():
+        remove(partial, path)
     missing = [p for p in path.parents if not p.exists()]
     partial.mkdir(parents=True)
     begun = Partial(partial, secrets.token_hex(8))
@@ -110,7 +144,7 @@ def begin(path: Path) -> Partial:
 
 
 def commit(path: Path, begun: Partial) -> None:
-    """Give the whole ``path.partial`` its name, durably, and remove the one that had it."""
+    """Give the whole ``path.partial`` its name, durably; then remove the one that had it, as far as that goes."""
     partial, old = begun.path, old_of(path)
     begun.check()
     sync(partial)
@@ -120,32 +154,67 @@ def commit(path: Path, begun: Partial) -> None:
     partial.rename(path)
     sync(path.parent)
     if old.exists():
-        remove(old, partial)
+        try:
+            _put_away(old, path)
+        except OSError as error:
+            _warn(f"{path} is saved, but {old}, which it replaces, cannot be moved out of the way: {error}")
 
 
-def remove(directory: Path, partial: Path) -> None:
-    """Remove a checkpoint; from the first moment on it is named ``partial`` and is none any more."""
-    if partial.exists():
-        shutil.rmtree(partial)
-    directory.rename(partial)
-    sync(partial.parent)
-    shutil.rmtree(partial)
+def remove(directory: Path, path: Path) -> None:
+    """Remove what is or was at ``path``; from the first moment on it is no checkpoint any more.
 
-
-def newest(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint directly under ``folder``, by the order of their saves; None when there is none.
-
-    Whole: it has a manifest, and every file in it at its full length (checksums are for ``load`` and ``verify``).
-    Partial ones are never taken. The path is for ``load``; after a save was killed it may be there as ``path.old``.
+    Raises:
+        OSError: it cannot even be renamed, and is as it was.
     """
-    found = _whole_ones(Path(folder))
-    return found[-1] if found else None
+    doomed = doomed_of(path)
+    directory.rename(doomed)
+    sync(doomed.parent)
+    clear(doomed)
+
+
+def clear(doomed: Path) -> None:
+    """Delete what has been named ``.removed``; what the file system does not let go is warned of."""
+    failures = []
+    try:
+        for entry in list(doomed.iterdir()):
+            try:
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
+            except OSError as error:
+                failures.append(error)
+        doomed.rmdir()
+    except FileNotFoundError:  # another job has done it
+        return
+    except OSError as error:
+        failures.append(error)
+    if failures:
+        _warn(
+            f"{doomed}, of a checkpoint that was removed, is not gone: {failures[0]}. keep_last() will try again; if "
+            "the file is open somewhere (NFS), that program must end first."
+        )
+
+
+def _put_away(old: Path, path: Path) -> None:
+    """Remove what ``path`` has replaced; one with files of the user's is kept under a name of its own."""
+    foreign = _foreign(old)
+    if not foreign:
+        remove(old, path)
+        return
+    kept = next(name for n in itertools.count(1) if not os.path.lexists(name := f"{path}.replaced-{n}"))
+    old.rename(kept)
+    sync(path.parent)
+    _warn(f"the checkpoint that {path} replaces holds a file of yours, {foreign[0]}: it is kept as {kept}")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def next_order(path: Path) -> int:
     """``saved`` of a checkpoint about to be committed: the clock, or one more than any beside it."""
-    beside = [manifest.read(find(other))["saved"] for other in _whole_ones(path.parent)]
-    return max([time.time_ns(), *(saved + 1 for saved in beside)])
+    return max([time.time_ns(), *(saved + 1 for saved in whole_ones(path.parent)[0].values())])
 
 
 def remove_older(folder: Path, count: int, in_use: Path | None) -> None:
@@ -158,17 +227,31 @@ def remove_older(folder: Path, count: int, in_use: Path | None) -> None:
     def is_free(partial: Path) -> bool:
         return partial != in_use and (not partial.exists() or _is_ours(partial) and _is_dead(partial))
 
-    own = [path for path in _whole_ones(folder) if not path.is_symlink()]
+    for doomed in folder.glob("*.removed"):
+        if _is_ours(doomed):
+            clear(doomed)
+    own = [path for path in whole_ones(folder)[0] if not path.is_symlink()]
     for path in own[:-count]:
-        if is_free(partial_of(path)):
-            remove(find(path), partial_of(path))
+        found = find(path)
+        foreign = _foreign(found)
+        if foreign:
+            _warn(f"{found} would be removed, but stays: it holds a file of yours, {foreign[0]}. Move that away.")
+        elif is_free(partial_of(path)):
+            _remove_or_warn(found, path)
     for leftover in folder.glob("*.partial"):
         if is_free(leftover):
-            shutil.rmtree(leftover)
+            _remove_or_warn(leftover, leftover.with_name(leftover.name.removesuffix(".partial")))
     for leftover in folder.glob("*.old"):
         path = leftover.with_name(leftover.name.removesuffix(".old"))
         if path.exists() and is_free(partial_of(path)) and _is_ours(leftover):
-            remove(leftover, partial_of(path))
+            _remove_or_warn(leftover, path)
+
+
+def _remove_or_warn(directory: Path, path: Path) -> None:
+    try:
+        remove(directory, path)
+    except OSError as error:
+        _warn(f"{directory} cannot be removed and stays: {error}. keep_last() will try again.")
 
 
 def sync(path: Path) -> None:
@@ -180,30 +263,40 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _whole_ones(folder: Path) -> list[Path]:
-    """Names to load from, oldest first; of symlinks only those to elsewhere, for others are second names."""
+def whole_ones(folder: Path) -> tuple[dict[Path, int], dict[Path, str]]:
+    """Checkpoints directly under ``folder``: names to load from, in the order of their saves, with ``saved``; and those
+    that have a manifest but are not whole, or not readable for us, with what is wrong.
+
+    Whole: every file has its full length. Of symlinks only those to elsewhere count, for others are second names.
+    """
     names = set()
     for entry in folder.iterdir() if folder.is_dir() else ():
         # Not Path.is_file, which raises for a directory that we may not look into.
-        is_one = not entry.name.endswith(".partial") and os.path.isfile(entry / manifest.NAME)
+        is_one = not entry.name.endswith((".partial", ".removed")) and os.path.isfile(entry / manifest.NAME)
         if is_one and not (entry.is_symlink() and entry.resolve().parent == folder.resolve()):
             names.add(entry.with_name(entry.name.removesuffix(".old")))
-    saved = {}
-    for path in names:
+    saved, unfit = {}, {}
+    for path in sorted(names):
         try:
             entries = manifest.read(find(path))
             manifest.check_sizes(find(path), entries["files"])
-        except (CheckpointError, OSError):
-            continue  # not whole, or not readable for us: not one to load
-        saved[path] = entries["saved"]
-    return sorted(saved, key=lambda path: (saved[path], path.name))
+            saved[path] = entries["saved"]
+        except (CheckpointError, OSError) as error:
+            unfit[path] = str(error)
+    return {path: saved[path] for path in sorted(saved, key=lambda path: (saved[path], path.name))}, unfit
+
+
+def _foreign(directory: Path) -> list[str]:
+    """Names of what somebody put into a checkpoint's directory."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    return [name for name in names if not _OURS.fullmatch(name) and not _LITTER.fullmatch(name)]
 
 
 def _is_ours(directory: Path) -> bool:
     if not directory.is_dir() or directory.is_symlink():
         return False
     try:
-        return all(_OURS.fullmatch(entry.name) for entry in directory.iterdir())
+        return not _foreign(directory)
     except PermissionError:
         return False
 
@@ -217,10 +310,12 @@ def _is_dead(partial: Path) -> bool:
 
 
 def _refuse_name(path: Path) -> None:
-    if path.name.endswith((".partial", ".old")):
+    if not path.name or "\0" in path.name:
+        raise CheckpointError(f"{str(path)!r} is no name for a checkpoint. Give that of a directory to be made.")
+    if path.name.endswith((".partial", ".old", ".removed")):
         raise CheckpointError(
-            f"{path.name} is no name for a checkpoint: .partial and .old are what unfinished and replaced ones end in, "
-            "and they are removed. Give another name."
+            f"{path.name} is no name for a checkpoint: .partial, .old and .removed are what unfinished and replaced "
+            "ones end in, and they are removed. Give another name."
         )
     if path.is_symlink():
         raise CheckpointError(

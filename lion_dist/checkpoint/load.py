@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lion_dist.checkpoint import directory, manifest
-from lion_dist.checkpoint.conversion import Routes, Stored, convert, plan_routes, refresh_mains
+from lion_dist import values
+from lion_dist.checkpoint import directory, manifest, metadata
+from lion_dist.checkpoint.conversion import Routes, convert, plan_routes, refresh_mains
 from lion_dist.checkpoint.errors import CheckpointError
+from lion_dist.checkpoint.fit import check_fit
 from lion_dist.checkpoint.named_state import NamedState, collect
 from lion_dist.checkpoint.ranks import Ranks, describe
 from lion_dist.checkpoint.save import wait_for_pending
 from lion_dist.checkpoint.storage import Reader
-from lion_dist.config import check_hyperparameters
 from lion_dist.optimizer import Lion
 from lion_dist.sharded_optimizer import ShardedLion
 
@@ -34,9 +35,10 @@ def load(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion) -
         CheckpointError: on every rank. No checkpoint there, a damaged one, or one of another model, with what differs.
             Nothing has been changed, unless the message says that reading failed half-way.
     """
+    path = values.path("path", path)
     wait_for_pending()
     ranks = Ranks.here()
-    found = ranks.on_first(lambda: directory.find(Path(path)))
+    found = ranks.on_first(lambda: directory.find(path))
     loading = ranks.agree(lambda: _prepare(found, model, optimizer, ranks))
     for fact, names in loading.routes.notes.items():
         warnings.warn(f"{found.name}: {fact} ({len(names)}: {', '.join(names[:3])}, ...)", stacklevel=2)
@@ -55,12 +57,45 @@ def verify(path: str | Path, progress: manifest.Progress | None = None) -> None:
     Raises:
         CheckpointError: names the file and what is wrong with it.
     """
-    found = directory.find(Path(path))
-    entries = manifest.read(found)
-    manifest.check_sizes(found, entries["files"])
-    for name, entry in entries["files"].items():
-        manifest.check_contents(found, name, entry, progress)
-    Reader(found)
+    found = directory.find(values.path("path", path))
+    checked_reader(found, manifest.read(found)["files"], Ranks(None), progress)
+
+
+def newest(folder: str | Path, *, verified: bool = False) -> Path | None:
+    """The newest whole checkpoint directly under ``folder``, by the order of their saves; None when there is none.
+
+    Whole: it has a manifest, and every file in it at its full length. Partial ones are never taken. The path is for
+    ``load``; after a save was killed it may be there as ``path.old``.
+
+    Args:
+        verified: also compare the checksums of all files, and go back to an older one where they differ; the first rank
+            warns of each that was left out. All ranks call it together (each reads a share), and get the same.
+    """
+    folder = values.path("folder", folder)
+    if not verified:
+        return next(reversed(directory.whole_ones(folder)[0]), None)
+    wait_for_pending()
+    ranks = Ranks.here()
+    whole, left_out = ranks.on_first(lambda: directory.whole_ones(folder))
+    found = None
+    for path in reversed(whole):
+        failures = [failure for failure in ranks.gather(_damage(path, ranks)) if failure is not None]
+        if not failures:
+            found = path
+            break
+        left_out[path] = failures[0]
+    for path, reason in left_out.items() if ranks.is_first else ():
+        warnings.warn(f"{path} is left out: {reason}", stacklevel=2)
+    return found
+
+
+def _damage(path: Path, ranks: Ranks) -> str | None:
+    try:
+        found = directory.find(path)
+        checked_reader(found, manifest.read(found)["files"], ranks)
+    except (CheckpointError, OSError) as error:
+        return describe(error)
+    return None
 
 
 @dataclass
@@ -89,54 +124,36 @@ class _Loading:
 
 
 def _prepare(found: Path, model: nn.Module, optimizer: Lion | ShardedLion, ranks: Ranks) -> _Loading:
-    """Every rank looks at all names and sizes; the checksums of the files are shared out among the ranks."""
     entries = manifest.read(found)
-    files = entries["files"]
-    manifest.check_sizes(found, files)
-    for name in {*manifest.share_of(files, ranks.rank, ranks.size), ".metadata"}:
-        manifest.check_contents(found, name, files[name])
-    reader = Reader(found)
+    reader = checked_reader(found, entries["files"], ranks)
     state = collect(model, optimizer)
     stored = reader.metadata.state_dict_metadata
-    _check_same_model(found, stored, state)
-    _check_same_groups(found, entries["param_groups"], state.param_groups)
+    check_fit(found, stored, entries["param_groups"], state)
     return _Loading(found, entries, reader, state, plan_routes(stored, state))
 
 
-# ---- does it fit
+def checked_reader(
+    found: Path, files: dict[str, dict], ranks: Ranks, progress: manifest.Progress | None = None
+) -> Reader:
+    """Every rank looks at all names and sizes; the contents of the files are shared out among the ranks."""
+    manifest.check_sizes(found, files)
+    if metadata.NAME not in files:
+        raise CheckpointError(f"{found / manifest.NAME} is damaged: it does not list {metadata.NAME}")
+    share = manifest.share_of(files, ranks.rank, ranks.size)
+    for name in {*share, metadata.NAME}:
+        manifest.check_contents(found, name, files[name], progress)
+    reader = Reader(found, files)
+    reader.check_pieces(share)
+    return reader
 
 
-def _check_same_model(path: Path, stored: Stored, state: NamedState) -> None:
-    saved = {key.removeprefix("model."): entry.size for key, entry in stored.items() if key.startswith("model.")}
-    here = {name: param.value.shape for name, param in state.params.items()}
-    here |= {name: buffer.shape for name, buffer in state.buffers.items()}
-    differences = [f"only in the checkpoint: {name}" for name in saved.keys() - here.keys()]
-    differences += [f"only in the model: {name}" for name in here.keys() - saved.keys() if here[name].numel()]
-    for name in saved.keys() & here.keys():
-        if saved[name] != here[name]:
-            differences.append(f"{name}: {tuple(saved[name])} saved, {tuple(here[name])} here")
-    _refuse(path, "another model", differences)
-
-
-def _check_same_groups(path: Path, saved: list[dict], present: list[dict]) -> None:
-    differences = [] if len(saved) == len(present) else [f"{len(saved)} param groups saved, {len(present)} here"]
-    for i, (theirs, mine) in enumerate(zip(saved, present, strict=False)):
-        moved = sorted(set(theirs["params"]) ^ set(mine["params"]))
-        differences += [f"param group {i}: {name} is in only one of the two" for name in moved]
-    _refuse(path, "other param groups", differences)
-
-
-def _refuse(path: Path, what: str, differences: list[str]) -> None:
-    if differences:
-        more = f" and {len(differences) - 10} more" if len(differences) > 10 else ""
-        raise CheckpointError(f"{path} is of {what}: {'; '.join(sorted(differences)[:10])}{more}")
+def _settings_of(saved: dict) -> dict:
+    return {k: tuple(v) if k == "betas" and isinstance(v, list) else v for k, v in saved.items() if k != "params"}
 
 
 def _take_settings(optimizer: Lion | ShardedLion, groups: list[dict]) -> None:
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        settings = {k: tuple(v) if k == "betas" else v for k, v in saved.items() if k != "params"}
-        check_hyperparameters({**group, **settings})
-        for key, value in settings.items():
+        for key, value in _settings_of(saved).items():
             if isinstance(group.get(key), torch.Tensor):
                 group[key].fill_(value)
             else:

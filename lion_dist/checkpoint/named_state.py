@@ -10,8 +10,9 @@ The names are those of the unwrapped model, whatever engine holds it::
 
 from __future__ import annotations
 
+import numbers
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from lion_dist import values
 from lion_dist.checkpoint import fsdp1
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.local_tensors import local_tensor
@@ -84,6 +86,7 @@ def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> NamedState:
             f"the optimizer is a {type(optimizer).__name__}, not lion_dist's Lion or ShardedLion. Of a wrapper, pass "
             "the one inside; for another optimizer's file see lion-dist checkpoint convert."
         )
+    values.instance("model", model, nn.Module, "Pass the model whose parameters the optimizer was given.")
     model = _unwrapped(model)
     _refuse_extra_state(model)
     for module in model.modules():
@@ -303,7 +306,11 @@ def _param_groups(
 
 
 def _plain(value):
-    return value.item() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
+    """As JSON: numbers may be tensors or NumPy's, ``betas`` any sequence of them."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return list(map(_plain, value))
+    found = values.plain_list(values.plain(value))
+    return float(found) if isinstance(found, numbers.Real) and not isinstance(found, int) else found
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

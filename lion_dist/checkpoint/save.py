@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
+from lion_dist import values
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError
@@ -50,10 +52,11 @@ def save(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion, e
             (of those that every rank holds whole, a sample of the elements is compared). Also the error of an earlier
             :func:`save_async` that nobody waited for.
     """
+    path = directory.absolute(values.path("path", path))
     finish_pending()
     ranks = Ranks.here()
     state = _agreed_state(model, optimizer, ranks)
-    write(Path(path), ranks.agree(lambda: Snapshot.of(state, extra, ranks)), ranks)
+    write(path, ranks.agree(lambda: Snapshot.of(state, extra, ranks)), ranks)
 
 
 def save_async(
@@ -67,11 +70,12 @@ def save_async(
     Returns:
         what to ``wait()`` for, at the latest before the program ends.
     """
+    path = directory.absolute(values.path("path", path))  # the thread may see another working directory
     finish_pending()
     ranks = Ranks.here()
     state = _agreed_state(model, optimizer, ranks)
     snapshot = ranks.agree(lambda: Snapshot.of(state, extra, ranks).copy())
-    return PendingSave(Path(path), snapshot, ranks)
+    return PendingSave(path, snapshot, ranks)
 
 
 class PendingSave:
@@ -123,13 +127,18 @@ def keep_last(folder: str | Path, count: int) -> None:
     """Keep the ``count`` newest whole checkpoints directly under ``folder``; remove the others and leftovers.
 
     The first rank does it; others return at once. A save under way is left alone, another job's too: what dead saves
-    left goes an hour after they last wrote.
+    left goes an hour after they last wrote. What cannot be removed is warned of and tried again by the next call; so
+    is a checkpoint into whose directory somebody put a file, which stays.
     """
-    if count < 1:
-        raise ValueError(f"keep_last keeps at least 1 checkpoint, got {count!r}")
+    folder = values.path("folder", folder)
+    remedy = "Pass how many checkpoints are to stay."
+    count = values.whole_number("count", count, "at least 1", least=1, remedy=remedy)
     under_way = None if _pending is None or _pending.done() else directory.partial_of(_pending.path.resolve())
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        directory.remove_older(Path(folder).resolve(), count, under_way)
+        try:
+            directory.remove_older(folder.resolve(), count, under_way)
+        except OSError as error:  # a run that has its checkpoints does not end because there are too many
+            warnings.warn(f"keep_last() could not look through {folder}: {error}", stacklevel=2)
 
 
 # ---- one save
@@ -175,6 +184,9 @@ class Snapshot:
     def of(cls, state: NamedState, extra: dict | None, ranks: Ranks) -> Snapshot:
         if not ranks.is_first:
             state.buffers.clear()  # they may differ between ranks: all are the first one's, not a mixture
+        if extra is not None:
+            values.instance("extra", extra, Mapping, 'Pass a dict such as {"step": 100}.')
+            values.refuse_in_json("extra", extra)
         entries = {"param_groups": state.param_groups, "extra": extra or {}, "tied": state.tied}
         return cls(state.tensors(), json.loads(json.dumps(entries)))
 

@@ -1,9 +1,8 @@
 """torch.distributed.checkpoint's files: written with checksums, read without unpickling.
 
-The files are those of its ``FileSystemWriter``, and any of its readers reads them. ``.metadata`` is a pickle: it is
-read by an unpickler that knows only the classes that belong there. A tensor in a ``.distcp`` file is a ``torch.save``
-archive (an uncompressed zip): its bytes are found by the zip's directory, its dtype and shape by the metadata, so the
-pickle in it is never looked at.
+The files are those of its ``FileSystemWriter``, and any of its readers reads them (``.metadata``: ``metadata.py``). A
+tensor in a ``.distcp`` file is a ``torch.save`` archive (an uncompressed zip): its bytes are found by the zip's
+directory, its dtype and shape by the metadata, so the pickle in it is never looked at.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
 import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,14 +24,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError
-from lion_dist.checkpoint.manifest import Progress
+from lion_dist.checkpoint.manifest import Progress, open_regular
+from lion_dist.checkpoint.metadata import read_metadata
 from lion_dist.sharding.boxes import BoxedTensor
 
 # ---- writing
@@ -65,7 +65,12 @@ class ChecksummedFile:
         self.file.flush()
 
     def fileno(self) -> int:
+        """For torch's own ``os.fsync``, which knows nothing of what is still in the buffer."""
+        self.file.flush()
         return self.file.fileno()
+
+    def make_durable(self) -> None:
+        os.fsync(self.fileno())
 
     def close(self) -> None:
         self.file.close()
@@ -83,6 +88,7 @@ class _ChecksummingFileSystem(FileSystem):
             stream = ChecksummedFile(file, self.progress)
             try:
                 yield stream
+                stream.make_durable()
             except Exception as error:
                 if stream.error is not None:  # torch.save says only that writing failed
                     raise stream.error from error
@@ -123,8 +129,6 @@ class Writer(FileSystemWriter):
                     torch.save(planner.resolve_data(item).detach().to("cpu", copy=True).contiguous(), file)
                     length = file.tell() - start
                     results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-                file.flush()
-                os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -132,56 +136,14 @@ class Writer(FileSystemWriter):
 
 # ---- reading
 
-_METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
-    "torch.serialization": ("_get_layout",),
-    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
-    "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),  # where Python 3.13 keeps them
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if name not in _METADATA_CLASSES.get(module, ()):
-            raise CheckpointError(f"it asks for {module}.{name}, which is no part of a checkpoint's metadata")
-        return super().find_class("pathlib" if module == "pathlib._local" else module, name)
-
-    def persistent_load(self, pid):
-        raise CheckpointError("it refers to an object outside, which metadata does not")
-
-
-def read_metadata(directory: Path) -> Metadata:
-    """``.metadata``, with nothing executed that is not a plain description of tensors."""
-    path = directory / ".metadata"
-    try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is refused: {error}") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path} is damaged: it holds a {type(metadata).__name__}")
-    return metadata
-
 
 class Reader(FileSystemReader):
     """Reads pieces one at a time; needs no process group."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, files: dict[str, dict]):
+        """``files``: of the manifest."""
         super().__init__(path)
-        self.metadata = read_metadata(path)
+        self.metadata = read_metadata(path, files)
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         self.metadata.storage_meta = self.metadata.storage_meta or StorageMeta()
@@ -203,8 +165,8 @@ class Reader(FileSystemReader):
                 raise CheckpointError(f"{item.storage_index.fqn!r} in {self.path} is no tensor: it is not unpickled")
             stored = self.metadata.storage_data[item.storage_index]
             by_place.setdefault((stored.relative_path, stored.offset), []).append(item)
-        for (name, _), items in sorted(by_place.items(), key=lambda pair: pair[0]):
-            piece = self._piece(name, items[0].storage_index)
+        for _, items in sorted(by_place.items(), key=lambda pair: pair[0]):
+            piece = self._piece(items[0].storage_index)
             for item in items:
                 target = planner.resolve_tensor(item).detach()
                 target.copy_(_narrow(piece, item.storage_offsets, item.lengths))
@@ -213,36 +175,88 @@ class Reader(FileSystemReader):
         done.set_result(None)
         return done
 
-    def _piece(self, name: str, index) -> Tensor:
+    def check_pieces(self, names: Sequence[str]) -> None:
+        """Raise CheckpointError unless each piece in the files ``names`` is there in its form; reads no contents."""
+        for name, stored in self.metadata.state_dict_metadata.items():
+            for i, chunk in enumerate(stored.chunks):
+                index = MetadataIndex(name, chunk.offsets, i)
+                place = self.metadata.storage_data[index]
+                if place.relative_path in names:
+                    with self._opened(place) as file, self._explained(index):
+                        _find_data(io.BufferedReader(_Window(file, place.offset, place.length)), *self._form(index))
+
+    def _piece(self, index: MetadataIndex) -> Tensor:
         """One stored piece, in a fresh CPU tensor."""
-        stored = self.metadata.state_dict_metadata[index.fqn]
-        sizes = stored.chunks[index.index].sizes
         place = self.metadata.storage_data[index]
-        if Path(name).name != name:
-            raise CheckpointError(f"{self.path}/.metadata is refused: it names a file elsewhere, {name!r}")
-        with open(self.path / name, "rb") as file:
+        sizes, dtype = self._form(index)
+        with self._opened(place) as file:
             file.seek(place.offset)
-            archive = io.BytesIO(file.read(place.length))
+            archive = io.BytesIO(file.read(place.length))  # no longer than the file
+        with self._explained(index):
+            start = _find_data(archive, sizes, dtype)
+            return torch.frombuffer(archive.getbuffer(), dtype=dtype, count=math.prod(sizes), offset=start).view(sizes)
+
+    def _form(self, index: MetadataIndex) -> tuple[torch.Size, torch.dtype]:
+        stored = self.metadata.state_dict_metadata[index.fqn]
+        return stored.chunks[index.index].sizes, stored.properties.dtype
+
+    def _opened(self, place: _StorageInfo) -> io.FileIO:
+        return open_regular(self.path / place.relative_path)
+
+    @contextmanager
+    def _explained(self, index: MetadataIndex) -> Iterator[None]:
         try:
-            return _tensor_in(archive, sizes, stored.properties.dtype)
-        except (zipfile.BadZipFile, KeyError, ValueError) as error:
-            where = f"{self.path / name} at {place.offset}"
-            raise CheckpointError(f"{where} holds no piece of {index.fqn!r}: {error}") from error
+            yield
+        except Exception as error:  # zipfile raises a dozen kinds for archives that are none
+            place = self.metadata.storage_data[index]
+            where = f"{self.path / place.relative_path} at {place.offset}"
+            raise CheckpointError(f"{where} holds no piece of {index.fqn!r}: {error!r:.200}") from error
 
 
-def _tensor_in(archive: io.BytesIO, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The contiguous tensor of a ``torch.save`` archive, as a view of its memory."""
+class _Window(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int):
+        self.file, self.start, self.length, self.position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise ValueError(f"seek to {base + offset}")
+        self.position = base + offset
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        count = max(0, min(len(buffer), self.length - self.position))
+        self.file.seek(self.start + self.position)
+        count = self.file.readinto(memoryview(buffer)[:count]) if count else 0
+        self.position += count
+        return count
+
+
+def _find_data(archive: BinaryIO, sizes: Sequence[int], dtype: torch.dtype) -> int:
+    """Where in a ``torch.save`` archive the bytes of its contiguous tensor start; ValueError when it is another one."""
     with zipfile.ZipFile(archive) as zipped:
         (data,) = (entry for entry in zipped.infolist() if entry.filename.endswith("/data/0"))
         (order,) = (entry for entry in zipped.infolist() if entry.filename.endswith("/byteorder"))
+        if order.compress_type != zipfile.ZIP_STORED or order.file_size > 16:
+            raise ValueError(f"its byte order takes {order.file_size} bytes")
         if zipped.read(order).decode() != sys.byteorder:
             raise ValueError(f"it was written on a {zipped.read(order).decode()}-endian machine")
-    numel = math.prod(sizes)
-    if data.compress_type != zipfile.ZIP_STORED or data.file_size != numel * dtype.itemsize:
-        raise ValueError(f"{data.file_size} bytes of data, {numel * dtype.itemsize} expected")
-    memory = archive.getbuffer()
-    start = start_of_data(data.header_offset, memory[data.header_offset : data.header_offset + 30])
-    return torch.frombuffer(memory, dtype=dtype, count=numel, offset=start).view(sizes)
+    nbytes = math.prod(sizes) * dtype.itemsize
+    if data.compress_type != zipfile.ZIP_STORED or data.file_size != nbytes:
+        raise ValueError(f"{data.file_size} bytes of data, {nbytes} expected")
+    archive.seek(data.header_offset)
+    start = start_of_data(data.header_offset, archive.read(30))
+    if start + nbytes > archive.seek(0, os.SEEK_END):
+        raise ValueError(f"{nbytes} bytes from {start} on are more than it has")
+    return start
 
 
 def start_of_data(header_offset: int, header: bytes | memoryview) -> int:

@@ -9,6 +9,7 @@ imports inside its functions, so that ``--help`` is quick and no verb needs anot
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -35,13 +36,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. ``argv``: the arguments, ``sys.argv[1:]`` when None. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files are any bytes
     args = make_parser().parse_args(argv)
     try:
         exit_code = args.run(args)
         sys.stdout.flush()
         return exit_code
     except UsageError as error:
-        print(f"lion-dist: {error}", file=sys.stderr)
+        print(f"lion-dist: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain of what is left

@@ -57,7 +57,7 @@ def _usage_errors() -> Iterator[None]:
 
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -90,6 +90,13 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    try:
+        return _verify(args)
+    except OSError as error:
+        raise UsageError(str(error)) from error
+
+
+def _verify(args: argparse.Namespace) -> int:
     from lion_dist.checkpoint import CheckpointError, verify
     from lion_dist.checkpoint.contents import read_contents
 

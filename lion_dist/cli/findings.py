@@ -22,7 +22,8 @@ def report(findings: list[Finding]) -> str:
     width = max(len(finding.what) for finding in findings)
     lines = []
     for finding in findings:
-        lines.append(f"{finding.state:<8}{finding.what:<{width + 2}}{finding.fact}")
+        fact = " ".join(finding.fact.split())  # what a compiler or a library says may be many lines
+        lines.append(f"{finding.state:<8}{finding.what:<{width + 2}}{fact}")
         if finding.remedy:
             lines.append(" " * (width + 10) + finding.remedy)
     broken = sum(finding.state == BROKEN for finding in findings)

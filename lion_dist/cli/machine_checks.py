@@ -121,7 +121,7 @@ def _driver_version() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     lines = done.stdout.split()
     return lines[0] if done.returncode == 0 and lines else None
 
@@ -155,9 +155,11 @@ def c_compiler() -> list[Finding]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         library = cpu_native.library()
+    said = [str(warning.message).removeprefix("lion_dist: ").split(", so ")[0] for warning in caught]
+    if library is not None and said:
+        return [Finding("CPU step", NOTE, f"compiled C, again in every process: {said[0]}", "set XDG_CACHE_HOME")]
     if library is not None:
         return [Finding("CPU step", OK, "compiled C")]
-    said = [str(warning.message).removeprefix("lion_dist: ").split(", so CPU")[0] for warning in caught]
     remedy = "install gcc or clang, or set CC"
     if torch.cuda.is_available():
         remedy += "; Triton needs one too"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import textwrap
 
@@ -15,6 +16,7 @@ GIB = 2**30
 UNITS = {"": GIB, "GIB": GIB, "MIB": 2**20, "GB": 10**9, "MB": 10**6}
 # A CUDA context, NCCL's own buffers, and what the caching allocator cannot use; of every GPU.
 RESERVED = 2 * GIB
+LARGEST = 1_000_000  # of any count
 WIDTH = 120  # of what is printed
 DEFAULT_PRECISION = "bf16-split"
 HEADINGS = {
@@ -55,6 +57,8 @@ def _memory(text: str) -> int:
     match = re.fullmatch(r"([0-9]+\.?[0-9]*)\s*([A-Za-z]*)", text)
     if match is None or match[2].upper() not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 80GiB, 80GB or 80 (GiB)")
+    if float(match[1]) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than any GPU has; write 80GiB, 80GB or 80 (GiB)")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -63,15 +67,19 @@ def _bandwidths(text: str) -> tuple[float, float]:
         intra, inter = (float(part) * 1e9 for part in text.split("/"))
     except ValueError:
         intra = inter = 0.0
-    if not (intra > 0 and inter > 0):
+    if not (0 < intra < math.inf and 0 < inter < math.inf):
         raise argparse.ArgumentTypeError(f"{text!r}: two numbers above 0, GB/s inside a node / across, as 300/40")
     return intra, inter
 
 
 def run(args) -> int:
-    for name in ("micro_batch", "seq_len"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name, given in (("micro-batch", args.micro_batch), ("seq-len", args.seq_len)):
+        if given is not None and given < 1:
+            raise UsageError(f"--{name} must be at least 1, got {given}")
+    numbers = {"micro-batch": args.micro_batch, "seq-len": args.seq_len, "accumulate": args.accumulate}
+    for name, given in (numbers | {"ranks": args.ranks, "nodes": args.nodes}).items():
+        if given is not None and given > LARGEST:
+            raise UsageError(f"--{name} is more than any job has (at most {LARGEST}). Pass a smaller number.")
     nodes = args.nodes
     if nodes is None:
         nodes = args.ranks // 8 if args.ranks > 8 and args.ranks % 8 == 0 else 1

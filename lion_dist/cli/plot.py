@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import os
 from pathlib import Path
 
+from lion_dist import values
 from lion_dist.cli.errors import UsageError
 
 # What has a panel when any run logged it: {column: (label, logarithmic axis)}; the first four always have.
@@ -54,7 +57,7 @@ def run(args) -> int:
 
 def _names(folders: list[Path]) -> dict[str, Path]:
     """Each folder under its own name, or its path where two have the same."""
-    names = [folder.resolve().name for folder in folders]
+    names = [Path(os.path.realpath(folder)).name for folder in folders]  # resolve() raises where links form a ring
     return {str(f) if names.count(n) > 1 else n: f for f, n in zip(folders, names, strict=True)}
 
 
@@ -76,19 +79,33 @@ def read_rows(folder: Path) -> list[dict]:
         )
         raise UsageError(f"{folder} has no metrics.jsonl. {hint}")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number} is not JSON ({error}). Delete the line, or the run.") from None
         if not isinstance(row, dict) or "step" not in row:
             raise UsageError(f'{path}, line {number} has no "step": it is not of launch/train.py.')
+        for column in ("step", *PANELS):
+            if not _can_be_drawn(row.get(column), may_miss=column != "step"):
+                raise UsageError(
+                    f'{path}, line {number}: "{column}" must be a number, got {values.shown(row[column])}. Delete the '
+                    "line, or the run."
+                )
         rows.append(row)
     if not rows:
         raise UsageError(f"{path} has no line yet: the run has not come to its first --log-every steps.")
     return rows
+
+
+def _can_be_drawn(value: object, *, may_miss: bool) -> bool:
+    """Whether a column is a number within what axes reach, or a gap: null, NaN, infinity."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return may_miss
+    number = values.as_number(value)
+    return number is not None and abs(number) <= values.FP32_MAX
 
 
 def panels_of(rows: dict[str, list[dict]]) -> list[str]:
@@ -104,13 +121,14 @@ def draw(rows: dict[str, list[dict]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = panels_of(rows)
+    labels = {name: name.encode(errors="backslashreplace").decode().replace("$", r"\$") for name in rows}
     lines = -(-len(panels) // COLUMNS)
     figure, grid = plt.subplots(lines, COLUMNS, figsize=(5 * COLUMNS, 3 * lines), layout="constrained", squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=False):
         label, logarithmic = PANELS[panel]
         for name, found in rows.items():
             points = [(row["step"], row[panel]) for row in found if row.get(panel) is not None]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1, alpha=0.8, label=name)
+            axes.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1, alpha=0.8, label=labels[name])
         if logarithmic and any(line.get_ydata().max(initial=0) > 0 for line in axes.lines if len(line.get_ydata())):
             axes.set_yscale("log")
         axes.set(xlabel="step", ylabel=label)

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lion_dist import values
 from lion_dist.integrations.deepspeed_config import PRECISION_KEYS, read_optimizer_section, read_params
 from lion_dist.kernels.update import LionTensors
 from lion_dist.optimizer import Lion
@@ -148,7 +149,7 @@ def lion_optimizer(config: Mapping | str | os.PathLike) -> Callable[[Iterable], 
         ValueError: the config names another optimizer, has parameters that Lion has not, or offloads the optimizer
             to NVMe or without ``"zero_force_ds_cpu_optimizer": false``.
     """
-    config = config if isinstance(config, Mapping) else json.loads(Path(config).read_text())
+    config = config if isinstance(config, Mapping) else _read_json(config)
     params = read_optimizer_section(config)
     read_params(params)  # now, where the config is, rather than inside initialize
     _allow_in_zero()
@@ -157,6 +158,17 @@ def lion_optimizer(config: Mapping | str | os.PathLike) -> Callable[[Iterable], 
         return DeepSpeedLion(model_parameters, **params)
 
     return make
+
+
+def _read_json(config: str | os.PathLike) -> Mapping:
+    remedy = "Pass a dict, or the path of a DeepSpeed config."
+    try:
+        found = json.loads(values.path("config", config).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"config: {config} is not JSON ({error}). {remedy}") from None
+    if not isinstance(found, Mapping):
+        raise ValueError(f"config: {config} must hold an object, got {values.shown(found)}. {remedy}")
+    return found
 
 
 def check_version() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lion_dist.config import PrecisionPolicy
+from lion_dist import values
+from lion_dist.config import PrecisionPolicy, check_betas
 
 LION_KEYS = ("lr", "betas", "weight_decay", "decoupled_weight_decay", "use_triton")
 PRECISION_KEYS = ("momentum_dtype", "momentum_rounding", "main_params", "seed")
@@ -47,31 +47,40 @@ def read_optimizer_section(config: Mapping) -> dict:
         ValueError: the config names another optimizer, or offloads it to NVMe or without
             ``"zero_force_ds_cpu_optimizer": false``.
     """
-    section = config.get("optimizer", {"type": "Lion"})
-    if not isinstance(section, Mapping):
-        raise ValueError(
-            f'the config\'s "optimizer" must be an object, got {json.dumps(section)}. Write {{"type": "Lion"}}, or '
-            "leave it out."
-        )
+    section = _object(config, "optimizer", {"type": "Lion"}, 'Write {"type": "Lion"}, or leave it out.')
     name = section.get("type")
     if str(name).lower() != "lion":
         raise ValueError(
             f'the config\'s "optimizer" has type {name!r}. Write "type": "Lion", or call deepspeed.initialize '
             "without optimizer=lion_optimizer(...)."
         )
-    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    zero = _object(config, "zero_optimization", {}, 'Write {"stage": 2}, or leave it out.', null=True)
+    offload = _object(zero, "offload_optimizer", {}, 'Write {"device": "cpu"}, or leave it out.', null=True)
     device = offload.get("device", "none")
     if device not in ("none", "cpu"):
+        shown = json.dumps(device, default=values.shown)
         raise ValueError(
-            f'"offload_optimizer": {{"device": "{device}"}} is not supported: Lion updates what is in memory. Write '
+            f'"offload_optimizer": {{"device": {shown}}} is not supported: Lion updates what is in memory. Write '
             '"device": "cpu", or shard over more ranks.'
         )
-    if device == "cpu" and config.get("zero_force_ds_cpu_optimizer", True):
+    force = values.flag('"zero_force_ds_cpu_optimizer"', config.get("zero_force_ds_cpu_optimizer", True))
+    if device == "cpu" and force:
         raise ValueError(
             '"offload_optimizer": {"device": "cpu"} with an optimizer of your own needs '
             '"zero_force_ds_cpu_optimizer": false at the top level of the config: DeepSpeed refuses it otherwise.'
         )
-    return dict(section.get("params") or {})
+    return dict(_object(section, "params", {}, 'Write {"lr": 1e-4}, or leave it out.', null=True))
+
+
+def _object(parent: Mapping, name: str, default: Mapping, remedy: str, *, null: bool = False) -> Mapping:
+    """The object ``name`` of ``parent``; ``default`` where it is not there, or ``null`` and null is allowed."""
+    value = parent.get(name, default)
+    if value is None and null:
+        return default
+    if not isinstance(value, Mapping):
+        found = json.dumps(value, default=values.shown)[:120]
+        raise ValueError(f'the config\'s "{name}" must be an object, got {found}. {remedy}')
+    return value
 
 
 def read_params(params: Mapping) -> dict:
@@ -95,8 +104,11 @@ def read_params(params: Mapping) -> dict:
                 f'value. Write one, or delete "{key}" for the default.'
             )
     for key in ("lr", "weight_decay"):
-        if key in params and not _is_number(params[key]):
-            raise ValueError(f'"{key}" must be a number, got {params[key]!r}. JSON numbers have no quotes: 1e-4')
+        if key in params:
+            _check_rate(key, params[key])
+    for key, optional in (("decoupled_weight_decay", False), ("use_triton", True)):
+        if key in params:
+            values.flag(f'"{key}"', params[key], optional=optional)
     keywords = {key: params[key] for key in LION_KEYS if key in params}
     if "betas" in params:
         keywords["betas"] = _read_betas(params["betas"])
@@ -106,25 +118,26 @@ def read_params(params: Mapping) -> dict:
     return keywords | {"precision": PrecisionPolicy(**precision)}
 
 
-def _is_number(value: object) -> bool:
-    is_scalar = isinstance(value, Tensor) and value.numel() == 1
-    return is_scalar or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
+def _check_rate(key: str, value: object) -> None:
+    if not isinstance(value, Tensor) and values.as_number(value) is None:
+        raise ValueError(f'"{key}" must be a number, got {values.shown(value)}. JSON numbers have no quotes: 1e-4')
+    values.rate(f'"{key}"', value)
 
 
-def _read_betas(value) -> tuple[float, float]:
-    if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(_is_number, value)):
-        raise ValueError(f'"betas" must be two numbers, got {value!r}. The paper\'s are [0.9, 0.99].')
+def _read_betas(given) -> tuple[float, float]:
+    value = check_betas(given, '"betas"')
     if value[1] >= ADAMS_BETA2:
         warnings.warn(
-            f"betas {tuple(value)}: {value[1]} is Adam's beta2 (the HF Trainer's \"auto\", and DeepSpeed's own default "
+            f"betas {value}: {value[1]} is Adam's beta2 (the HF Trainer's \"auto\", and DeepSpeed's own default "
             "for Lion); Lion's is 0.99. A bf16 momentum that is rounded to nearest never decays at 0.999. "
             "Write [0.9, 0.99] (HF Trainer: --adam_beta2 0.99).",
             stacklevel=4,
         )
-    return tuple(value)
+    return value
 
 
 def _read_dtype(value) -> torch.dtype | None:
     if not isinstance(value, str | torch.dtype | None) or value not in MOMENTUM_DTYPES:
-        raise ValueError(f'"momentum_dtype" must be "fp32", "bf16" or null (as the partition), got {value!r}.')
+        shown = values.shown(value)
+        raise ValueError(f'"momentum_dtype" must be "fp32", "bf16" or null (as the partition), got {shown}. Write one.')
     return MOMENTUM_DTYPES[value]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lion_dist.kernels import cpu_native
+from lion_dist.kernels import compiled_library, cpu_native
 from lion_dist.kernels.reference import random_keys_int
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -24,9 +25,18 @@ class _Piece(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    """Asked for where ``cpu_native.library()`` has been compiled, so a failure here is an error."""
-    loaded = ctypes.CDLL(str(cpu_native.build(cpu_native.find_compiler(), SOURCE, cpu_native.SOURCE)))
+def library() -> ctypes.CDLL | None:
+    """The compiled codes, or None, said once, where they cannot be made. Asked for where the compiled step is used."""
+    try:
+        symbols = ["lion_encode", "lion_replay"]
+        loaded = compiled_library.load(SOURCE, cpu_native.SOURCE, symbols=symbols)
+    except compiled_library.NoLibraryError as problem:
+        warnings.warn(
+            f"lion_dist: {problem}, so update codes are made by PyTorch operations, with the same bits and more "
+            "slowly. Install gcc or clang (or set CC) to change that.",
+            stacklevel=2,
+        )
+        return None
     pointer, place, count = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     loaded.lion_encode.argtypes = [pointer, pointer, pointer, pointer, ctypes.c_uint64, count]
     loaded.lion_encode.argtypes += [place, pointer, pointer, place, pointer]
@@ -59,7 +69,7 @@ def encode(codec, params: Tensor, count: Tensor) -> None:
     for piece in codec.pieces[codec.shard]:
         struct, at = maker.make(piece), piece.start * size
         where = (piece.canonical_start, piece.stop - piece.start, piece.start)
-        _library().lion_encode(old + at, new + at, packed + piece.byte, ctypes.byref(struct), *where, *escapes)
+        library().lion_encode(old + at, new + at, packed + piece.byte, ctypes.byref(struct), *where, *escapes)
 
 
 def replay(codec, params: Tensor, messages: Tensor) -> None:
@@ -73,7 +83,7 @@ def replay(codec, params: Tensor, messages: Tensor) -> None:
             struct = maker.make(piece)
             where = (first + piece.start * size, packed + piece.byte)
             calls.append((*where, ctypes.byref(struct), piece.canonical_start, piece.stop - piece.start))
-    replay_piece = _library().lion_replay
+    replay_piece = library().lion_replay
     if params.numel() <= cpu_native.THREAD_NUMEL or torch.get_num_threads() == 1:
         for call in calls:
             replay_piece(*call)

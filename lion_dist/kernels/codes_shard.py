@@ -238,7 +238,8 @@ class ShardCodec:
             from lion_dist.kernels import codes_triton
 
             return codes_triton
-        return codes_native if self.backend == "cpu_native" else _ByDefinition
+        compiled = self.backend == "cpu_native" and codes_native.library() is not None
+        return codes_native if compiled else _ByDefinition
 
 
 class _ByDefinition:

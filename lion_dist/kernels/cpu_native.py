@@ -1,4 +1,4 @@
-"""The step on the CPU in C: ``cpu_native.c``, compiled by the machine's own compiler at the first step, and kept.
+"""The step on the CPU in C: ``cpu_native.c``, compiled at the first step (``compiled_library.py``) and kept.
 
 PyTorch operations cannot fuse: in cache-sized chunks (``cpu.py``, used where there is no compiler) they take about
 twice the time, and each of their OpenMP barriers waits for the slowest thread. Here every thread runs through its own
@@ -9,28 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 import warnings
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from lion_dist.kernels import compiled_library
 from lion_dist.kernels.reference import StepScalars, random_keys_int
 
 SOURCE = Path(__file__).with_suffix(".c")
-# No contraction: the definition rounds every operation. Nothing here reads the floating-point environment.
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
-FLAGS += ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
-if platform.machine() == "x86_64":
-    FLAGS += ("-mprefer-vector-width=512",)  # 12% on a bf16 momentum where there is AVX-512; nothing elsewhere
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: 3, None: 4}
 PIECES_PER_THREAD = 8
 THREAD_NUMEL = 1 << 18  # a second thread is worth its start from about this many elements on
@@ -45,58 +34,22 @@ class _Scalars(ctypes.Structure):
     ]
 
 
-def _machine() -> str:
-    """What -march=native looks at, so that machines that share a home directory do not share a binary."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return "".join(sorted({line for line in text.splitlines() if line.startswith(("flags", "model name", "Features"))}))
-
-
-def build(compiler: Sequence[str], source: Path, *included: Path) -> Path:
-    """The compiled library, from the cache or made now. Ranks that build at once each put a whole file in place."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    texts = [path.read_text() for path in (source, *included)]
-    key = hashlib.sha256("\n".join([*texts, *FLAGS, version, _machine()]).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lion_dist"
-    library = cache / f"{source.stem}-{key}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder) / library.name
-            command = [*compiler, *FLAGS, str(source), "-o", str(made)]
-            subprocess.run(command, capture_output=True, text=True, check=True)
-            made.replace(library)
-    return library
-
-
-def find_compiler() -> list[str]:
-    """The command, which may be several words (``CC="ccache gcc"``); empty where there is none."""
-    return shlex.split(os.environ.get("CC", "")) or [c for c in ("cc", "gcc", "clang") if shutil.which(c)][:1]
-
-
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled step, or None, said once, where there is no working C compiler."""
-    compiler = find_compiler()
-    problem = "no C compiler was found"
-    if compiler:
-        try:
-            loaded = ctypes.CDLL(str(build(compiler, SOURCE)))
-        except (OSError, subprocess.CalledProcessError) as error:
-            problem = f"{shlex.join(compiler)} did not compile it ({getattr(error, 'stderr', None) or error})"
-        else:
-            loaded.lion_update.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 5
-            loaded.lion_update.argtypes += [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64]
-            loaded.lion_update.restype = None
-            return loaded
-    warnings.warn(
-        f"lion_dist: {problem}, so CPU tensors are updated by PyTorch operations, with the same bits and about half as "
-        "fast. Install gcc or clang (or set CC) to change that.",
-        stacklevel=2,
-    )
-    return None
+    """The compiled step, or None, said once, where it cannot be made."""
+    try:
+        loaded = compiled_library.load(SOURCE, symbols=["lion_update"])
+    except compiled_library.NoLibraryError as problem:
+        warnings.warn(
+            f"lion_dist: {problem}, so CPU tensors are updated by PyTorch operations, with the same bits and about "
+            "half as fast. Install gcc or clang (or set CC) to change that.",
+            stacklevel=2,
+        )
+        return None
+    loaded.lion_update.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 5
+    loaded.lion_update.argtypes += [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64]
+    loaded.lion_update.restype = None
+    return loaded
 
 
 @functools.cache

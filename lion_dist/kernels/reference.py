@@ -9,7 +9,9 @@ gradient ``g``, momentum ``m`` and parameter ``p`` read as fp32, and the scalars
     m  = m * beta2 + g * (1 - beta2)
 
 Every operation is rounded to fp32 (no fused multiply-add) and ``sign(0) = 0``. An element whose scaled gradient is
-not finite is left exactly as it was, parameter and momentum: a NaN never becomes a step. Results are then rounded to
+not finite is left exactly as it was, parameter and momentum: a NaN never becomes a step. Nor does a learning rate or
+weight decay that is negative or not finite: as a number it is refused (``config.py``), and a step in which any tensor
+on the device holds such a one is skipped as a whole (``skip_unusable``). Results are then rounded to
 their storage by the integer arithmetic below. Bits are promised for numbers; a NaN equals any NaN.
 
 The tensors, for one parameter of ``numel`` elements:
@@ -32,6 +34,7 @@ further there: with ``numel`` and ``count`` of such elements taken over the whol
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +61,30 @@ class StepScalars:
         """``1 - lr * weight_decay`` is computed in fp64 on the host, or on the device when either is a tensor."""
         if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
             # Python numbers meet the tensors as fp64 scalars: nothing is copied to the device, so nothing waits.
-            lr64, decay64 = (x.double().reshape(()) if isinstance(x, Tensor) else x for x in (lr, weight_decay))
+            lr64, decay64 = (x.double().reshape(()) if isinstance(x, Tensor) else float(x) for x in (lr, weight_decay))
             decay = (1.0 - lr64 * decay64).float()
-            lr = lr64.float() if isinstance(lr, Tensor) else torch.full_like(decay, lr)
+            lr = lr64.float() if isinstance(lr, Tensor) else torch.full_like(decay, lr64)
             return cls(lr, decay, *map(float, betas))
         return cls(float(lr), 1.0 - float(lr) * float(weight_decay), *map(float, betas))
+
+    @property
+    def is_unusable(self) -> Tensor | None:
+        """[] bool on the device: lr or weight decay is negative or not finite in fp32. None when they are numbers."""
+        if not isinstance(self.lr, Tensor):
+            return None
+        largest = torch.finfo(torch.float32).max
+        is_usable = (self.lr.clamp(0, largest) == self.lr) & (self.decay.clamp(-largest, 1) == self.decay)
+        return is_usable.logical_not()  # a NaN equals nothing
+
+
+def skip_unusable(skip: Tensor | None, scalars: Iterable[StepScalars]) -> Tensor | None:
+    """``skip`` ([] fp32, nonzero skips the step), nonzero also when ``scalars`` of any group cannot be used."""
+    result = skip
+    for unusable in (each.is_unusable for each in scalars):
+        if unusable is None:
+            continue
+        result = unusable if result is None else unusable | (result.reshape(()).to(unusable.device) != 0)
+    return result if result is skip else result.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -190,6 +190,10 @@ class BoxedTensor(torch.Tensor):
         like = next(iter(boxes.values()), self)
         return type(self)(self.shape, boxes, dtype=like.dtype, device=like.device, part=part or self.part)
 
+    def new_empty(self, size: Sequence[int], *, device=None, **_options) -> BoxedTensor:
+        """A place for a copy, as torch's ``async_save`` makes one; it copies the attributes after."""
+        return type(self)(size, {}, dtype=self.dtype, device=self.device if device is None else torch.device(device))
+
     def __deepcopy__(self, memo: dict) -> BoxedTensor:
         if id(self) not in memo:
             memo[id(self)] = self.with_boxes({box: local.clone() for box, local in self.boxes.items()})
@@ -219,8 +223,6 @@ class BoxedTensor(torch.Tensor):
                 return boxed.with_boxes(boxes)
             like = func(torch.empty(0, dtype=boxed.dtype, device=boxed.device), *args[1:], **kwargs)
             return type(boxed)(boxed.shape, {}, dtype=like.dtype, device=like.device, part=boxed.part)
-        if func is aten.new_empty.default:  # torch's async_save makes a place for the copy, and fills its attributes
-            return type(boxed)(args[1], {}, dtype=boxed.dtype, device=kwargs.get("device") or boxed.device)
         raise NotImplementedError(
             f"{func} on a BoxedTensor: it is a place for checkpoints, not an operand. For whole tensors call "
             "optimizer.consolidate_state_dict() on all ranks."

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from lion_dist import values
 from lion_dist.sharding import collectives
 from lion_dist.sharding.collective_error import CollectiveError
 
@@ -121,8 +122,8 @@ def resolve_groups(where: DeviceMesh | ProcessGroup | None) -> ShardGroups:
         rank = dist.get_rank() if dist.is_initialized() else 0
         raise ValueError(
             f"process_group must be a ProcessGroup that this rank (global rank {rank}) belongs to, a "
-            f"DeviceMesh or None, got {where!r}. torch.distributed.new_group returns a non-member marker on ranks "
-            "outside the group: construct the optimizer on its members only."
+            f"DeviceMesh or None, got {values.shown(where)}. torch.distributed.new_group returns a non-member marker "
+            "on ranks outside the group: construct the optimizer on its members only."
         )
     return ShardGroups(_unless_alone(where))
 

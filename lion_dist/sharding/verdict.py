@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lion_dist import values
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.grad_norm import GradNorm, SumOfSquares
 from lion_dist.sharding.process_groups import ShardGroups
@@ -72,10 +73,25 @@ class Judge:
         outcome = (total < math.inf) == self._taken_or_skipped  # NaN is not below
         self.verdict = Verdict(total, outcome, outcome[1].float(), used, grad_version)
 
+    def skip_unusable(self, unusable: Tensor | None) -> Verdict:
+        """The verdict, which skips the step also where ``unusable`` ([] fp32 on the device) is not 0: a learning rate
+        that cannot be used; and where the divisor is a tensor that cannot."""
+        skip = self.verdict.skip if unusable is None else torch.maximum(self.verdict.skip, unusable)
+        if isinstance(self.divisor, Tensor):
+            usable = (self.divisor > 0) & (self.divisor < math.inf)
+            skip = torch.maximum(skip, usable.logical_not().to(self._device).reshape(()).float())
+        if skip is not self.verdict.skip:
+            self.verdict.skip, self.verdict.outcome = skip, (skip == 0) == self._taken_or_skipped
+        return self.verdict
+
     def set_divisor(self, count: float | Tensor) -> None:
         """Of this step's summed gradients."""
-        if not isinstance(count, Tensor) and not (math.isfinite(count) and count > 0):
-            raise ValueError(f"the gradient divisor must be finite and above 0, got {count!r}")
+        if isinstance(count, Tensor):
+            values.scalar_tensor("count", count)
+        else:
+            remedy = "Pass the number of tokens or samples that the gradients are summed over."
+            name, expected = "count: the gradient divisor", "finite and above 0"
+            count = values.number(name, count, expected, above=0.0, finite=True, remedy=remedy)
         self.refuse_clipped("set_grad_divisor()")
         self.divisor = count
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lion_dist import checkpoint
-from lion_dist.checkpoint import storage
+from lion_dist.checkpoint import directory, storage
 from tests.checkpoint.engines import assert_same_tensors, engine, train
 
 
@@ -160,3 +160,24 @@ def test_a_time_out_is_explained_on_every_rank_and_costs_one_save(gloo, tmp_path
         assert [name for name, _ in errors] == ["late"]
         assert "the ranks lost each other while they saved or loaded" in errors[0][1]
     assert checkpoint.newest(tmp_path) == tmp_path / "after"
+
+
+@pytest.mark.parametrize("save", [checkpoint.save, checkpoint.save_async])
+def test_a_relative_path_is_that_of_the_call_whatever_the_working_directory_is_later(tmp_path, monkeypatch, save):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model, optimizer = engine("plain", "split")
+    begin = directory.begin
+
+    def begin_elsewhere(path):
+        os.chdir(tmp_path / "there")
+        return begin(path)
+
+    monkeypatch.setattr(directory, "begin", begin_elsewhere)
+    pending = save("c", model=model, optimizer=optimizer)
+    if pending is not None:
+        pending.wait()
+        assert pending.path == tmp_path / "here" / "c"
+    checkpoint.verify(tmp_path / "here" / "c")
+    assert os.listdir(tmp_path / "there") == []

@@ -19,7 +19,7 @@ from torch import nn
 
 from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint import directory, manifest, storage
-from lion_dist.checkpoint.storage import read_metadata
+from lion_dist.checkpoint.metadata import read_metadata
 from tests.checkpoint.engines import engine, train
 from tests.checkpoint.killed import loaded_step, save
 
@@ -272,7 +272,7 @@ def test_metadata_that_would_run_code_is_refused(tmp_path):
 def test_metadata_of_another_kind_is_refused(tmp_path):
     save(tmp_path / "c", 1)
     replace_file(tmp_path / "c", ".metadata", pickle.dumps([1, 2]))
-    with pytest.raises(checkpoint.CheckpointError, match=r"\.metadata is damaged: it holds a list"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"\.metadata is refused: it holds a list where"):
         checkpoint.verify(tmp_path / "c")
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,125 @@ def test_a_name_that_a_later_save_would_remove_is_refused(tmp_path, name):
     with pytest.raises(checkpoint.CheckpointError, match=f"{name} is no name for a checkpoint"):
         save(tmp_path / name, 1)
     assert names(tmp_path) == []
+
+
+# ---- the newest of which every byte is as it was written
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def newest_verified(folder):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = checkpoint.newest(folder, verified=True)
+    return found, [str(w.message) for w in warned if "left out" in str(w.message)]
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", manifest.NAME])
+def test_verified_goes_back_to_the_newest_without_damage_and_warns(tmp_path, file):
+    for step in range(3):
+        save(tmp_path / f"step-{step}", step)
+    assert newest_verified(tmp_path) == (tmp_path / "step-2", [])
+    flip(tmp_path / "step-2" / file)
+    found, warned = newest_verified(tmp_path)
+    assert found == tmp_path / "step-1"
+    assert len(warned) == 1
+    assert f"step-2 is left out: {tmp_path}/step-2/{file} is damaged" in warned[0]
+    assert loaded_step(found) == 1
+
+
+def test_verified_is_none_where_all_are_damaged(tmp_path):
+    save(tmp_path / "c", 1)
+    flip(tmp_path / "c" / "__0_0.distcp")
+    found, warned = newest_verified(tmp_path)
+    assert found is None
+    assert len(warned) == 1
+
+
+def save_twice(folder):
+    model, optimizer = engine("sharded", "split")
+    for step in range(2):
+        checkpoint.save(f"{folder}/{step}", model=model, optimizer=optimizer)
+
+
+def newest_and_files_read(folder):
+    read, check = [], manifest.check_contents
+
+    def counting(directory, name, *args):
+        read.append(f"{directory.name}/{name}")
+        return check(directory, name, *args)
+
+    manifest.check_contents = counting
+    try:
+        return *newest_verified(folder), read
+    finally:
+        manifest.check_contents = check
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp"])
+def test_ranks_share_the_reading_and_agree(gloo, tmp_path, file):
+    gloo.run(2, save_twice, str(tmp_path))
+    flip(tmp_path / "1" / file)
+    (found, warned, read), (found_too, _, read_too) = gloo.run(2, newest_and_files_read, str(tmp_path))
+    assert found == found_too == tmp_path / "0"
+    assert len(warned) == 1
+    distcp = [name for name in (*read, *read_too) if name.startswith("0/__")]
+    assert sorted(distcp) == ["0/__0_0.distcp", "0/__1_0.distcp"]
+
+
+# ---- odd neighbours
+
+
+def odd_manifest(content):
+    def make(path):
+        path.mkdir()
+        (path / manifest.NAME).write_text(content)
+
+    return make
+
+
+def odd_fifo(path):
+    path.mkdir()
+    os.mkfifo(path / manifest.NAME)
+
+
+def odd_link_to_a_device(path):
+    path.mkdir()
+    (path / manifest.NAME).symlink_to("/dev/zero")
+
+
+def odd_loop(path):
+    path.symlink_to(path.name)
+
+
+ODD = {
+    "empty object": odd_manifest("{}"),
+    "only a format": odd_manifest('{"format": 2}'),
+    "null": odd_manifest("null"),
+    "deep list": odd_manifest("[" * 100_000),
+    "deep object": odd_manifest('{"a":' * 100_000),
+    "not a number": odd_manifest('{"format": 2, "crc32": NaN, "saved": NaN}'),
+    "a huge number": odd_manifest('{"format": 2, "crc32": "", "saved": ' + "9" * 5000 + "}"),
+    "not UTF-8": lambda path: (path.mkdir(), (path / manifest.NAME).write_bytes(b"\xff\xfe{")),
+    "a FIFO": odd_fifo,
+    "a device": odd_link_to_a_device,
+    "a loop": odd_loop,
+    "a directory for a manifest": lambda path: (path / manifest.NAME).mkdir(parents=True),
+    "a file": lambda path: path.write_text("{}"),
+    "a FIFO for a checkpoint": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_an_odd_neighbour_is_in_nobody_s_way(tmp_path, make):
+    make(tmp_path / "odd")
+    save(tmp_path / "c", 1)
+    assert checkpoint.newest(tmp_path) == tmp_path / "c"
+    assert newest_verified(tmp_path)[0] == tmp_path / "c"
+    save(tmp_path / "d", 2)
+    checkpoint.keep_last(tmp_path, 1)
+    assert names(tmp_path) == ["d", "odd"]

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorPr
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from lion_dist import ShardedLion, ShardingConfig, checkpoint
-from lion_dist.checkpoint.storage import read_metadata
+from lion_dist.checkpoint.metadata import read_metadata
 from lion_dist.sharding import boxes
 from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_over
 from lion_dist.sharding.layout import BucketLayout, pack_into_buckets

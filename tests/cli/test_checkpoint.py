@@ -1,5 +1,8 @@
 """``lion-dist checkpoint``, through its parser."""
 
+import os
+import zipfile
+
 import pytest
 import torch
 from torch import nn
@@ -57,3 +60,55 @@ def test_what_is_not_there_is_one_line_and_exit_code_2(capsys, arguments, messag
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_verify_and_inspect_of_where_one_stands(saved, monkeypatch, capsys):
+    monkeypatch.chdir(saved)
+    for path in (".", "", "../c/.", f"../../{saved.parent.name}/c/."):
+        assert main(["checkpoint", "verify", path]) == 0
+        assert main(["checkpoint", "inspect", path]) == 0
+    assert "whole" in capsys.readouterr().out
+
+
+def odd_paths(folder):
+    (folder / "text").write_text("dear")
+    (folder / "empty").touch()
+    (folder / "directory").mkdir()
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "fifo")
+    return ["/", "..", "text", "empty", "directory", "loop", "fifo", "/dev/zero", "x" * 300, "text/in"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("verify",), ("inspect",), ("convert", "lion-pytorch"), ("convert", "lion-dist")], ids="-".join
+)
+def test_odd_paths_are_one_line_and_no_traceback(saved, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    action, *to = arguments
+    for path in odd_paths(tmp_path):
+        given = [action, path, "out", "--to", *to] if to else [action, path]
+        assert main(["checkpoint", *given]) in (1, 2), path
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, (path, error)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["/", ".", "..", "text", "fifo", "nowhere/c", "text/c", "x" * 300])
+def test_odd_targets_are_one_line_and_no_traceback(saved, tmp_path, monkeypatch, capsys, target):
+    monkeypatch.chdir(tmp_path)
+    odd_paths(tmp_path)
+    assert main(["checkpoint", "convert", "c", "one.pt", "--to", "lion-pytorch"]) == 0
+    capsys.readouterr()
+    for source, to in (("c", "lion-pytorch"), ("one.pt", "lion-dist")):
+        if (target, to) == ("nowhere/c", "lion-dist"):
+            continue  # its folder is made
+        assert main(["checkpoint", "convert", source, target, "--to", to]) == 2, target
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+
+
+def test_a_compressed_zip_is_no_file_of_torch_save(saved, tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "z.pt", "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr("z/data.pkl", b"0" * 10_000)
+    assert main(["checkpoint", "convert", str(tmp_path / "z.pt"), str(tmp_path / "o"), "--to", "lion-dist"]) == 2
+    assert "is a compressed zip" in capsys.readouterr().err

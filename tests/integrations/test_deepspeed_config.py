@@ -205,3 +205,63 @@ def test_step_hooks_run_once_a_step():
     weight[0].grad = torch.ones(3)
     optimizer.step()
     assert calls == ["pre"]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"decoupled_weight_decay": "false"}, '"decoupled_weight_decay" must be True or False, got \'false\''),
+        ({"decoupled_weight_decay": 0}, '"decoupled_weight_decay" must be True or False, got 0'),
+        ({"use_triton": "true"}, '"use_triton" must be True, False or None, got \'true\''),
+        ({"lr": True}, '"lr" must be a number, got True'),
+        ({"lr": None}, '"lr" must be a number, got None'),
+        ({"lr": 1e300}, '"lr" must be finite and at least 0, got 1e+300'),
+        ({"weight_decay": -1}, '"weight_decay" must be finite and at least 0, got -1'),
+        ({"betas": 0.9}, '"betas" must be two numbers in [0, 1), got 0.9'),
+        ({"seed": "7"}, "seed must be an int in [0, 2**63), got '7'"),
+    ],
+    ids=str,
+)
+def test_json_values_of_the_wrong_kind_are_refused(params, message):
+    with pytest.raises(ValueError) as error:
+        lion_optimizer({"optimizer": {"type": "Lion", "params": params}})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"optimizer": {"type": "Lion", "params": [1]}}, 'the config\'s "params" must be an object, got [1]'),
+        ({"optimizer": "Lion"}, 'the config\'s "optimizer" must be an object, got "Lion"'),
+        ({"zero_optimization": 2}, 'the config\'s "zero_optimization" must be an object, got 2'),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, '"offload_optimizer" must be an object, got "cpu"'),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": "false"},
+            '"zero_force_ds_cpu_optimizer" must be True or False, got \'false\'',
+        ),
+    ],
+    ids=str,
+)
+def test_parts_of_a_config_of_the_wrong_kind_are_refused(config, message):
+    with pytest.raises(ValueError) as error:
+        lion_optimizer(config)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe\xfd", "is not JSON"),
+        (b"[" * 10**5, "is not JSON"),
+        (b"[1]", "must hold an object"),
+    ],
+    ids=["half", "binary", "deep", "list"],
+)
+def test_a_file_that_is_no_config_is_named(content, message, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"config: {path} {message}.* Pass a dict, or the path of a DeepSpeed config"):
+        lion_optimizer(path)
+    with pytest.raises(TypeError, match="config must be a path, got 3"):
+        lion_optimizer(3)

@@ -75,12 +75,41 @@ def test_a_rank_that_cannot_act_ends_all_with_its_reason(monkeypatch):
         deepspeed_engine._all_or_none(lambda: None)
 
 
+def refused(call, name):
+    """``call``, which fails for what is named ``name``."""
+
+    def refuse(path, *args, **kwargs):
+        if Path(path).name.startswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return call(path, *args, **kwargs)
+
+    return refuse
+
+
 def test_what_cannot_be_replaced_is_said_with_its_cause(engine, tmp_path, monkeypatch):
     engine.save(tmp_path / "step-000005", {"step": 5})
-
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(deepspeed_engine.shutil, "rmtree", refuse)
+    monkeypatch.setattr(os, "rename", refused(os.rename, "step-000005"))
     with pytest.raises(OSError, match="rank 0: .*Permission denied: .*step-000005"):
         engine.save(tmp_path / "step-000005", {"step": 5})
+
+
+def test_a_save_whose_old_one_cannot_be_cleared_has_succeeded(engine, tmp_path, monkeypatch):
+    engine.save(tmp_path / "step-000005", {"time": "first"})
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", refused(os.rmdir, "step-000005"))
+        with pytest.warns(UserWarning, match="is not gone: .*Permission denied"):
+            engine.save(tmp_path / "step-000005", {"time": "second"})
+    assert "second" in (tmp_path / "step-000005" / "deepspeed" / "of-rank-0.pt").read_text()
+    engine.keep_last(tmp_path, 1)
+    assert names(tmp_path) == ["step-000005"]
+
+
+def test_keep_last_warns_of_what_it_cannot_remove(engine, tmp_path, monkeypatch):
+    for step in (5, 6):
+        engine.save(tmp_path / f"step-{step:06d}", {"step": step})
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", refused(os.rename, "step-000005"))
+        with pytest.warns(UserWarning, match="step-000005 cannot be removed and stays"):
+            engine.keep_last(tmp_path, 1)
+    engine.keep_last(tmp_path, 1)
+    assert names(tmp_path) == ["step-000006"]

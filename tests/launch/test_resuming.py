@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and what becomes of those that it does not."""
 
+import warnings
 from argparse import Namespace
 from datetime import timedelta
 
@@ -14,6 +15,8 @@ class Engine:
 
     def newest(self, folder):
         return max(folder.glob("step-*"), default=None)
+
+    newest_verified = newest
 
     def load(self, path):
         settings = dict.fromkeys(TRAJECTORY, 1) | {"text": "a", "ranks": 4}
@@ -76,3 +79,21 @@ def test_resume_auto_begins_where_there_is_nothing(checkpoints):
     checkpoints.folder = checkpoints.folder / "new"
     assert checkpoints.resume("auto") == 0
     assert list(checkpoints.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("how, step", [("auto", 3), ("last", 6)])
+def test_only_auto_leaves_a_damaged_checkpoint_out_and_says_so(checkpoints, monkeypatch, capsys, how, step):
+    def newest_verified(folder):
+        warnings.warn(f"{folder}/step-000006 is left out: a byte differs", stacklevel=1)
+        return folder / "step-000003"
+
+    (checkpoints.folder / "step-000009.partial").rmdir()
+    monkeypatch.setattr(checkpoints.engine, "newest_verified", newest_verified)
+    assert checkpoints.resume(how) == step
+    assert ("step-000006 is left out: a byte differs" in capsys.readouterr().out) == (how == "auto")
+
+
+def test_a_run_that_finds_only_damaged_checkpoints_begins_and_sets_them_aside(checkpoints, monkeypatch):
+    monkeypatch.setattr(checkpoints.engine, "newest_verified", lambda folder: None)
+    assert checkpoints.resume("auto") == 0
+    assert (checkpoints.folder / "earlier-1" / "step-000006").is_dir()
