@@ -28,10 +28,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig, checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# How many ranks torchrun has started, and on how many nodes.
+# torchrun sets them: the number of ranks, that of nodes, and how often it may start the ranks again.
 WORLD_SIZE, NODES = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE"))
-# Folders in Python's standard library that are not part of it, or hold tables of numbers.
-NOT_TEXT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+MAX_RESTARTS = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+NOT_TEXT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}  # in Python's library
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -115,6 +115,8 @@ def global_batch(text: Tensor, batch_size: int, seq_len: int, seed: int, step: i
 
 def start_process_group(timeout: timedelta) -> torch.device:
     """Meets the other processes that torchrun has started, if any. Returns this one's device."""
+    if MAX_RESTARTS and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or restarted ranks look for dead ones")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
     if device is not None:
         torch.cuda.set_device(device)
@@ -290,9 +292,9 @@ def main() -> int:
     args = parse_arguments()
     try:
         text, held_out_text = read_corpus(args.data, args.seq_len)
+        training = Training(args, start_process_group(timedelta(seconds=args.timeout)))
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
-    training = Training(args, start_process_group(timedelta(seconds=args.timeout)))
     begin = training.begin()
     before = training.held_out_loss(held_out_text)
     end = training.train(text, begin)
@@ -302,8 +304,7 @@ def main() -> int:
             print(f"SIGTERM: {args.out}/step-{end:06d} holds {end} of {args.steps} steps; --resume auto continues it")
         time.sleep(2.0)  # launchers signal one rank after the other
         # A rank that only another's signal has stopped asks torchrun to start it again: 0 would end the whole job.
-        is_restartable = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-        return 75 if is_restartable and signal.SIGTERM not in training.signals else 0
+        return 75 if MAX_RESTARTS and signal.SIGTERM not in training.signals else 0
     after = training.held_out_loss(held_out_text)
     training.optimizer.check_replicas()  # raises ReplicaError where a rank holds other parameters than the others
     if is_first:

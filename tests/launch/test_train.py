@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from datetime import timedelta
 
 import pytest
 
@@ -126,6 +127,13 @@ def test_bad_input_ends_with_a_message_and_leaves_nothing(flags, message, tmp_pa
         train.main()
     assert ended.value.code and message in f"{capsys.readouterr().err} {ended.value.code}"
     assert not (tmp_path / "run").exists()
+
+
+def test_shared_store_of_torchrun_is_refused_with_restarts(monkeypatch):
+    monkeypatch.setattr(train, "MAX_RESTARTS", 3)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        train.start_process_group(timedelta(seconds=1))
 
 
 def test_default_batch_divides_among_any_number_of_ranks(monkeypatch):
