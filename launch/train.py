@@ -31,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # torchrun sets them: the number of ranks, that of nodes, and how often it may start the ranks again.
 WORLD_SIZE, NODES = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE"))
 MAX_RESTARTS = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-NOT_TEXT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}  # in Python's library
+STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Transformer(nn.Module):
 
 def read_corpus(data: str | None, seq_len: int) -> tuple[Tensor, Tensor]:
     """Text to train on, and held-out text (one file of 20): uint8 [bytes] of a file, a folder, or Python's library."""
-    root, skipped = Path(data or sysconfig.get_path("stdlib")), set() if data else NOT_TEXT
+    root, skipped = Path(data or sysconfig.get_path("stdlib")), set() if data else STDLIB_SKIPPED
     if not root.exists():
         raise ValueError(f"no such file or folder: {data}. Pass --data PATH with a text file or a folder.")
     found = [root] if root.is_file() else sorted(root.rglob("*" if data else "*.py"))
