@@ -119,8 +119,15 @@ def _metadata(built: object, sizes: dict[str, int]) -> Metadata:
         places[index] = _place(index, place, sizes)
     for name, tensor in tensors.items():
         for i, chunk in enumerate(tensor.chunks):
-            if MetadataIndex(name, chunk.offsets, i) not in places:
+            place = places.get(MetadataIndex(name, chunk.offsets, i))
+            if place is None:
                 raise CheckpointError(f"the piece of {name!r} at {tuple(chunk.offsets)} is in no file")
+            nbytes = math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
+            if nbytes > place.length:  # a piece is stored as it is, never compressed
+                raise CheckpointError(
+                    f"the piece of {name!r} at {tuple(chunk.offsets)} has {nbytes} bytes, of which its file holds at "
+                    f"most {place.length}"
+                )
     return Metadata(tensors, storage_data=places)
 
 
