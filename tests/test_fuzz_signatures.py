@@ -29,6 +29,7 @@ from lion_dist.integrations.deepspeed import DeepSpeedLion
 from lion_dist.integrations.deepspeed_config import LION_KEYS, PRECISION_KEYS, read_optimizer_section, read_params
 from lion_dist.model_shapes import preset, read_shapes
 from lion_dist.planning import EnginePlan, Job, activation_bytes, plan
+from tests.seeds import fuzz_seed
 
 SECONDS = 5.0  # for the random part of each target
 
@@ -260,8 +261,7 @@ def test_each_argument_alone(target, folder):
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if len(target.fed) > 2], ids=str)
 def test_several_arguments_at_once(target, folder):
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")  # pytest shows it when the test fails
+    seed = fuzz_seed()
     chosen, stop = random.Random(seed), time.monotonic() + SECONDS
     for _ in range(100):
         if time.monotonic() > stop:

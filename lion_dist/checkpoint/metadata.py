@@ -117,17 +117,18 @@ def _metadata(built: object, sizes: dict[str, int]) -> Metadata:
     for index, place in _items(state["storage_data"], "storage_data"):
         index = _index(index)
         places[index] = _place(index, place, sizes)
+    total = 0
     for name, tensor in tensors.items():
         for i, chunk in enumerate(tensor.chunks):
             place = places.get(MetadataIndex(name, chunk.offsets, i))
             if place is None:
                 raise CheckpointError(f"the piece of {name!r} at {tuple(chunk.offsets)} is in no file")
             nbytes = math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
-            if nbytes > place.length:  # a piece is stored as it is, never compressed
-                raise CheckpointError(
-                    f"the piece of {name!r} at {tuple(chunk.offsets)} has {nbytes} bytes, of which its file holds at "
-                    f"most {place.length}"
-                )
+            if nbytes > place.length:
+                raise CheckpointError(f"a piece of {name!r} has {nbytes} bytes, and {place.length} in its file")
+            total += nbytes
+    if sizes and total > sum(sizes.values()):  # several pieces in one place
+        raise CheckpointError(f"its tensors have {total} bytes, and its files {sum(sizes.values())}")
     return Metadata(tensors, storage_data=places)
 
 

@@ -32,6 +32,7 @@ from tests.checkpoint.hostile import (
     write_file,
     write_manifest,
 )
+from tests.seeds import fuzz_seed
 
 SECONDS = 8
 DATA = "__0_0.distcp"
@@ -310,8 +311,7 @@ def one(rng, saved, folder):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_hostile_checkpoint_gives_right_values_or_checkpoint_error(saved, tmp_path):
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")  # shown when it fails; rng = random.Random(seed) brings the same changes back
+    seed = fuzz_seed()
     rng, before, counts = random.Random(seed), process_state(), {}
     end, number = time.monotonic() + SECONDS, 0
     with bounded_memory():
@@ -370,7 +370,7 @@ def huge(metadata):
 def test_a_tensor_larger_than_its_file_is_refused_before_anything_is_allocated(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "c")
     change_metadata(tmp_path / "c", huge)
-    assert "of which its file holds at most" in refused(tmp_path / "c")
+    assert " bytes, and " in refused(tmp_path / "c")
     assert accepted_by(tmp_path / "c", tmp_path / "one.pt") == ["newest", "newest verified"]
 
 

@@ -16,6 +16,7 @@ from lion_dist import cli
 from lion_dist.cli import collective_check
 from lion_dist.cli.findings import OK, Finding
 from lion_dist.kernels import compiled_library, cpu_native
+from tests.seeds import fuzz_seed
 
 LLAMA = {
     "model_type": "llama",
@@ -172,8 +173,7 @@ def test_plot_of_a_run_with_an_odd_name(name, tmp_path):
 def test_random_damage_never_ends_in_a_traceback(tmp_path, capsys, recwarn):
     """A few bytes of a config and of a log are changed at random, for a bounded time."""
     pytest.importorskip("matplotlib")
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")  # pytest shows it when the test fails
+    seed = fuzz_seed()
     chosen, stop = random.Random(seed), time.monotonic() + 5.0
     config, run = tmp_path / "config.json", tmp_path / "run"
     run.mkdir()
