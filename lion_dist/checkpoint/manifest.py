@@ -20,7 +20,8 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lion_dist.checkpoint.errors import CheckpointError
@@ -93,13 +94,19 @@ def read_regular(path: Path, most: int) -> bytes:
     Raises:
         FileNotFoundError
     """
-    with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > most:
-            raise CheckpointError(f"{path} has {os.fstat(file.fileno()).st_size} bytes, more than any checkpoint's")
-        try:
-            return file.read()
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    with open_regular(path) as file, _readable(path):
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise CheckpointError(f"{path} has {size} bytes, more than any checkpoint's")
+        return file.read(size)  # no more: some files of /proc say 0 and never end
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -138,15 +145,13 @@ def check_sizes(directory: Path, files: dict[str, dict]) -> None:
 
 def check_contents(directory: Path, name: str, entry: dict, progress: Progress | None = None) -> None:
     """Raise CheckpointError unless the file's bytes are those that were written."""
-    checksum, buffer = 0, memoryview(bytearray(READ_BYTES))
-    with open_regular(directory / name) as file:
-        try:
-            while count := file.readinto(buffer):
-                checksum = zlib.crc32(buffer[:count], checksum)
-                if progress is not None:
-                    progress(count)
-        except OSError as error:
-            raise CheckpointError(f"{directory / name} cannot be read: {error}") from error
+    checksum, left, buffer = 0, entry["bytes"], memoryview(bytearray(READ_BYTES))
+    with open_regular(directory / name) as file, _readable(directory / name):
+        while count := file.readinto(buffer[: max(0, left)]):
+            left -= count
+            checksum = zlib.crc32(buffer[:count], checksum)
+            if progress is not None:
+                progress(count)
     if f"{checksum:08x}" != entry["crc32"]:
         raise CheckpointError(
             f"{directory / name} is damaged: its CRC-32 is {checksum:08x}, {entry['crc32']} was written. "
