@@ -6,7 +6,11 @@ PYTHON ?= python3
 VENV ?= .venv
 # Ranks of `make train`: every GPU that torch sees, else 2 CPU processes.
 NPROC ?= $$($(VENV)/bin/python -c 'import torch; print(torch.cuda.device_count() or 2)')
-# Passed on to launch/train.py, for example: make train ARGS="--steps 50 --engine ddp"
+# The program of `make train`: launch/compare_engines.py has --engine ddp, fsdp2, deepspeed and others.
+PROGRAM ?= launch/train.py
+# The folder of its metrics and checkpoints.
+OUT ?= runs/sharded
+# Passed on to the program, for example: make train ARGS="--steps 50 --precision bf16"
 ARGS ?=
 # Passed on to pytest, for example: make test PYTEST_ARGS="-k clip"
 PYTEST_ARGS ?=
@@ -27,9 +31,10 @@ $(INSTALLED): pyproject.toml setup.cfg constraints.txt
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[train,test]"
 	@touch $@
 
-train: $(INSTALLED) ## train a language model with ShardedLion, about 2 minutes on 2 cores (NPROC, ARGS)
+train: $(INSTALLED) ## train a language model with ShardedLion, about 2 minutes on 2 cores (NPROC, OUT, ARGS, PROGRAM)
 	$(ONE_THREAD) $(VENV)/bin/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
-		launch/train.py --engine sharded $(ARGS)
+		$(PROGRAM) --out $(OUT) $(ARGS)
+	@[ ! -f $(OUT)/metrics.jsonl ] || $(VENV)/bin/python -m lion_dist.cli plot $(OUT) --out $(OUT)/curves.png
 
 lint: $(INSTALLED) ## ruff, and the contract on imports
 	$(VENV)/bin/ruff check .

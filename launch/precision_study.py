@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from corpus import global_batch, held_out_windows, read_corpus
+from comparison.evaluation import held_out_windows
 from lion_dist import Lion, PrecisionPolicy
-from model import Transformer
+from train import Transformer, global_batch, lr_factor, read_corpus
 
 BASELINE = "fp32 main params, fp32 momentum"
 ARMS = {
@@ -57,14 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def factor(args, step: int) -> float:
-    """Of lr after ``step`` steps: linear warm-up, then a cosine down to a tenth."""
-    if step < args.warmup:
-        return (step + 1) / args.warmup
-    return 0.55 + 0.45 * math.cos(math.pi * (step - args.warmup) / (args.steps - args.warmup))
-
-
-def run(args, model, forward, corpus, seed: int, precision: PrecisionPolicy, device) -> dict:
+def run(args, model, forward, text, seed: int, precision: PrecisionPolicy, device) -> dict:
     torch.manual_seed(seed)
     model.load_state_dict(Transformer(args.layers, args.dim, args.heads).to(torch.bfloat16).state_dict())
     decayed = [p for p in model.parameters() if p.dim() == 2]
@@ -74,8 +67,8 @@ def run(args, model, forward, corpus, seed: int, precision: PrecisionPolicy, dev
     losses, started = [], time.perf_counter()
     for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * factor(args, step)
-        windows = global_batch(corpus.train, args.batch_size, args.seq_len, seed, step)
+            group["lr"] = args.lr * lr_factor(step, args.warmup, args.steps)
+        windows = global_batch(text[0], args.batch_size, args.seq_len, seed, step)
         loss = forward(windows.to(device, non_blocking=True))
         optimizer.zero_grad()
         loss.backward()
@@ -84,7 +77,7 @@ def run(args, model, forward, corpus, seed: int, precision: PrecisionPolicy, dev
         if step % 20 == 0:
             losses.append(loss.detach())
     with torch.no_grad():
-        held_out = held_out_windows(corpus.held_out, args.held_out, args.seq_len).to(device)
+        held_out = held_out_windows(text[1], args.held_out, args.seq_len).to(device)
         final = [forward(part) for part in held_out.split(args.batch_size)]
     final = torch.stack(final).double().mean().item()
     losses = torch.stack(losses).tolist()
@@ -94,11 +87,11 @@ def run(args, model, forward, corpus, seed: int, precision: PrecisionPolicy, dev
 def train(args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    corpus = read_corpus(args.data, args.seq_len)
+    text = read_corpus(args.data, args.seq_len)
     model = Transformer(args.layers, args.dim, args.heads).to(device, torch.bfloat16)
     forward = model if args.no_compile else torch.compile(model)
     numel = sum(p.numel() for p in model.parameters())
-    print(f"{numel / 1e6:.1f} M parameters, {corpus.train.numel() / 1e6:.1f} MB of text, seeds {args.seeds}")
+    print(f"{numel / 1e6:.1f} M parameters, {text[0].numel() / 1e6:.1f} MB of text, seeds {args.seeds}")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "report", "seeds")}
     path = args.out / f"seeds-{'-'.join(map(str, args.seeds))}.jsonl"
@@ -108,7 +101,7 @@ def train(args) -> None:
             for arm, precision in ARMS.items():
                 if any((row["seed"], row["arm"]) == (seed, arm) for row in done):
                     continue
-                result = run(args, model, forward, corpus, seed, precision, device)
+                result = run(args, model, forward, text, seed, precision, device)
                 row = {"arm": arm, "seed": seed, "numel": numel, "torch": torch.__version__, "machine": machine}
                 file.write(json.dumps(row | settings | result) + "\n")
                 file.flush()

@@ -1,224 +1,319 @@
-"""Trains a byte-level transformer language model with Lion: on one process, under DDP, with ShardedLion or DeepSpeed.
+"""Trains a byte-level language model with ShardedLion. One file to copy: put your own model and data into it.
 
-    python launch/train.py --engine plain
-    torchrun --nproc-per-node 2 launch/train.py --engine sharded
-    torchrun --nproc-per-node 2 launch/train.py --engine sharded --data my_texts/ --out runs/mine --resume
-    torchrun --nproc-per-node 2 launch/train.py --engine deepspeed --zero-stage 3 --precision bf16
+    python launch/train.py                                                        # one process
+    torchrun --nproc-per-node 8 launch/train.py --data my_texts/ --out runs/mine --resume auto
 
-GPUs and NCCL where there are GPUs, else CPUs and gloo. Many nodes, signals and lost ranks: docs/launch.md. To train
-your own model, copy this folder and replace model.py and corpus.py.
+It uses GPUs and NCCL where there are GPUs, else CPUs and gloo. docs/launch.md explains many nodes, signals and lost
+ranks. compare_engines.py, beside this file, runs the same training under DDP, FSDP and DeepSpeed.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+import sysconfig
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from arguments import DTYPES, check_arguments, parse_arguments
-from corpus import Corpus, global_batch, held_out_parts, held_out_windows, rank_part, read_corpus
-from engines import ENGINES, PlainEngine
-from failures import doing, fail, leave_at_once, refuse
-from journal import Journal
-from lion_dist import PrecisionPolicy
-from model import Transformer
-from preemption import NOTHING, SignalRequests
-from ranks import (
-    check_same_start,
-    differing_parameters,
-    gather_objects,
-    say,
-    start_process_group,
-    stop_process_group,
-)
-from report import memory_table, replace_text, save_loss_curve, unsharded_memory
-from resuming import Checkpoints
-from throughput import Throughput, throughput_of
+from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig, checkpoint
 
-HELD_OUT_WINDOWS = 128
-HELD_OUT_ROWS = 16  # in one forward
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# torchrun sets them: the number of ranks, that of nodes, and how often it may start the ranks again.
+WORLD_SIZE, NODES = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE"))
+MAX_RESTARTS = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run is made of."""
-
-    args: argparse.Namespace
-    policy: PrecisionPolicy
-    engine: PlainEngine
-    scheduler: LambdaLR
-    corpus: Corpus
-    device: torch.device
-    checkpoints: Checkpoints
-    throughput: Throughput
+def rotate(x: Tensor) -> Tensor:
+    """Rotates the pairs (x[i], x[i + head_dim / 2]) of [batch, heads, seq_len, head_dim] by position."""
+    seq_len, head_dim = x.shape[-2:]
+    exponents = torch.arange(0, head_dim, 2, device=x.device, dtype=torch.float32) / head_dim
+    angles = torch.arange(seq_len, device=x.device, dtype=torch.float32)[:, None] * 10_000.0**-exponents
+    (first, second), cos, sin = x.float().chunk(2, dim=-1), angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
 
 
-def warmup_then_cosine(args: argparse.Namespace) -> Callable[[int], float]:
-    """The factor on lr after so many completed steps: up to 1 in --warmup steps, then down to 0.1."""
+class Block(nn.Module):
+    """Causal attention with rotary positions, then SwiGLU."""
 
-    def factor(completed_steps: int) -> float:
-        if completed_steps < args.warmup:
-            return (completed_steps + 1) / args.warmup
-        progress = (completed_steps - args.warmup) / max(1, args.steps - args.warmup)
-        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        hidden = 32 * math.ceil(8 * dim / 3 / 32)  # about as many weights as a plain MLP of 4 * dim
+        self.heads, self.attention_norm, self.mlp_norm = heads, nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.qkv, self.attention_out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.gate_and_up, self.mlp_out = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
 
-    return factor
-
-
-def train_step(args: argparse.Namespace, engine: PlainEngine, windows: torch.Tensor) -> torch.Tensor:
-    """One step on this rank's windows, uint8 [rows, seq_len + 1]. Returns fp32 [2] without waiting for the
-    device: this rank's mean loss, and the norm of the whole gradient before clipping."""
-    engine.zero_grad()  # not after step(): memory is measured with the gradients
-    losses = []
-    micro_batches = windows.chunk(args.micro_batches)
-    for i, micro_batch in enumerate(micro_batches):
-        with nullcontext() if i == len(micro_batches) - 1 else engine.accumulate():
-            with doing("forward"):  # waits for the parameters of the last step
-                loss = engine.forward(micro_batch)
-            with doing("backward"):
-                engine.backward(loss / len(micro_batches))
-        losses.append(loss.detach())
-    with doing("the optimizer's step"):
-        grad_norm = engine.step(args.clip)
-    return torch.stack([torch.stack(losses).mean(), grad_norm.float()])
+    def forward(self, x: Tensor) -> Tensor:
+        batch, seq_len, dim = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, seq_len, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        x = x + self.attention_out(y.transpose(1, 2).reshape(batch, seq_len, dim))
+        gate, up = self.gate_and_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.mlp_out(F.silu(gate) * up)
 
 
-def train(run: Run, signals: SignalRequests, begin: int) -> int:
-    """Trains from `begin` completed steps to --steps, or until SIGTERM ends it; returns the completed steps."""
-    args = run.args
-    journal = Journal(args, run.engine, run.throughput, begin)
-    step, asked = begin, NOTHING
-    while step < args.steps and not asked.stop:
-        step += 1
-        batch = global_batch(run.corpus.train, args.batch_size, args.seq_len, args.seed, step)
-        windows = rank_part(batch, dist.get_rank(), dist.get_world_size()).to(run.device)
-        lr = run.scheduler.get_last_lr()[0]
-        with doing(f"step {step}"):
-            journal.note(step, lr, train_step(args, run.engine, windows))
-        run.scheduler.step()
-        saves = step == args.steps or (args.checkpoint_every and step % args.checkpoint_every == 0)
-        asked = NOTHING
-        if saves or step % args.log_every == 0:
-            with doing(f"the exchange of losses after step {step}"):
-                asked = journal.exchange(signals.take())
-        if saves or asked.save or asked.stop:
-            with doing(f"the checkpoint of step {step}"):
-                run.checkpoints.save(step)
-    with doing("the last checkpoint"):
-        run.checkpoints.finish()
-    journal.close()
-    return step
+class Transformer(nn.Module):
+    """A token is a byte. forward(windows) takes uint8 [batch, seq_len + 1] and returns the mean loss in nats."""
+
+    def __init__(self, layers: int, dim: int, heads: int):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(256, dim), nn.RMSNorm(dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.head = nn.Linear(dim, 256, bias=False)
+        self.head.weight = self.embedding.weight
+        for weight in [parameter for parameter in self.parameters() if parameter.dim() == 2]:
+            nn.init.normal_(weight, std=0.02)
+        for block in self.blocks:  # 2 * layers of these add up in the residual stream
+            for projection in (block.attention_out, block.mlp_out):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * layers))
+
+    def forward(self, windows: Tensor) -> Tensor:
+        x = self.embedding(windows[:, :-1].long())
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), windows[:, 1:].long().flatten())
 
 
-@torch.no_grad()
-def held_out_loss(run: Run) -> float:
-    """Mean loss over evenly spaced held-out windows; the ranks take turns."""
-    windows = held_out_windows(run.corpus.held_out, HELD_OUT_WINDOWS, run.args.seq_len)
-    total = torch.zeros(2, dtype=torch.float64, device=run.device)  # sum of losses, number of windows
-    for part, weight in held_out_parts(windows.to(run.device), dist.get_rank(), dist.get_world_size(), HELD_OUT_ROWS):
-        total += torch.stack([run.engine.model(part).double() * weight, total.new_tensor(weight)])
-    dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+def read_corpus(data: str | None, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Text to train on, and held-out text (one file of 20): uint8 [bytes] of a file, a folder, or Python's library."""
+    root, skipped = Path(data or sysconfig.get_path("stdlib")), set() if data else STDLIB_SKIPPED
+    if not root.exists():
+        raise ValueError(f"no such file or folder: {data}. Pass --data PATH with a text file or a folder.")
+    found = [root] if root.is_file() else sorted(root.rglob("*" if data else "*.py"))
+    names = {path: path.relative_to(root).parts for path in found if path.is_file()}
+    paths = [path for path in names if not any(name.startswith(".") or name in skipped for name in names[path])]
+    texts = [text for text in map(Path.read_bytes, paths) if text and b"\0" not in text[:8192]]  # no binary files
+    if len(texts) == 1:
+        cut = len(texts[0]) - len(texts[0]) // 20
+        texts = [texts[0][:cut], texts[0][cut:]]
+    held_out = texts[19::20] or texts[-1:]
+    train = [text for i, text in enumerate(texts) if i % 20 != 19][: len(texts) - len(held_out)]
+    joined = [bytearray(b"\0".join(part) + b"\0") for part in (train, held_out)]
+    if min(map(len, joined)) - 1 <= seq_len:
+        raise ValueError(f"{root} has {len(joined[0]) - 1} bytes to train on and {len(joined[1]) - 1} held out (binary "
+                         f"and empty files do not count), but one window is {seq_len + 1}. Pass more text to --data.")
+    return tuple(torch.frombuffer(part, dtype=torch.uint8)[:-1] for part in joined)
 
 
-def finish(run: Run, held_out: dict[int, float]) -> int:
-    """Prints the table, writes summary.json and the loss curve; 1 when the ranks differ, else 0."""
-    args, engine = run.args, run.engine
-    engine.finish_param_sync()
-    with engine.full_parameters():
-        differing = differing_parameters(engine.model)
-        numel = sum(parameter.numel() for parameter in engine.model.parameters())
-    by_rank, skipped = gather_objects(engine.memory_bytes()), engine.skipped_steps()
-    memory = {f"rank {rank}, {args.engine}": size for rank, size in enumerate(by_rank)}
-    if dist.get_rank() == 0:
-        dtype = DTYPES[args.precision]
-        memory["unsharded Lion (computed)"] = unsharded_memory(numel, dtype, run.policy, moments=1)
-        memory["unsharded AdamW (computed)"] = unsharded_memory(numel, dtype, run.policy, moments=2)
-        print("\n" + memory_table(memory, numel) + "\n")
-        first, last = min(held_out), max(held_out)
-        before, after = f"{held_out[first]:.4f} after step {first}", f"{held_out[last]:.4f} after step {last}"
-        print(f"held-out loss, nats per byte: {before}, {after}")
-        if skipped:
-            print(f"{skipped} steps were skipped on all ranks: a gradient was not finite")
-        print("full parameters bit-identical on all ranks: " + ("no" if differing else "yes"))
-        for name, ranks in differing.items():
-            print(f"  {name}: ranks {ranks} differ from rank 0")
-        summary = {"held_out": held_out, "memory_bytes": memory, "numel": numel, "differing": differing}
-        summary["skipped_steps"] = skipped
-        replace_text(args.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        save_loss_curve(args.out / "metrics.jsonl", held_out, args.out / "loss-curve.png")
-        print(f"in {args.out}: metrics.jsonl, loss-curve.png, summary.json, step-{last:06d}/")
-    return 1 if differing else 0
+def global_batch(text: Tensor, batch_size: int, seq_len: int, seed: int, step: int) -> Tensor:
+    """The windows of one step, uint8 [batch_size, seq_len + 1]: on any number of ranks, and also when resumed."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)  # torch uses only 32 bits of it
+    starts = torch.randint(text.numel() - seq_len, (batch_size,), generator=generator)
+    return text[starts[:, None] + torch.arange(seq_len + 1)]
 
 
-def set_up(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> Run:
-    torch.manual_seed(args.seed)
-    policy = PrecisionPolicy(
-        main_params=args.main_params, momentum_dtype=DTYPES.get(args.momentum_dtype), seed=args.seed
-    )
-    model = Transformer(args.layers, args.dim, args.heads).to(device, DTYPES[args.precision])
-    numel = sum(p.numel() for p in model.parameters())  # an engine may leave only a shard of them here
-    engine = ENGINES[args.engine](model, args, policy, device)
-    scheduler = LambdaLR(engine.optimizer, warmup_then_cosine(args))
-    say(
-        f"{args.engine}: {numel:,} parameters ({args.precision}), "
-        f"{dist.get_world_size()} x {device.type}; {corpus.files} files, {corpus.train.numel() / 1e6:.1f} MB to train "
-        f"on, {corpus.held_out.numel() / 1e6:.1f} MB held out; process {os.getpid()} takes signals"
-    )
-    checkpoints = Checkpoints(args, engine, scheduler, corpus)
-    return Run(args, policy, engine, scheduler, corpus, device, checkpoints, throughput_of(args, numel, device))
+def start_process_group(timeout: timedelta) -> torch.device:
+    """Meets the other processes that torchrun has started, if any. Returns this one's device."""
+    if MAX_RESTARTS and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or restarted ranks look for dead ones")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo" if device is None else "nccl", timeout=timeout, device_id=device, **alone)
+    return device or torch.device("cpu")
 
 
-def run_to_the_end(args: argparse.Namespace, corpus: Corpus, device: torch.device) -> int:
-    """Everything that needs a process group. Returns the exit code."""
-    signals = SignalRequests()  # before set_up prints which process takes them
-    with doing("setting up the engine"):
-        run = set_up(args, corpus, device)
-    with doing("resuming"):
-        begin = run.checkpoints.resume(args.resume)
-    with doing("the held-out loss before training"):
-        held_out = {begin: held_out_loss(run)}
-    signals.begin_training()
-    end = train(run, signals, begin)
-    if end < args.steps:
-        path = run.checkpoints.path(end)
-        say(f"SIGTERM: {path} holds {end} of {args.steps} steps; --resume auto goes on from there")
-        return signals.exit_code()
-    with doing("the held-out loss after training"):
-        held_out[end] = held_out_loss(run)
-    return finish(run, held_out)
+def lr_factor(completed: int, warmup: int, steps: int) -> float:
+    """Rises to 1 in `warmup` steps, then falls along a cosine to 0.1."""
+    progress = min(1.0, (completed - warmup) / max(1, steps - warmup))
+    return (completed + 1) / warmup if completed < warmup else 0.55 + 0.45 * math.cos(math.pi * progress)
+
+
+class Training:
+    """The model and its optimizer, and what a run does with them. Every rank calls every method."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        torch.manual_seed(args.seed)
+        self.model = Transformer(args.layers, args.dim, args.heads).to(device, DTYPES[args.precision])
+        matrices, gains = ([p for p in self.model.parameters() if (p.dim() == 2) == is_2d] for is_2d in (True, False))
+        mesh, sizes = None, (args.replicate, WORLD_SIZE // args.replicate)
+        if args.replicate > 1:  # neighbouring ranks share one replica of the optimizer's state
+            mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
+        self.optimizer = ShardedLion(
+            [{"params": matrices, "weight_decay": args.weight_decay}, {"params": gains, "weight_decay": 0.0}],
+            lr=args.lr,
+            module=self.model,  # updated parameters arrive while the next forward pass runs
+            process_group=mesh,
+            sharding=ShardingConfig(zero_stage=args.zero_stage),
+            precision=PrecisionPolicy(seed=args.seed),
+        )
+        self.schedule = LambdaLR(self.optimizer, lambda completed: lr_factor(completed, args.warmup, args.steps))
+        self.pending_save: checkpoint.PendingSave | None = None
+        self.signals: set[int] = set()  # that this process got; the ranks act on them together
+        signal.signal(signal.SIGUSR1, lambda number, _frame: self.signals.add(number))
+
+    def backward(self, windows: Tensor) -> Tensor:
+        loss = self.model(windows)
+        (loss / self.args.micro_batches).backward()  # gradients leave for their owners as they become ready
+        return loss.detach()
+
+    def step(self, windows: Tensor) -> Tensor:
+        """Trains on this rank's windows. Returns its mean loss and the norm of the gradient, [2], without waiting."""
+        self.optimizer.zero_grad()
+        *earlier, last = windows.chunk(self.args.micro_batches)
+        with self.optimizer.no_sync():  # stage 1 adds up locally; stage 2 reduces every micro-batch
+            losses = [self.backward(micro_batch) for micro_batch in earlier]
+        losses.append(self.backward(last))
+        # Not torch.nn.utils.clip_grad_norm_: the gradients are in shards.
+        norm = self.optimizer.clip_grad_norm_(self.args.clip) if self.args.clip else self.optimizer.grad_norm()
+        self.optimizer.step()
+        return torch.stack([torch.stack(losses).mean(), norm.float()])
+
+    def train(self, text: Tensor, step: int) -> int:
+        """Trains from `step` completed steps to --steps, or until a SIGTERM. Returns the completed steps."""
+        args, stop, unlogged, since = self.args, False, [], time.perf_counter()
+        # Until now it ended the process: there was nothing to save.
+        signal.signal(signal.SIGTERM, lambda number, _frame: self.signals.add(number))
+        while step < args.steps and not stop:
+            step += 1
+            batch = global_batch(text, args.batch_size, args.seq_len, args.seed, step)
+            values = self.step(batch.chunk(WORLD_SIZE)[dist.get_rank()].to(self.device))
+            unlogged.append((step, self.schedule.get_last_lr()[0], values))
+            self.schedule.step()
+            save = step == args.steps or (args.checkpoint_every > 0 and step % args.checkpoint_every == 0)
+            if save or step % args.log_every == 0:
+                asked, stop = self.log(unlogged, time.perf_counter() - since)
+                save, unlogged, since = save or asked or stop, [], time.perf_counter()
+            if save:
+                self.save(step)
+        self.finish_save()
+        return step
+
+    def log(self, steps: list[tuple], seconds: float) -> tuple[bool, bool]:
+        """Appends steps to metrics.jsonl. Returns whether a signal asks any rank to save, and to save and stop."""
+        asked = [float(number in self.signals) for number in (signal.SIGUSR1, signal.SIGTERM)]
+        self.signals.discard(signal.SIGUSR1)
+        mine = torch.stack([*(values for _, _, values in steps), torch.tensor(asked, device=self.device)])
+        ranks = [torch.empty_like(mine) for _ in range(WORLD_SIZE)]
+        dist.all_gather(ranks, mine)
+        *means, asked = torch.stack(ranks).double().mean(dim=0).tolist()  # waits for the device
+        tokens_per_s = round(self.args.batch_size * self.args.seq_len * len(steps) / seconds)
+        if dist.get_rank() == 0:
+            with (self.args.out / "metrics.jsonl").open("a") as file:
+                for (step, lr, _), (loss, norm) in zip(steps, means, strict=True):
+                    row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": tokens_per_s}
+                    file.write(json.dumps(row) + "\n")
+            if 10 * step // self.args.steps > 10 * (step - len(steps)) // self.args.steps:  # ten lines a run
+                print(f"step {step}/{self.args.steps}  loss {loss:.4f}  {tokens_per_s:,} tokens/s", flush=True)
+        return asked[0] > 0, asked[1] > 0
+
+    @torch.no_grad()
+    def held_out_loss(self, text: Tensor) -> float:
+        """The mean over 128 evenly spaced windows."""
+        starts = torch.linspace(0, len(text) - self.args.seq_len - 1, 128, dtype=torch.float64).long()
+        windows = text[starts[:, None] + torch.arange(self.args.seq_len + 1)].to(self.device)
+        return torch.stack([self.model(part) for part in windows.split(16)]).double().mean().item()
+
+    def save(self, step: int) -> None:
+        """Starts a checkpoint, which is written while training goes on."""
+        self.finish_save()
+        path, extra = self.args.out / f"step-{step:06d}", {"step": step, "scheduler": self.schedule.state_dict()}
+        self.pending_save = checkpoint.save_async(path, model=self.model, optimizer=self.optimizer, extra=extra)
+
+    def finish_save(self) -> None:
+        if self.pending_save is not None:
+            self.pending_save.wait()  # raises what went wrong
+            if self.args.keep_last:
+                checkpoint.keep_last(self.args.out, self.args.keep_last)
+
+    def begin(self) -> int:
+        """Loads the newest undamaged checkpoint in --out under --resume auto. Returns the number of completed steps."""
+        out, extra = self.args.out, {"step": 0}
+        found = checkpoint.newest(out, verified=True) if self.args.resume else None
+        if found is not None:
+            extra = checkpoint.load(found, model=self.model, optimizer=self.optimizer)
+            self.schedule.load_state_dict(extra["scheduler"])
+        if dist.get_rank() == 0:
+            print(f"{extra['step']} steps are done in {out}; process {os.getpid()} takes signals", flush=True)
+            out.mkdir(parents=True, exist_ok=True)
+            metrics, new = out / "metrics.jsonl", out / "metrics.jsonl.tmp"
+            if found is None and any(out.glob("step-*")):  # of an earlier run, with which this one must not be mixed
+                aside = next(path for n in itertools.count(1) if not (path := out / f"earlier-{n}").exists())
+                aside.mkdir()
+                for path in [*out.glob("metrics.jsonl"), *out.glob("step-*")]:
+                    path.rename(aside / path.name)
+            rows = metrics.read_text().splitlines() if metrics.exists() else []  # there is one for each step
+            new.write_text("".join(row + "\n" for row in rows[: extra["step"]]))
+            new.replace(metrics)
+        dist.barrier()
+        return extra["step"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--engine", choices=["sharded"], help="compare_engines.py, beside this program, has others")
+    add("--data", help="a text file or a folder of them; None: the Python standard library's source")
+    add("--out", type=Path, default=Path("runs/sharded"), help="folder of metrics and checkpoints")
+    add("--layers", type=int, default=4, help="transformer blocks")
+    add("--dim", type=int, default=128, help="width of the model, a multiple of 2 * heads")
+    add("--heads", type=int, default=4, help="attention heads")
+    add("--seq-len", type=int, default=256, help="bytes per window")
+    add("--steps", type=int, default=800, help="optimizer steps, and the length of the schedule")
+    add("--batch-size", type=int, default=0, help="windows per step, over all ranks; 0: 8, or more until it divides")
+    add("--micro-batches", type=int, default=1, help="parts of a rank's batch, whose gradients add up")
+    add("--lr", type=float, default=1e-3, help="learning rate at the end of the warmup")
+    add("--weight-decay", type=float, default=0.1, help="of the matrices; multiplied by the learning rate")
+    add("--warmup", type=int, default=20, help="steps of linear warmup; a cosine to a tenth of --lr follows")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+    add("--precision", choices=list(DTYPES), default="fp32", help="dtype of the parameters")
+    add("--zero-stage", type=int, default=2, choices=(1, 2), help="1 keeps full gradients between micro-batches")
+    add("--replicate", default="1", help="replicas, inside which the state is sharded; 'nodes': one on each node")
+    add("--seed", type=int, default=0, help="of the initial weights and the batches")
+    add("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end, and when a signal asks")
+    add("--keep-last", type=int, default=0, help="checkpoints to keep; older ones are removed; 0: all")
+    add("--resume", choices=["auto"], help="go on from the newest whole checkpoint in --out, or begin")
+    add("--log-every", type=int, default=5, help="steps between exchanges of losses, when signals are acted on, too")
+    add("--timeout", type=float, default=600, help="seconds that a rank waits for the others before it gives up")
+    args = parser.parse_args()
+    args.replicate = NODES if args.replicate == "nodes" else int(args.replicate)
+    parts = WORLD_SIZE * args.micro_batches
+    args.batch_size = args.batch_size or math.ceil(8 / parts) * parts
+    if args.batch_size % parts or WORLD_SIZE % args.replicate:
+        parser.error(f"--batch-size must be a multiple of {WORLD_SIZE} ranks x {args.micro_batches} micro-batches, got "
+                     f"{args.batch_size}, and the ranks a multiple of --replicate, got {args.replicate}")
+    return args
 
 
 def main() -> int:
+    args = parse_arguments()
     try:
-        args = parse_arguments(__doc__.split("\n")[0])
-        check_arguments(args)
-        corpus = read_corpus(args.data, args.seq_len)
-        device, store = start_process_group(timedelta(seconds=args.timeout))
-        check_same_start(args, corpus.fingerprint)
-    except ValueError as error:
-        refuse(f"train.py: {error}")
-        if dist.is_initialized():
-            leave_at_once(2)
-        return 2
-    except ConnectionError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    try:
-        exit_code = run_to_the_end(args, corpus, device)
-        stop_process_group()
-    except Exception as error:
-        fail(error, store, rank, world_size)
-    return exit_code
+        text, held_out_text = read_corpus(args.data, args.seq_len)
+        training = Training(args, start_process_group(timedelta(seconds=args.timeout)))
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
+    begin = training.begin()
+    before = training.held_out_loss(held_out_text)
+    end = training.train(text, begin)
+    is_first = dist.get_rank() == 0
+    if end < args.steps:
+        if is_first:
+            print(f"SIGTERM: {args.out}/step-{end:06d} holds {end} of {args.steps} steps; --resume auto continues it")
+        time.sleep(2.0)  # launchers signal one rank after the other
+        # A rank that only another's signal has stopped asks torchrun to start it again: 0 would end the whole job.
+        return 75 if MAX_RESTARTS and signal.SIGTERM not in training.signals else 0
+    after = training.held_out_loss(held_out_text)
+    training.optimizer.check_replicas()  # raises ReplicaError where a rank holds other parameters than the others
+    if is_first:
+        numel = sum(parameter.numel() for parameter in training.model.parameters())
+        sizes = [f"{kind} {size / numel:.2f}" for kind, size in training.optimizer.memory_bytes().items()]
+        print(f"bytes per parameter on the first of {WORLD_SIZE} ranks: " + ", ".join(sizes))
+        print(f"held-out loss, nats per byte: {before:.4f} after step {begin}, {after:.4f} after step {end}")
+    dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":

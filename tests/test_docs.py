@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 RUNNABLE = ("quick-start.md", "precision.md")
-PAGES = sorted([ROOT / "README.md", *DOCS.glob("*.md")], key=lambda page: page.name)
-LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")], key=str)
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 
 def snippets(page: Path) -> list[str]:
@@ -41,11 +43,73 @@ def test_the_python_of_the_guides_runs(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings: lower case, without punctuation, with hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_a_page_lead_somewhere(page):
-    targets = [target for target in LINK.findall(page.read_text()) if "://" not in target]
-    missing = [target for target in targets if not (page.parent / target).exists()]
+    """To a file or folder of the repository, and to a heading in it where one is named."""
+    missing = []
+    for target, anchor in LINK.findall(page.read_text()):
+        if "://" in target:
+            continue
+        path = page.parent / target if target else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            missing.append(f"{target}#{anchor}")
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_programs_that_a_page_starts_are_there(page):
+    text = page.read_text()
+    files = re.findall(r"(?<![\w/])launch/[\w/-]+\.(?:py|json|yaml|sbatch)", text)
+    modules = re.findall(r"-m (lion_dist[\w.]+)", text)
+    files += [module.replace(".", "/") for module in modules]
+    assert [name for name in files if not ((ROOT / name).exists() or (ROOT / f"{name}.py").exists())] == []
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len(README.encode()) < 7_000
+
+
+def test_the_fifteen_lines_of_the_readme_print_what_it_says(tmp_path):
+    (program,) = snippets(ROOT / "README.md")
+    (printed,) = re.findall(r"^```text\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert len([line for line in program.splitlines() if line]) == 15
+    (tmp_path / "program.py").write_text(program)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == printed.splitlines()
+
+
+def test_the_readmes_numbers_of_speed_have_their_command_machine_and_date():
+    speed = (DOCS / "speed.md").read_text()
+    section = README[README.index("## Speed") : README.index("## Guarantees")]
+    numbers = re.findall(r"[\d.]+ to [\d.]+\d|\d+\.\d+", section[section.index("Forward and backward") :])
+    assert len(numbers) >= 5
+    machine = speed[speed.index("### Two H100") : speed.index("### Two H200")]
+    assert [number for number in numbers if number not in machine] == []
+    assert re.search(r"2026-11-27, two NVIDIA H100", machine) and "benchmarks.step" in machine
+
+
+def test_the_readmes_bytes_are_those_of_the_defaults():
+    from lion_dist import PrecisionPolicy
+
+    policy = PrecisionPolicy()
+    assert policy.main_params_for(torch.bfloat16) == "split"
+    assert policy.momentum_dtype_for(torch.bfloat16) == torch.bfloat16
+    for cells, gigabytes in (("2 + 2 + 2 = 6", 6 * 7), ("2 + 2/N + 2/N", (2 + 4 / 8) * 7), ("2 + 4 + 8 = 14", 14 * 7)):
+        row = next(line for line in README.splitlines() if cells in line)
+        assert f"{gigabytes:g} GB" in row
 
 
 def test_the_index_names_every_page():
@@ -61,7 +125,7 @@ def message_parts() -> list[str]:
 
 
 def test_the_faq_explains_messages_that_the_code_has():
-    sources = [*(ROOT / "lion_dist").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
+    sources = [*(ROOT / "lion_dist").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
     code = "\n".join(source.read_text() for source in sources)
     # Messages are written as adjacent string literals: join them.
     code = re.sub(r"[\"']\s*\n\s*f?[\"']", "", code)

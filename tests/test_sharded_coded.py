@@ -16,16 +16,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import lion_dist.checkpoint
-from corpus import global_batch, rank_part, read_corpus
 from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig
 from lion_dist.kernels.codes_shard import ShardCodec
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import ParamState
 from lion_dist.sharding.replicas import ReplicaError
-from model import Transformer
 from tests.gloo_workers import RankError
 from tests.models import GivenGradients, make_batch, make_model
 from tests.oracle import assert_same_on_all_ranks, assert_same_params
+from train import Transformer, global_batch, read_corpus
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 STEPS = 6
@@ -205,13 +204,13 @@ def bytes_of_a_training_run(dtype: torch.dtype, precision: PrecisionPolicy, lr: 
     """Bytes per parameter that the ranks hand to collectives in each ``step()``; reductions end before it."""
     torch.manual_seed(0)
     model = Transformer(layers=4, dim=128, heads=4).to(dtype)
-    text = read_corpus(None, 64).train
+    text = read_corpus(None, 64)[0]
     sharding = ShardingConfig(param_sync="coded")
     opt = ShardedLion(model.parameters(), lr=lr, weight_decay=0.1, module=model, sharding=sharding, precision=precision)
     numel, result = sum(p.numel() for p in model.parameters()), []
     for step in range(12):
         windows = global_batch(text, 4, 64, seed=0, step=step)
-        model(rank_part(windows, dist.get_rank(), dist.get_world_size())).backward()
+        model(windows.chunk(dist.get_world_size())[dist.get_rank()]).backward()
         opt.clip_grad_norm_(1.0)
         with recorded_messages() as sent:
             opt.step()

@@ -1,4 +1,4 @@
-"""launch/train.py --engine deepspeed, with the JSON of each stage, as a user starts it."""
+"""launch/compare_engines.py --engine deepspeed, with the JSON of each stage, as a user starts it."""
 
 import json
 import os
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import deepspeed_engine
-import train as train_program
+import compare_engines
+from comparison import deepspeed_engine
 from lion_dist.integrations.deepspeed import read_params
 
 pytest.importorskip("deepspeed")
 
-TRAIN = Path(train_program.__file__)
+COMPARE = Path(compare_engines.__file__)
 TINY = "--layers 1 --dim 16 --heads 2 --seq-len 16 --batch-size 8 --micro-batches 2 --warmup 2 --lr 1e-2".split()
 
 
@@ -48,16 +48,16 @@ def test_config_without_a_section_that_is_filled_in_says_what_to_write(config, r
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
     flags = ["--engine", "deepspeed", "--deepspeed-config", str(path), "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    assert train_program.main() == 2
-    assert f"train.py: {path} has {remedy}" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["compare_engines.py", *flags])
+    assert compare_engines.main() == 2
+    assert f"compare_engines.py: {path} has {remedy}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("engine", "stage"), [("deepspeed", 4), ("sharded", 3)])
 def test_stage_that_an_engine_has_not_is_refused(monkeypatch, capsys, tmp_path, engine, stage):
     flags = ["--engine", engine, "--zero-stage", str(stage), "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    assert train_program.main() == 2
+    monkeypatch.setattr(sys, "argv", ["compare_engines.py", *flags])
+    assert compare_engines.main() == 2
     assert "zero" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
@@ -72,7 +72,7 @@ def start(tmp_path_factory):
 
     def start(out: Path, *flags: object) -> tuple[list[dict], str]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*torchrun, str(TRAIN), "--engine", "deepspeed", *TINY, "--data", str(text), "--out", str(out)]
+        command = [*torchrun, str(COMPARE), "--engine", "deepspeed", *TINY, "--data", str(text), "--out", str(out)]
         process = subprocess.Popen(
             [*command, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )

@@ -1,4 +1,4 @@
-"""launch/train.py --engine fsdp2 and fsdp1, as a user starts it."""
+"""launch/compare_engines.py --engine fsdp2 and fsdp1, as a user starts it."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import train as train_program
+import compare_engines
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def start(tmp_path_factory):
 
     def start(ranks: int, engine: str, out: Path, *flags: str) -> tuple[list[dict], dict, str]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*torchrun, train_program.__file__, "--engine", engine, *TINY.split(), *flags]
+        command = [*torchrun, compare_engines.__file__, "--engine", engine, *TINY.split(), *flags]
         command += ["--data", str(text), "--out", str(out)]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment

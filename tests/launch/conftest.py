@@ -15,6 +15,6 @@ def sharded(text, tmp_path_factory):
     """Twelve steps of ShardedLion on two ranks, never stopped, a checkpoint every five: (folder, what it printed)."""
     out = tmp_path_factory.mktemp("sharded")
     flags = [*jobs.TINY, "--data", text, "--steps", 12, "--checkpoint-every", 5, "--out", out]
-    result = jobs.run(jobs.torchrun(2, jobs.TRAIN, *flags))
+    result = jobs.run(jobs.torchrun(2, jobs.COMPARE, *flags))
     assert result.returncode == 0, result.stdout
     return out, result.stdout

@@ -1,4 +1,4 @@
-"""launch/train.py in which something befalls some rank: python drill.py DRILLS FLAGS_OF_TRAIN...
+"""launch/compare_engines.py in which something befalls some rank: python drill.py DRILLS FLAGS...
 
 DRILLS is ATTEMPT,ATTEMPT,... and an attempt is ACT:RANK:STEP+ACT:RANK:STEP+... ("any" is every rank or step): each
 attempt of torchrun takes the next one, so that one job that resumes by itself goes through all. Acts that name a phase
@@ -14,9 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
-import engines
-import resuming
-import train
+import compare_engines
+from comparison import engines, resuming
 from lion_dist import sharded_optimizer, sharded_params
 from lion_dist.sharding import collectives
 
@@ -52,7 +51,7 @@ def in_backward(act: Act) -> None:
     original = engines.ShardedEngine.backward
 
     def backward(self, loss):
-        weight = self.model.blocks[0].mlp.out.weight
+        weight = self.model.blocks[0].mlp_out.weight
         handle = weight.register_hook(lambda grad: grad if act() else None)
         original(self, loss)
         handle.remove()
@@ -78,7 +77,7 @@ def with_a_nan_gradient(act: Act) -> None:
 
 
 def before_the_step(act: Act) -> None:
-    before(train, "train_step", act)
+    before(compare_engines, "train_step", act)
 
 
 KILLS: dict[str, Callable[[Act], None]] = {
@@ -124,13 +123,13 @@ def install(drill: str) -> None:
 
 
 def note_steps() -> None:
-    original = train.global_batch
+    original = compare_engines.global_batch
 
     def global_batch(text, batch_size, seq_len, seed, step):
         now["step"] = step
         return original(text, batch_size, seq_len, seed, step)
 
-    train.global_batch = global_batch
+    compare_engines.global_batch = global_batch
 
 
 if __name__ == "__main__":
@@ -139,4 +138,4 @@ if __name__ == "__main__":
     if attempt < len(drills):
         for drill in drills[attempt].split("+"):
             install(drill)
-    sys.exit(train.main())
+    sys.exit(compare_engines.main())

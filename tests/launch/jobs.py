@@ -1,4 +1,4 @@
-"""launch/train.py as a user starts it: processes, their output, and the losses that they leave."""
+"""The programs in launch/ as a user starts them: processes, their output, and the losses that they leave."""
 
 import json
 import os
@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
+COMPARE = ROOT / "launch" / "compare_engines.py"  # with --engine sharded where nothing is said
 DRILL = Path(__file__).with_name("drill.py")
 HANG = 600  # seconds after which a program is taken to hang, on however slow a machine
 TINY = "--layers 1 --dim 16 --heads 2 --seq-len 16 --batch-size 8 --warmup 2 --lr 1e-2".split()
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see launch/ranks.py
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see launch/comparison/ranks.py
 }
 
 

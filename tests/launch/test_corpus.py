@@ -1,9 +1,10 @@
-"""The text that launch/train.py reads, and the batches it draws."""
+"""The text that launch/train.py reads, the batches it draws, and the held-out windows of launch/compare_engines.py."""
 
 import pytest
 import torch
 
-from corpus import CorpusError, global_batch, held_out_parts, held_out_windows, rank_part, read_corpus
+from comparison.evaluation import fingerprint, held_out_parts, held_out_windows
+from train import global_batch, read_corpus
 
 
 @pytest.fixture
@@ -24,49 +25,47 @@ def names_in(text: torch.Tensor) -> set[bytes]:
 
 
 def test_held_out_files_are_never_trained_on(folder):
-    corpus = read_corpus(str(folder), seq_len=8)
-    trained, held_out = names_in(corpus.train), names_in(corpus.held_out)
-    assert corpus.files == 40
+    trained, held_out = map(names_in, read_corpus(str(folder), seq_len=8))
     assert len(held_out) == 2 and not trained & held_out
     assert trained | held_out == {b"<%02d>" % i for i in range(40)}
 
 
 def test_standard_library_is_read_the_same_way_twice():
     first, second = read_corpus(None, seq_len=256), read_corpus(None, seq_len=256)
-    assert first.fingerprint == second.fingerprint
-    assert torch.equal(first.train, second.train)
-    assert first.train.numel() > 4_000_000 and first.held_out.numel() > 100_000
+    assert fingerprint(first) == fingerprint(second)
+    assert torch.equal(first[0], second[0])
+    assert first[0].numel() > 4_000_000 and first[1].numel() > 100_000
 
 
 def test_single_file_is_cut_in_two(tmp_path):
     path = tmp_path / "one.txt"
     path.write_bytes(bytes(range(1, 201)))
-    corpus = read_corpus(str(path), seq_len=4)
-    assert corpus.train.tolist() + corpus.held_out.tolist() == list(range(1, 201))
-    assert corpus.held_out.numel() == 10
+    train, held_out = read_corpus(str(path), seq_len=4)
+    assert train.tolist() + held_out.tolist() == list(range(1, 201))
+    assert held_out.numel() == 10
 
 
 def test_a_few_files_hold_out_the_last(tmp_path):
     for name in "abc":
         (tmp_path / name).write_text(name * 50)
-    corpus = read_corpus(str(tmp_path), seq_len=8)
-    assert bytes(corpus.train.tolist()) == b"a" * 50 + b"\0" + b"b" * 50
-    assert bytes(corpus.held_out.tolist()) == b"c" * 50
+    train, held_out = read_corpus(str(tmp_path), seq_len=8)
+    assert bytes(train.tolist()) == b"a" * 50 + b"\0" + b"b" * 50
+    assert bytes(held_out.tolist()) == b"c" * 50
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda path: None, "no such file or folder: .*missing"),
-        (lambda path: path.touch(), "no text in .*missing"),
-        (lambda path: path.mkdir(), "0 files"),
-        (lambda path: path.write_bytes(b"\0\1\2"), "empty or binary"),
-        (lambda path: path.write_text("short"), "too short: 5 bytes .* one window is 17 bytes"),
+        (lambda path: path.touch(), "missing has 0 bytes to train on"),
+        (lambda path: path.mkdir(), "missing has 0 bytes to train on"),
+        (lambda path: path.write_bytes(b"\0\1\2"), "binary and empty files do not count"),
+        (lambda path: path.write_text("short"), "has 5 bytes to train on and 0 held out .* window is 17.* Pass more"),
     ],
 )
 def test_unusable_data_is_named_with_a_remedy(tmp_path, make, message):
     make(tmp_path / "missing")
-    with pytest.raises(CorpusError, match=message) as error:
+    with pytest.raises(ValueError, match=message) as error:
         read_corpus(str(tmp_path / "missing"), seq_len=16)
     assert "--data" in str(error.value)
 
@@ -77,10 +76,10 @@ def test_unreadable_file_is_an_error(tmp_path, monkeypatch):
     path.write_text("secret")
 
     def refuse(self):
-        raise PermissionError(13, "Permission denied")
+        raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
-    with pytest.raises(CorpusError, match="cannot read .*secret.txt: Permission denied"):
+    with pytest.raises(PermissionError, match="Permission denied: .*secret.txt"):
         read_corpus(str(path), seq_len=2)
 
 
@@ -88,10 +87,7 @@ def test_unreadable_file_is_an_error(tmp_path, monkeypatch):
 def test_every_number_of_ranks_sees_the_same_batch(world_size):
     text = torch.arange(10_000).remainder(251).to(torch.uint8)
     whole = global_batch(text, batch_size=8, seq_len=16, seed=3, step=7)
-    parts = [
-        rank_part(global_batch(text, batch_size=8, seq_len=16, seed=3, step=7), rank, world_size)
-        for rank in range(world_size)
-    ]
+    parts = global_batch(text, batch_size=8, seq_len=16, seed=3, step=7).chunk(world_size)
     assert all(part.shape == (8 // world_size, 17) for part in parts)
     assert torch.equal(torch.cat(parts), whole)
 

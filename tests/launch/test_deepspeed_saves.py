@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints by launch/deepspeed_engine.py: which is the newest, and what is done before one is named."""
+"""DeepSpeed's checkpoints by comparison/deepspeed_engine.py: which is the newest, and what precedes its name."""
 
 import os
 from datetime import timedelta
@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import deepspeed_engine
-from deepspeed_engine import DeepSpeedEngine
-from ranks import start_process_group, stop_process_group
+from comparison import deepspeed_engine
+from comparison.deepspeed_engine import DeepSpeedEngine
+from comparison.ranks import start_process_group, stop_process_group
 
 
 @pytest.fixture

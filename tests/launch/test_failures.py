@@ -9,8 +9,7 @@ from datetime import timedelta
 
 import pytest
 
-import journal
-import ranks
+from comparison import journal, ranks
 from tests.launch import jobs
 
 KILLED = [(1, "backward", 5), (0, "reduce-scatter", 6), (1, "step", 7), (0, "all-gather", 9), (1, "save", 10)]
@@ -33,7 +32,7 @@ def test_when_a_rank_is_killed_the_other_says_so_and_the_job_resumes(killed, ran
     out, result = killed
     assert result.returncode == 0, result.stdout
     after = result.stdout.split(f"drill: rank {rank}, {phase}, step {step}\n")[1].split("drill: ")[0]
-    said = re.search(r"train.py: rank (\d) of 2 failed in (.*?): (.*)", after)
+    said = re.search(r"compare_engines.py: rank (\d) of 2 failed in (.*?): (.*)", after)
     assert said, after
     assert int(said[1]) == 1 - rank and re.search(r"step \d+", said[2])
     gone = "no word from any: the store" if rank == 0 else "rank 1: no word from it, it was killed"
@@ -117,7 +116,7 @@ def test_a_stuck_rank_is_given_up_within_the_timeout_and_named(text, tmp_path, t
     well, _ = two_ranks([flags, flags], [jobs.DRILL, "stuck:1:3"])
     result = jobs.finish(well)
     assert result.returncode == 1
-    says = r"train.py: rank 0 of 2 failed in .*step 3: .*waited in vain .*time-out is 30 s.*gradients of .* in step 3"
+    says = r"py: rank 0 of 2 failed in .*step 3: .*waited in vain .*time-out is 30 s.*gradients of .* in step 3"
     assert re.search(says, result.stdout), result.stdout
     assert "rank 1: no word from it, it was killed, is stuck" in result.stdout
 
@@ -129,7 +128,7 @@ def test_an_error_of_one_rank_alone_ends_the_other_with_its_reason(text, tmp_pat
     first, second = map(jobs.finish, processes)
     assert (first.returncode, second.returncode) == (1, 1)
     reason = "failed in setting up the engine: ValueError: this rank alone cannot be set up"
-    assert f"train.py: rank 1 of 2 {reason}" in second.stdout
+    assert f"compare_engines.py: rank 1 of 2 {reason}" in second.stdout
     assert f"  rank 1: {reason}" in first.stdout
 
 
@@ -144,19 +143,19 @@ def test_an_error_of_one_rank_alone_ends_the_other_with_its_reason(text, tmp_pat
 )
 def test_a_rank_with_another_model_lr_or_seed_is_refused_at_start(flag, value, message, text, tmp_path, two_ranks):
     flags = [*jobs.TINY, "--data", text, "--out", tmp_path / "run"]
-    first, other = map(jobs.finish, two_ranks([flags, [*flags, flag, value]], [jobs.TRAIN]))
+    first, other = map(jobs.finish, two_ranks([flags, [*flags, flag, value]], [jobs.COMPARE]))
     assert (first.returncode, other.returncode) == (2, 2)
-    assert "train.py: rank 1 differs from rank 0" in first.stdout and message in first.stdout
+    assert "compare_engines.py: rank 1 differs from rank 0" in first.stdout and message in first.stdout
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_a_rank_that_never_starts_is_not_waited_for_longer_than_the_timeout(text, tmp_path, two_ranks):
     flags = [*jobs.TINY, "--data", text, "--timeout", 5, "--out", tmp_path]
-    (alone,) = two_ranks([flags], [jobs.TRAIN])
+    (alone,) = two_ranks([flags], [jobs.COMPARE])
     result = jobs.finish(alone)
     assert result.returncode == 1
-    said = r"train.py: rank 0 found no connection to the other ranks at 127.0.0.1 \(--timeout 5\): .*after 5000ms"
+    said = r"py: rank 0 found no connection to the other ranks at 127.0.0.1 \(--timeout 5\): .*after 5000ms"
     assert re.search(said, result.stdout), result.stdout
 
 

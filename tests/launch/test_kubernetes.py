@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import arguments
+import train
 from tests.launch import jobs
 
 yaml = pytest.importorskip("yaml")
@@ -60,10 +60,9 @@ def test_container_runs_the_training_program_with_flags_that_it_has(job, monkeyp
     values = {variable["name"]: variable["value"] for variable in container["env"]}
     flags = [re.sub(r"\$\((\w+)\)", lambda name: values[name[1]], flag) for flag in container["args"]]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    monkeypatch.setattr(arguments, "NODES", 2)
-    monkeypatch.setattr(arguments, "WORLD_SIZE", 16)
-    args = arguments.parse_arguments("")
-    arguments.check_arguments(args)
+    monkeypatch.setattr(train, "NODES", 2)
+    monkeypatch.setattr(train, "WORLD_SIZE", 16)
+    args = train.parse_arguments()
     assert (args.resume, args.replicate, args.steps, args.keep_last) == ("auto", 2, 10000, 3)
     grace = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert int(values["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace

@@ -1,4 +1,4 @@
-"""The rows that launch/train.py writes: what is in them, where the optimizer's metrics come, and after a resume."""
+"""The rows that compare_engines.py writes: what is in them, where the optimizer's metrics come, and after a resume."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import train as train_program
+import compare_engines
 
-TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+TRAIN = Path(__file__).resolve().parents[2] / "launch" / "compare_engines.py"
 TINY = "--engine sharded --layers 1 --dim 16 --heads 2 --seq-len 16 --batch-size 8 --warmup 2 --lr 1e-2".split()
 
 
@@ -71,6 +71,6 @@ def test_a_resumed_run_drops_rows_and_goes_on_in_both_files(first_run, text, tmp
 
 @pytest.mark.parametrize("flags", ["--metrics-every -1", "--engine deepspeed --metrics-every 5"])
 def test_metrics_that_no_engine_gives_are_refused(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), "--out", str(tmp_path / "run")])
-    assert train_program.main() == 2
+    monkeypatch.setattr(sys, "argv", ["compare_engines.py", *flags.split(), "--out", str(tmp_path / "run")])
+    assert compare_engines.main() == 2
     assert "--metrics-every must be 0 with --engine deepspeed" in capsys.readouterr().err

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import report
-from report import Metrics, Progress, duration, read_metrics
-from throughput import Throughput, flops_per_token, peak_flops, peak_of
+from comparison import report
+from comparison.report import Metrics, Progress, duration, read_metrics
+from comparison.throughput import Throughput, flops_per_token, peak_flops, peak_of
 
 
 def rows(*steps: int, **more) -> list[dict]:

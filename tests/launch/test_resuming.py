@@ -6,8 +6,8 @@ from datetime import timedelta
 
 import pytest
 
-from ranks import start_process_group, stop_process_group
-from resuming import TRAJECTORY, Checkpoints
+from comparison.ranks import start_process_group, stop_process_group
+from comparison.resuming import TRAJECTORY, Checkpoints
 
 
 class Engine:
@@ -33,7 +33,7 @@ def checkpoints(tmp_path):
     args = Namespace(out=tmp_path, keep_last=0, **dict.fromkeys(TRAJECTORY, 1))
     scheduler = Namespace(load_state_dict=lambda state: None)
     start_process_group(timedelta(seconds=10))
-    yield Checkpoints(args, Engine(), scheduler, Namespace(fingerprint="a"))
+    yield Checkpoints(args, Engine(), scheduler, "a")
     stop_process_group()
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-import preemption
-from preemption import NOTHING, Request, SignalRequests
+from comparison import preemption
+from comparison.preemption import NOTHING, Request, SignalRequests
 from tests.launch import jobs
 
 
@@ -44,23 +44,23 @@ def test_rank_stopped_by_anothers_sigterm_asks_torchrun_to_start_it_again(reques
 
 SIGNAL_AT_THE_FIRST_LINE = """
 import os, signal, sys
-import train
+import compare_engines
 
-say, name = train.say, sys.argv.pop()
+say, name = compare_engines.say, sys.argv.pop()
 
 def say_and_signal(text):
     say(text)
     if "takes signals" in text:
         os.kill(os.getpid(), signal.Signals[name])
 
-train.say = say_and_signal
-sys.exit(train.main())
+compare_engines.say = say_and_signal
+sys.exit(compare_engines.main())
 """
 
 
 def run_signalled_at_the_first_line(name: str, text, out):
     flags = [*jobs.TINY, "--engine", "plain", "--data", text, "--steps", 4, "--log-every", 2, "--out", out, name]
-    environment = jobs.ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(jobs.TRAIN.parent), *sys.path])}
+    environment = jobs.ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(jobs.COMPARE.parent), *sys.path])}
     command = [sys.executable, "-c", SIGNAL_AT_THE_FIRST_LINE, *map(str, flags)]
     return jobs.finish(jobs.start(command, environment))
 
@@ -97,7 +97,7 @@ def test_signals_of_one_rank_are_acted_on_by_all_after_the_same_step(signalled, 
 def test_resumed_after_sigterm_the_losses_are_those_of_a_run_that_nothing_befell(signalled, sharded, text):
     out, _ = signalled
     flags = [*jobs.TINY, "--data", text, "--steps", 12, "--resume", "auto", "--keep-last", 2, "--out", out]
-    result = jobs.run(jobs.torchrun(2, jobs.TRAIN, *flags))
+    result = jobs.run(jobs.torchrun(2, jobs.COMPARE, *flags))
     assert result.returncode == 0, result.stdout
     assert f"resumed from {out / 'step-000008'}" in result.stdout and "other settings" not in result.stdout
     assert jobs.losses(out) == jobs.losses(sharded[0])
@@ -110,7 +110,7 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint(text, tmp_path):
     job was not finished."""
     flags = [*jobs.TINY, "--data", text, "--steps", 100_000, "--log-every", 1, "--resume", "auto", "--out", tmp_path]
     patient = jobs.ENVIRONMENT | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(jobs.HANG)}  # not 30 s, after which it kills
-    process = jobs.start(jobs.torchrun(2, jobs.TRAIN, *flags), patient)
+    process = jobs.start(jobs.torchrun(2, jobs.COMPARE, *flags), patient)
     jobs.wait_for_steps(process, tmp_path, 5)
     process.send_signal(signal.SIGTERM)
     result = jobs.finish(process)

@@ -68,6 +68,6 @@ def test_job_told_to_end_saves_requeues_itself_and_goes_on_when_started_again(sl
 
     result = jobs.finish(slurm(step + 5))
     assert result.returncode == 0, result.stdout
-    assert f"resumed from {checkpoint}, {step} steps done" in result.stdout
+    assert f"{step} steps are done in {slurm.out}" in result.stdout
     assert [row[0] for row in jobs.losses(slurm.out)] == list(range(1, step + 6))
     assert slurm.calls()[-1].startswith("srun ")

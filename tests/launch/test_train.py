@@ -1,178 +1,143 @@
-"""launch/train.py as a user starts it: torchrun on CPUs with a tiny model."""
+"""launch/train.py, which users copy: it needs nothing beside it, and trains as compare_engines.py --engine sharded."""
 
-import json
-import math
-import subprocess
+import ast
+import os
+import re
+import shutil
+import signal
 import sys
-from pathlib import Path
+from datetime import timedelta
 
 import pytest
-import torch.distributed as dist
 
-import arguments
-import train as train_program
+import train
 from tests.launch import jobs
 
 
-def run(ranks: int, *flags: object) -> subprocess.CompletedProcess:
-    program = [jobs.TRAIN, *jobs.TINY, *flags]
-    return jobs.run(jobs.torchrun(ranks, *program) if ranks > 1 else [sys.executable, *map(str, program)])
+def imported_names(path) -> set[str]:
+    """Modules that a program imports, and "module.name" of what it takes from one."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
-def train(ranks: int, out: Path, *flags: object) -> list[dict]:
-    """Runs it to the end and returns the lines of metrics.jsonl."""
-    result = run(ranks, "--out", out, *flags)
+def test_it_imports_the_standard_library_torch_and_public_names_only():
+    import lion_dist
+
+    public = {f"lion_dist.{name}" for name in lion_dist.__all__} | {"lion_dist.checkpoint"}
+    names = imported_names(jobs.TRAIN)
+    assert "lion_dist.ShardedLion" in names
+    assert {name for name in names if name.startswith("lion_dist")} <= public
+    elsewhere = {name.split(".")[0] for name in names} - {"lion_dist", "torch"}
+    assert elsewhere <= sys.stdlib_module_names
+
+
+def test_it_is_short_enough_to_be_read():
+    assert len(jobs.TRAIN.read_text().splitlines()) <= 320
+
+
+@pytest.fixture(scope="module")
+def copied(text, tmp_path_factory):
+    """The file alone in a folder of its own, trained for twelve steps on two ranks: (folder of the run, its output)."""
+    folder = tmp_path_factory.mktemp("copied")
+    program = shutil.copy(jobs.TRAIN, folder / "my_training.py")
+    flags = [*jobs.TINY, "--data", text, "--steps", 12, "--checkpoint-every", 5, "--out", folder / "run"]
+    result = jobs.run(jobs.torchrun(2, program, *flags))
     assert result.returncode == 0, result.stdout
-    return jobs.rows(out)
+    return folder / "run", result.stdout
 
 
-def test_sharded_run_learns_and_leaves_its_results(sharded):
-    out, printed = sharded
-    rows = jobs.rows(out)
-    assert [row["step"] for row in rows] == list(range(1, 13))
-    assert all(math.isfinite(row["grad_norm"]) and row["tokens_per_s"] > 0 for row in rows)
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["held_out"]["12"] < summary["held_out"]["0"] - 0.5
-    assert summary["skipped_steps"] == 0
-    assert (out / "loss-curve.png").read_bytes().startswith(b"\x89PNG")
+def test_a_copy_learns_and_leaves_metrics_and_checkpoints(copied):
+    out, printed = copied
+    assert [row["step"] for row in jobs.rows(out)] == list(range(1, 13))
     assert sorted(path.name for path in out.glob("step-*")) == ["step-000005", "step-000010", "step-000012"]
-    assert "full parameters bit-identical on all ranks: yes" in printed
+    before, after = map(float, re.search(r"held-out loss, .*: ([\d.]+) after step 0, ([\d.]+) after", printed).groups())
+    assert after < before - 0.5
+    assert "bytes per parameter on the first of 2 ranks: params 4." in printed
 
 
-def test_table_shows_each_rank_with_its_share_of_the_momentum(sharded):
-    out, printed = sharded
-    summary = json.loads((out / "summary.json").read_text())
-    memory, numel = summary["memory_bytes"], summary["numel"]
-    assert all(label in printed for label in memory)
-    ranks = [memory["rank 0, sharded"], memory["rank 1, sharded"]]
-    unsharded = memory["unsharded Lion (computed)"]
-    assert unsharded == {"params": 4 * numel, "main_params": 0, "exp_avg": 4 * numel, "grads": 4 * numel}
-    assert memory["unsharded AdamW (computed)"]["exp_avg"] == 8 * numel
-    padding = 1024  # bytes by which a bucket may be rounded up
-    assert 4 * numel <= sum(rank["exp_avg"] for rank in ranks) <= 4 * numel + 8 * padding
-    assert max(rank["exp_avg"] for rank in ranks) <= 4 * numel / 2 + 4 * padding
+def test_its_losses_are_those_of_compare_engines(copied, sharded):
+    assert jobs.losses(copied[0]) == jobs.losses(sharded[0])
 
 
-def test_resumed_run_repeats_the_losses_of_one_never_stopped(sharded, text, tmp_path):
-    """As after a kill at step 7, whose checkpoint of step 5 is the last complete one."""
-    out, _ = sharded
-    stopped = tmp_path / "stopped"
-    stopped.mkdir()
-    (stopped / "step-000005").symlink_to(out / "step-000005")
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (stopped / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
-    train(2, stopped, "--engine", "sharded", "--data", text, "--steps", 12, "--resume")
-    assert jobs.losses(stopped) == jobs.losses(out)
-    uninterrupted = json.loads((out / "summary.json").read_text())["held_out"]
-    assert json.loads((stopped / "summary.json").read_text())["held_out"]["12"] == uninterrupted["12"]
-
-
-def test_loss_curve_continues_on_another_number_of_ranks(sharded, text, tmp_path):
-    """Two ranks until step 5, then one. Gradients are summed in another order, so the last bits may differ."""
-    out, _ = sharded
+def test_a_resumed_run_repeats_the_losses_of_one_never_stopped(copied, text, tmp_path):
+    """As after a kill in step 7, whose checkpoint of step 5 is the last complete one, and half a line was written."""
+    out, _ = copied
     (tmp_path / "step-000005").symlink_to(out / "step-000005")
-    result = run(1, "--data", text, "--steps", 12, "--resume", "auto", "--out", tmp_path)
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:6]) + lines[6][:20])
+    flags = [*jobs.TINY, "--data", text, "--steps", 12, "--resume", "auto", "--keep-last", 1, "--out", tmp_path]
+    result = jobs.run(jobs.torchrun(2, jobs.TRAIN, *flags))
     assert result.returncode == 0, result.stdout
-    assert "so its losses will not repeat: ranks 2 -> 1" in result.stdout
-    continued, never_stopped = jobs.rows(tmp_path), jobs.rows(out)[5:]
-    assert [(row["step"], row["lr"]) for row in continued] == [(row["step"], row["lr"]) for row in never_stopped]
-    assert [row["loss"] for row in continued] == pytest.approx([row["loss"] for row in never_stopped], rel=0.02)
+    assert f"5 steps are done in {tmp_path}" in result.stdout
+    assert jobs.losses(tmp_path) == jobs.losses(out)
 
 
-def test_a_checkpoint_that_fails_costs_only_itself(text, tmp_path):
-    (tmp_path / "step-000004").write_text("in the way")
-    result = run(1, "--data", text, "--steps", 12, "--checkpoint-every", 4, "--out", tmp_path)
+def test_a_run_that_begins_anew_sets_the_earlier_one_aside(copied, text, tmp_path):
+    for name in ("step-000005", "step-000010"):
+        shutil.copytree(copied[0] / name, tmp_path / name)
+    shutil.copy(copied[0] / "metrics.jsonl", tmp_path)
+    flags = [*jobs.TINY, "--data", text, "--steps", 2, "--zero-stage", 1, "--micro-batches", 2, "--precision", "bf16"]
+    result = jobs.run([sys.executable, *map(str, [jobs.TRAIN, *flags, "--out", tmp_path])])
     assert result.returncode == 0, result.stdout
-    assert result.stdout.count("a checkpoint failed, training goes on") == 1
-    assert sorted(path.name for path in tmp_path.glob("step-*/")) == ["step-000008", "step-000012"]
+    aside = sorted(path.name for path in (tmp_path / "earlier-1").iterdir())
+    assert aside == ["metrics.jsonl", "step-000005", "step-000010"]
+    assert [row["step"] for row in jobs.rows(tmp_path)] == [1, 2] and len(jobs.rows(tmp_path / "earlier-1")) == 12
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000002"]
 
 
-@pytest.mark.parametrize("steps", [(4, 8), (12,)], ids=["two in a row", "the last"])
-def test_a_run_without_a_checkpoint_to_go_on_from_fails(text, tmp_path, steps):
-    for step in steps:
-        (tmp_path / f"step-{step:06d}").write_text("in the way")
-    result = run(1, "--data", text, "--steps", 12, "--checkpoint-every", 4, "--out", tmp_path)
-    assert result.returncode != 0
-    assert f"step-{steps[-1]:06d} exists and is no checkpoint" in result.stdout
-
-
-def test_two_ranks_see_the_data_of_one(sharded, text, tmp_path):
-    """The first loss is of the same weights and windows; later ones differ by the rounding of gradients."""
-    rows = train(1, tmp_path, "--engine", "plain", "--data", text, "--steps", 12)
-    two_ranks = jobs.rows(sharded[0])
-    assert rows[0]["loss"] == pytest.approx(two_ranks[0]["loss"], rel=1e-6)
-    assert [row["lr"] for row in rows] == [row["lr"] for row in two_ranks]
-    assert rows[-1]["loss"] == pytest.approx(two_ranks[-1]["loss"], rel=0.05)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--engine sharded --zero-stage 1 --micro-batches 2 --precision bf16 --momentum-dtype fp32",
-        "--engine ddp --micro-batches 2 --precision bf16",
-    ],
-    ids=["zero-1", "ddp"],
-)
-def test_accumulation_in_bf16_on_two_ranks(flags, text, tmp_path):
-    rows = train(2, tmp_path, *flags.split(), "--data", text, "--steps", 4)
-    assert rows[-1]["loss"] < rows[0]["loss"]
-    memory = json.loads((tmp_path / "summary.json").read_text())["memory_bytes"]
-    assert all(size["main_params"] > 0 for label, size in memory.items() if label.startswith("rank"))
+def test_signals_of_one_rank_save_on_all_and_torchrun_starts_again_what_it_may(text, tmp_path):
+    """SIGUSR1 saves. SIGTERM to one rank of two saves and ends both; the other one asks torchrun to go on."""
+    flags = [*jobs.TINY, "--data", text, "--steps", 400, "--log-every", 1, "--resume", "auto", "--out", tmp_path]
+    command = jobs.torchrun(2, jobs.TRAIN, *flags)
+    command.insert(command.index(str(jobs.TRAIN)), "--max-restarts=1")
+    job = jobs.start(command)
+    line = next(line for line in job.stdout if "takes signals" in line)
+    process = int(re.search(r"process (\d+) takes signals", line)[1])
+    jobs.wait_for_steps(job, tmp_path, 3)
+    os.kill(process, signal.SIGUSR1)
+    jobs.wait_for_steps(job, tmp_path, len(jobs.rows(tmp_path)) + 10)
+    (saved,) = tmp_path.glob("step-*")
+    os.kill(process, signal.SIGTERM)
+    result = jobs.finish(job)
+    assert result.returncode == 0, result.stdout
+    ended = re.search(rf"SIGTERM: {tmp_path}/step-(\d+) holds (\d+) of 400 steps", result.stdout)
+    assert ended and int(ended[1]) == int(ended[2]) > int(saved.name.removeprefix("step-"))
+    assert f"{ended[2]} steps are done in {tmp_path}" in result.stdout
+    assert [row["step"] for row in jobs.rows(tmp_path)] == list(range(1, 401))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--data nowhere", "no such file or folder: nowhere. Pass --data PATH"),
-        ("--batch-size 7 --micro-batches 2", "--batch-size 7 does not divide among 1 ranks x 2"),
-        ("--dim 18 --heads 4", "--dim must be a multiple of 2 * --heads"),
-        ("--steps 0", "--steps must be a finite number of at least 1, got 0"),
-        ("--resume", "--resume found no checkpoint in"),
-        ("--zero-stage 3", "fully_shard"),
-        ("--keep-last -1", "--keep-last must be a finite number of at least 0, got -1"),
-        ("--timeout 0", "--timeout must be a finite number of at least 1, got 0"),
-        ("--timeout inf", "--timeout must be a finite number of at least 1, got inf"),
-        ("--clip -1", "--clip must be a finite number of at least 0, got -1"),
-        ("--clip nan", "--clip must be a finite number of at least 0, got nan"),
-        ("--lr -0.1", "--lr must be a finite number of at least 0, got -0.1"),
-        ("--weight-decay -0.1", "--weight-decay must be a finite number of at least 0, got -0.1"),
-        ("--warmup -5", "--warmup must be a finite number of at least 0, got -5"),
-        ("--seed -1", "--seed must be a finite number of at least 0, got -1"),
-        ("--peak-tflops 0", "--peak-tflops must be a finite number above 0, got 0"),
-        ("--engine ddp --zero-stage 2", "--zero-stage 2 is for --engine sharded or deepspeed, got ddp"),
-        ("--engine fsdp2 --param-sync gather", "--param-sync gather is for --engine sharded, got fsdp2"),
-        ("--engine deepspeed --main-params split", "--main-params split is for --engine plain or ddp or sharded"),
-        ("--deepspeed-config ds.json", "--deepspeed-config ds.json is for --engine deepspeed, got sharded"),
-        ("--engine deepspeed --deepspeed-config ds.json --zero-stage 3", "ds.json says its own stage. Leave one"),
-        ("--engine deepspeed --deepspeed-config nowhere.json", "nowhere.json cannot be read"),
-        ("--replicate 2", "--replicate 2 does not divide 1 ranks"),
-        ("--engine ddp --replicate 2", "--replicate 2 is for --engine sharded or fsdp2, got ddp"),
+        ("--batch-size 7 --micro-batches 2", "--batch-size must be a multiple of 1 ranks x 2 micro-batches, got 7"),
+        ("--replicate 2", "the ranks a multiple of --replicate, got 2"),
+        ("--zero-stage 3", "invalid choice: 3"),
+        ("--engine ddp", "invalid choice: 'ddp'"),
+        ("--data nowhere", "train.py: no such file or folder: nowhere. Pass --data PATH"),
     ],
 )
-def test_bad_input_exits_with_2_and_sets_up_nothing(flags, message, tmp_path, monkeypatch, capsys):
+def test_bad_input_ends_with_a_message_and_leaves_nothing(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), "--out", str(tmp_path / "run")])
-    assert train_program.main() == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists() and not dist.is_initialized()
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code and message in f"{capsys.readouterr().err} {ended.value.code}"
+    assert not (tmp_path / "run").exists()
 
 
-def test_bad_data_path_is_said_once_by_two_ranks(tmp_path):
-    result = run(2, "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
-    assert result.returncode != 0
-    assert result.stdout.count(f"no such file or folder: {tmp_path / 'nowhere'}. Pass --data PATH") == 1
-    assert "exitcode  : 2" in result.stdout
-
-
-def test_plain_engine_refuses_two_ranks(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--engine", "plain"])
-    monkeypatch.setattr(arguments, "WORLD_SIZE", 2)
-    assert train_program.main() == 2
-    printed = capsys.readouterr().err
-    assert "--engine plain trains in one process" in printed and "--engine ddp" in printed
+def test_shared_store_of_torchrun_is_refused_with_restarts(monkeypatch):
+    monkeypatch.setattr(train, "MAX_RESTARTS", 3)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        train.start_process_group(timedelta(seconds=1))
 
 
 def test_default_batch_divides_among_any_number_of_ranks(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--micro-batches", "2"])
     for world_size, batch_size in [(1, 8), (2, 8), (3, 12), (6, 12), (8, 16)]:
-        monkeypatch.setattr(arguments, "WORLD_SIZE", world_size)
-        assert arguments.parse_arguments("").batch_size == batch_size
+        monkeypatch.setattr(train, "WORLD_SIZE", world_size)
+        assert train.parse_arguments().batch_size == batch_size

@@ -159,7 +159,7 @@ def test_loss_curve_continues_across_the_changes(story, text, tmp_path):
     """Every step is there once, and each loss is near that of one process that nothing befell: other numbers of ranks
     sum gradients in another order (6e-7 apart when this was written; a sign that flips would make it more)."""
     flags = [*jobs.TINY, "--data", text, "--steps", STEPS, "--engine", "plain", "--out", tmp_path]
-    result = jobs.run([sys.executable, str(jobs.TRAIN), *map(str, flags)])
+    result = jobs.run([sys.executable, str(jobs.COMPARE), *map(str, flags)])
     assert result.returncode == 0, result.stdout
     one_process, job = jobs.losses(tmp_path), jobs.losses(story.out)
     assert [row[0] for row in job] == list(range(1, STEPS + 1))
@@ -170,7 +170,7 @@ def test_loss_curve_continues_across_the_changes(story, text, tmp_path):
 
 @pytest.mark.slow
 def test_the_surviving_node_names_the_lost_ranks(story):
-    assert re.search(r"train.py: rank [01] of 4 failed in .*step \d+", story.logs[0].read_text())
+    assert re.search(r"compare_engines.py: rank [01] of 4 failed in .*step \d+", story.logs[0].read_text())
     assert re.search(r"rank [23]: no word from it, it was killed", story.logs[0].read_text())
 
 

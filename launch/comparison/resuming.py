@@ -8,11 +8,10 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
-from corpus import Corpus
-from engines import PlainEngine
+from comparison.engines import PlainEngine
+from comparison.ranks import say
+from comparison.report import RESULTS
 from lion_dist.checkpoint import CheckpointError
-from ranks import say
-from report import RESULTS
 
 # What a resumed run must share with the first one to land on the same losses.
 TRAJECTORY = "steps batch_size micro_batches seq_len lr weight_decay warmup clip seed replicate".split()
@@ -21,12 +20,12 @@ TRAJECTORY = "steps batch_size micro_batches seq_len lr weight_decay warmup clip
 class Checkpoints:
     """The checkpoints OUT/step-NNNNNN of one run. Every rank calls every method."""
 
-    def __init__(self, args: Namespace, engine: PlainEngine, scheduler: LambdaLR, corpus: Corpus):
+    def __init__(self, args: Namespace, engine: PlainEngine, scheduler: LambdaLR, text: str):
         self.folder, self.keep_last = args.out, args.keep_last
         self.engine, self.scheduler = engine, scheduler
         self.settings = {name: getattr(args, name) for name in TRAJECTORY}
         self.last_failed = False
-        self.settings |= {"text": corpus.fingerprint, "ranks": dist.get_world_size()}
+        self.settings |= {"text": text, "ranks": dist.get_world_size()}
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deepspeed_engine import DeepSpeedEngine
-from fsdp_engines import FSDP1Engine, FSDP2Engine
+from comparison.deepspeed_engine import DeepSpeedEngine
+from comparison.fsdp_engines import FSDP1Engine, FSDP2Engine
+from comparison.plain_engine import PlainEngine, param_groups
+from comparison.ranks import replicas_mesh
 from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig
-from plain_engine import PlainEngine, param_groups
-from ranks import replicas_mesh
 
 
 class DDPEngine(PlainEngine):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import lion_dist.checkpoint
+from comparison.report import MEMORY_KINDS
 from lion_dist import Lion, PrecisionPolicy
-from lion_dist.local_tensors import local_tensor
-from report import MEMORY_KINDS
 
 
 class PlainEngine:
@@ -85,11 +85,11 @@ class PlainEngine:
         """Bytes on this rank by kind, from the tensors themselves, after a backward."""
         size = dict.fromkeys(MEMORY_KINDS, 0)
         for parameter in [p for group in self.optimizer.param_groups for p in group["params"]]:
-            size["params"] += local_tensor(parameter).nbytes
-            size["grads"] += 0 if parameter.grad is None else local_tensor(parameter.grad).nbytes
+            size["params"] += _local(parameter).nbytes
+            size["grads"] += 0 if parameter.grad is None else _local(parameter.grad).nbytes
             for name, state in self.optimizer.state.get(parameter, {}).items():
                 if name != "step":
-                    size["exp_avg" if name == "exp_avg" else "main_params"] += local_tensor(state).nbytes
+                    size["exp_avg" if name == "exp_avg" else "main_params"] += _local(state).nbytes
         return size
 
     def finish_param_sync(self) -> None:
@@ -102,6 +102,11 @@ class PlainEngine:
     def skipped_steps(self) -> int:
         """Steps that left everything as it was because a gradient was not finite; only ShardedLion counts them."""
         return 0
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def param_groups(model: nn.Module, args: Namespace) -> list[dict]:

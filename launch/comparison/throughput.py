@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from arguments import DTYPES
+from train import DTYPES
 
 # Dense bf16 TFLOP/s by the makers' data sheets. The first name that is part of the device's counts.
 PEAK_BF16_TFLOPS = {
@@ -68,7 +68,7 @@ class Throughput:
 
 
 def throughput_of(args: Namespace, numel: int, device: torch.device) -> Throughput:
-    """Of a run of train.py; `numel`: the whole model's parameters."""
+    """Of a run of compare_engines.py; `numel`: the whole model's parameters."""
     peak = args.peak_tflops * 1e12 if args.peak_tflops else peak_flops(device, DTYPES[args.precision])
     flops = flops_per_token(numel, args.layers, args.dim, args.seq_len)
     return Throughput(args.batch_size * args.seq_len, flops, dist.get_world_size(), peak)

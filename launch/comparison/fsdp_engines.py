@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+from comparison.plain_engine import PlainEngine, param_groups
+from comparison.ranks import replicas_mesh
 from lion_dist import Lion, PrecisionPolicy
-from plain_engine import PlainEngine, param_groups
-from ranks import replicas_mesh
 
 
 class FSDP2Engine(PlainEngine):

@@ -11,8 +11,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lion_dist.sharding.agreement import check_ranks_agree
-
 
 def start_process_group(timeout: timedelta) -> tuple[torch.device, dist.Store]:
     """NCCL on this rank's GPU, or gloo on CPUs. Without torchrun it is a group of one: the same code runs.
@@ -48,7 +46,7 @@ def start_process_group(timeout: timedelta) -> tuple[torch.device, dist.Store]:
             f"rank {os.environ.get('RANK', 0)} found no connection to the other ranks at {place} (--timeout "
             f"{timeout.total_seconds():g}): {error}"
         ) from error
-    return device, dist.PrefixStore("train.py", store)
+    return device, dist.PrefixStore("compare_engines.py", store)
 
 
 def _refuse_stale_store() -> None:
@@ -77,9 +75,15 @@ def replicas_mesh(replicas: int, device: torch.device, timeout: timedelta) -> De
 
 def check_same_start(args: Namespace, text: str) -> None:
     """Raises ValueError on every rank, naming a rank that was started otherwise than the first one."""
-    entries = [(f"--{name.replace('_', '-')}", (value,)) for name, value in vars(args).items() if name != "data"]
-    entries += [("fingerprint of the text", (text,)), ("torch", (torch.__version__,))]
-    check_ranks_agree(entries, dist.group.WORLD)
+    mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name != "data"}
+    first, *others = gather_objects(mine | {"fingerprint of the text": text, "torch": torch.__version__})
+    for rank, other in enumerate(others, start=1):
+        for name in first:
+            if other[name] != first[name]:
+                raise ValueError(
+                    f"rank {rank} differs from rank 0: {name!r} = {other[name]} there, {name!r} = {first[name]} on "
+                    "rank 0. Start every rank with the same flags, text and torch."
+                )
 
 
 def stop_process_group() -> None:

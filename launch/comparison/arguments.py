@@ -2,19 +2,13 @@
 
 import argparse
 import math
-import os
 from pathlib import Path
 
-import torch
-
-from deepspeed_engine import read_config
-from engines import ENGINES
+from comparison.deepspeed_engine import read_config
+from comparison.engines import ENGINES
 from lion_dist import ShardingConfig
-from lion_dist.config import PARAM_SYNCS
+from train import DTYPES, NODES, WORLD_SIZE
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-NODES = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # set by torchrun: how many of it there are
 SHARDS_IN_REPLICAS = ("sharded", "fsdp2")  # the engines that --replicate is for
 # Of flags that some engines have no use for: the engines that have, and the default.
 FLAGS_OF_ENGINES = {
@@ -55,7 +49,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         help="of bf16, with any engine but deepspeed; None: auto")
     add("--momentum-dtype", choices=list(DTYPES), help="None: as the parameters")
     add("--zero-stage", type=int, help="1 or 2 of --engine sharded, 0 to 3 of --engine deepspeed; None: 2")
-    add("--param-sync", choices=PARAM_SYNCS,
+    add("--param-sync", choices=["gather", "coded"],
         help="of --engine sharded: parameters, or update codes; None: gather")
     add("--replicate", type=_count_or_nodes, default=1,
         help="shard inside so many replicas and average across them: a number, or 'nodes' for one a node")

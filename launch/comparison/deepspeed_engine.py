@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from comparison.plain_engine import PlainEngine, param_groups
+from comparison.ranks import gather_objects
+from comparison.report import MEMORY_KINDS
 from lion_dist import PrecisionPolicy
 from lion_dist.checkpoint.directory import clear, doomed_of, remove, sync
 from lion_dist.integrations.deepspeed import lion_optimizer
-from plain_engine import PlainEngine, param_groups
-from ranks import gather_objects
-from report import MEMORY_KINDS
 
 
 class DeepSpeedEngine(PlainEngine):
@@ -146,7 +146,7 @@ def read_config(args: Namespace) -> dict:
     Raises:
         ValueError: no such file, no JSON, or a section is missing that the arguments are filled into.
     """
-    path = args.deepspeed_config or Path(__file__).with_name("deepspeed") / f"zero{args.zero_stage}.json"
+    path = args.deepspeed_config or Path(__file__).parents[1] / "deepspeed" / f"zero{args.zero_stage}.json"
     try:
         config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:

@@ -38,7 +38,7 @@ def fail(error: Exception, store: dist.Store, rank: int, world_size: int) -> NoR
     word = {"rank": rank, "doing": what, "error": reason}
     traceback.print_exception(error)
     get_error_handler().record_exception(error)  # torchrun's own summary
-    lines = [f"train.py: rank {rank} of {world_size} failed in {what}: {reason}"]
+    lines = [f"compare_engines.py: rank {rank} of {world_size} failed in {what}: {reason}"]
     lines += _others(store, word, world_size) if world_size > 1 else []
     print("\n".join(lines), file=sys.stderr, flush=True)
     leave_at_once(1)

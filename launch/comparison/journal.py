@@ -7,11 +7,11 @@ from argparse import Namespace
 import torch
 import torch.distributed as dist
 
-from engines import PlainEngine
-from preemption import Request
-from ranks import mean_over_ranks, say
-from report import Metrics, Progress
-from throughput import Throughput
+from comparison.engines import PlainEngine
+from comparison.preemption import Request
+from comparison.ranks import mean_over_ranks, say
+from comparison.report import Metrics, Progress
+from comparison.throughput import Throughput
 
 SLOW = 1.5  # times the median of the ranks' own milliseconds a step
 
