@@ -163,22 +163,21 @@ def param_group(value: object) -> None:
         params(value["params"])
 
 
-def state_dict(value: object, *needed: str) -> None:
+def state_dict(value: object) -> None:
     """ValueError unless ``value`` has the form of an optimizer's ``state_dict()``."""
-    required = ("state", "param_groups", *needed)
-    if not isinstance(value, Mapping) or not all(key in value for key in required):
-        found = f"one with {sorted(map(str, value))[:8]}" if isinstance(value, Mapping) else shown(value)
-        raise ValueError(
-            f"state_dict must be a dict with {', '.join(required)}, got {found}. Pass what state_dict() returned."
-        )
-    groups = value["param_groups"]
-    if not isinstance(value["state"], Mapping) or not isinstance(groups, list | tuple):
-        raise ValueError(
-            'state_dict must hold a dict "state" and a list "param_groups". Pass what state_dict() returned.'
-        )
-    for i, group in enumerate(groups):
+    remedy = "Pass what state_dict() returned."
+    if not isinstance(value, Mapping):
+        raise ValueError(f"state_dict must be a dict, got {shown(value)}. {remedy}")
+    for key, kind, described in (("state", Mapping, "dict"), ("param_groups", list | tuple, "list")):
+        if key not in value:
+            raise ValueError(
+                f"state_dict needs {key!r} (a {described}), got a dict with {sorted(map(str, value))[:8]}. {remedy}"
+            )
+        if not isinstance(value[key], kind):
+            raise ValueError(f"state_dict needs {key!r} to be a {described}, got {shown(value[key])}. {remedy}")
+    for i, group in enumerate(value["param_groups"]):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
-            raise ValueError(f'state_dict: param group {i} has no list "params". Pass what state_dict() returned.')
+            raise ValueError(f'state_dict: param group {i} has no list "params". {remedy}')
 
 
 def refuse_in_json(name: str, value: object, depth: int = 0) -> None:

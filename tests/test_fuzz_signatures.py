@@ -148,6 +148,7 @@ def on_checkpoint(call: Callable) -> Callable[[Path], dict]:
             consolidate(folder / "saved", folder / "saved.pt")
         new = folder / f"new{time.monotonic_ns()}"
         arguments = {"model": model, "optimizer": optimizer, "extra": {}, "folder": folder, "count": 3, "path": new}
+        arguments["verified"] = False
         if call in (checkpoint.load, checkpoint.verify, read_contents, consolidate):
             arguments["path"] = folder / "saved"
         arguments |= {"source": folder / "saved.pt", "target": new}

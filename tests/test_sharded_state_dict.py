@@ -134,12 +134,12 @@ def malformed(good: dict) -> dict[str, object]:
     shape = tuple(good["state"][i]["exp_avg"].shape)
     ids = good["param_groups"][0]["params"]
     return {
-        "needs 'state'": {},
-        "got NoneType": None,
-        "got list": [good],
-        r"'param_groups' \(sequence\)": {"state": {}},
-        "has str": {**good, "state": "x"},
-        "is no param group": {**good, "param_groups": [3, 4]},
+        r"needs 'state' \(a dict\)": {},
+        "must be a dict, got None": None,
+        r"must be a dict, got \[": [good],
+        r"needs 'param_groups' \(a list\)": {"state": {}},
+        "needs 'state' to be a dict, got 'x'": {**good, "state": "x"},
+        "param group 0 has no list": {**good, "param_groups": [3, 4]},
         "param groups of": {**good, "param_groups": good["param_groups"][:1]},
         "more than once": regrouped(params=[ids[0]] * len(ids)),
         "numbers or names": regrouped(params=[[0]] * len(ids)),

@@ -121,11 +121,11 @@ def test_what_is_called_on_an_optimizer_refuses(kind):
     with pytest.raises(TypeError, match='param_group must be a dict with "params", got 3'):
         opt.add_param_group(3)
     for state_dict, match in [
-        ({}, r"state_dict must be a dict with state, param_groups.*, got one with \[\]. Pass what state_dict"),
-        (None, "state_dict must be a dict with .* got None"),
-        ({"model": 1, 3: 2}, r"got one with \['3', 'model'\]"),
-        ({"state": [], "param_groups": [], "counters": 0}, 'a dict "state" and a list "param_groups"'),
-        ({"state": {}, "param_groups": {}, "counters": 0}, 'a dict "state" and a list "param_groups"'),
+        ({}, r"state_dict needs 'state' \(a dict\), got a dict with \[\]. Pass what state_dict"),
+        (None, "state_dict must be a dict, got None"),
+        ({"model": 1, 3: 2}, r"got a dict with \['3', 'model'\]"),
+        ({"state": [], "param_groups": [], "counters": 0}, r"needs 'state' to be a dict, got \[\]"),
+        ({"state": {}, "param_groups": {}, "counters": 0}, "needs 'param_groups' to be a list, got {}"),
         ({"state": {}, "param_groups": [{}], "counters": 0}, 'param group 0 has no list "params"'),
         ({"state": {}, "param_groups": [3], "counters": 0}, 'param group 0 has no list "params"'),
     ]:

@@ -72,7 +72,7 @@ def newest(folder: str | Path, *, verified: bool = False) -> Path | None:
             warns of each that was left out. All ranks call it together (each reads a share), and get the same.
     """
     folder = values.path("folder", folder)
-    if not verified:
+    if not values.flag("verified", verified):
         return next(reversed(directory.whole_ones(folder)[0]), None)
     wait_for_pending()
     ranks = Ranks.here()
