@@ -1,12 +1,12 @@
 """lion_dist: the Lion optimizer, sharded, for large-scale training in PyTorch."""
 
+from lion_dist.boxes import this_ranks_part
 from lion_dist.captured_step import CapturedStep
 from lion_dist.config import PrecisionPolicy, ShardingConfig
 from lion_dist.grad_scaler import GradScaler
-from lion_dist.optimizer import Lion
-from lion_dist.sharded_optimizer import ShardedLion
-from lion_dist.sharding.boxes import this_ranks_part
-from lion_dist.sharding.replicas import ReplicaError
+from lion_dist.lion import Lion
+from lion_dist.replica_check import ReplicaError
+from lion_dist.sharded_lion import ShardedLion
 
 __version__ = "0.1.0"
 __all__ = [

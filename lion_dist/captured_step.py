@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lion_dist.sharded_optimizer import ShardedLion
+from lion_dist.sharded_lion import ShardedLion
 from lion_dist.sharding.param_sync import LeaveStale
 
 Output = TypeVar("Output")

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from lion_dist.bucket_shard import BucketShard
+from lion_dist.boxes import BoxedTensor, Part, read_box
+from lion_dist.shard_state import BucketShard
 from lion_dist.sharding import collectives
-from lion_dist.sharding.boxes import BoxedTensor, Part, read_box
 from lion_dist.sharding.buffers import views_of
 from lion_dist.sharding.process_groups import ShardGroups
 from lion_dist.state_dicts import LiveState

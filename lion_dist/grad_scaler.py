@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lion_dist.engine_state import is_flat_param
 from lion_dist.grad_placement import is_placed_like
-from lion_dist.optimizer import Lion
-from lion_dist.sharded_optimizer import ShardedLion
+from lion_dist.lion import Lion
+from lion_dist.sharded_lion import ShardedLion
 
 
 class GradScaler(torch.amp.GradScaler):

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from lion_dist.config import PrecisionPolicy, check_hyperparameters
-from lion_dist.optimizer import check_param
+from lion_dist.lion import check_param
 from lion_dist.sharding.memory_checks import check_memory
 from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.own_groups import OwnGroups

@@ -22,10 +22,10 @@ from torch.nn import Parameter
 
 from lion_dist import values
 from lion_dist.adopted_state import adopt_groups
-from lion_dist.bucket_shard import BucketShard
+from lion_dist.boxes import Box, BoxedTensor, boxes_over, can_read, read_box
 from lion_dist.engine_state import main_as
 from lion_dist.local_tensors import local_tensor
-from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_over, can_read, read_box
+from lion_dist.shard_state import BucketShard
 
 OWN_KEYS = ("params", "param_names", "process_group")  # of param groups: a loaded state does not change them
 

@@ -123,9 +123,10 @@ def test_limits_of_the_ranges_are_allowed():
 
 
 def test_decay_that_fp32_cannot_hold_is_warned_of_once():
-    from lion_dist import optimizer
 
-    optimizer._warned_of_decay.clear()
+    from lion_dist import lion
+
+    lion._warned_of_decay.clear()
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     opt = Lion([param], lr=1e-7, weight_decay=0.1)

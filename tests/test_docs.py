@@ -86,10 +86,10 @@ def test_the_fifteen_lines_of_the_readme_print_what_it_says(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    environment.pop("PYTHONUNBUFFERED", None)  # with it the lines of two ranks mix in the middle
     done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == printed.splitlines()
+    # Workers of torchrun write unbuffered, a text and its line end apart: one rank's line can end in another's.
+    assert sorted(re.findall("rank .*?momentum", done.stdout)) == printed.splitlines()
 
 
 def test_the_readmes_numbers_of_speed_have_their_command_machine_and_date():

@@ -192,5 +192,3 @@ def test_an_optimizer_that_never_gets_a_gradient_says_so_once(gloo):
 @pytest.mark.parametrize("first_gradient", [0, 2])
 def test_a_gradient_in_the_first_steps_is_enough(gloo, first_gradient):
     assert gloo.run(1, step_with_and_without_gradients, 8, first_gradient) == [[]]
-
-

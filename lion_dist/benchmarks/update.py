@@ -30,7 +30,7 @@ from lion_dist.benchmarks.timing import (
 )
 from lion_dist.kernels.reference import StepScalars, lion_step
 from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
-from lion_dist.optimizer import main_for
+from lion_dist.lion import main_for
 
 LR, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.99), 0.1
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lion_dist import values
+from lion_dist.boxes import BoxedTensor
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.fit import GROUP_KEYS, STATE_KEYS, wrong_setting, wrong_state
@@ -28,7 +29,6 @@ from lion_dist.checkpoint.named_state import whole
 from lion_dist.checkpoint.ranks import Ranks, describe
 from lion_dist.checkpoint.save import Snapshot, write
 from lion_dist.checkpoint.storage import Reader, start_of_data
-from lion_dist.sharding.boxes import BoxedTensor
 
 
 def consolidate(path: str | Path, target: str | Path, progress: manifest.Progress | None = None) -> None:

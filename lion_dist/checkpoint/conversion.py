@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lion_dist.boxes import PIECE_BYTES, Box, BoxedTensor
 from lion_dist.checkpoint.named_state import NamedState, OwnedParam
 from lion_dist.kernels.reference import join_main, split_main
-from lion_dist.optimizer import refresh_main_
-from lion_dist.sharding.boxes import PIECE_BYTES, Box, BoxedTensor
+from lion_dist.lion import refresh_main_
 
 Stored = dict[str, TensorStorageMetadata]
 

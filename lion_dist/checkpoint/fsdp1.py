@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.nn import Parameter
 
+from lion_dist.boxes import BoxedTensor, boxes_over
 from lion_dist.sharded_params import clean_name
-from lion_dist.sharding.boxes import BoxedTensor, boxes_over
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from lion_dist.checkpoint.named_state import NamedState, collect
 from lion_dist.checkpoint.ranks import Ranks, describe
 from lion_dist.checkpoint.save import wait_for_pending
 from lion_dist.checkpoint.storage import Reader
-from lion_dist.optimizer import Lion
-from lion_dist.sharded_optimizer import ShardedLion
+from lion_dist.lion import Lion
+from lion_dist.sharded_lion import ShardedLion
 
 
 def load(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion) -> dict:

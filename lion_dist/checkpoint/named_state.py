@@ -22,14 +22,14 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import values
+from lion_dist.boxes import Box, BoxedTensor, boxes_over
 from lion_dist.checkpoint import fsdp1
 from lion_dist.checkpoint.errors import CheckpointError
+from lion_dist.lion import Lion
 from lion_dist.local_tensors import local_tensor
-from lion_dist.optimizer import Lion
-from lion_dist.sharded_optimizer import ShardedLion
+from lion_dist.sharded_lion import ShardedLion
 from lion_dist.sharded_params import clean_name
 from lion_dist.sharding import collectives
-from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_over
 
 
 @dataclass

@@ -18,15 +18,15 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from lion_dist import values
+from lion_dist.boxes import BoxedTensor
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.named_state import NamedState, collect, descriptions
 from lion_dist.checkpoint.ranks import FAILURES, Ranks, describe
 from lion_dist.checkpoint.storage import Writer
-from lion_dist.optimizer import Lion
-from lion_dist.sharded_optimizer import ShardedLion
-from lion_dist.sharding.boxes import BoxedTensor
+from lion_dist.lion import Lion
+from lion_dist.sharded_lion import ShardedLion
 
 # Without torch.distributed, its checkpoint module warns that it assumes one process: so do we. A filter for good,
 # because catch_warnings() in the thread of a save_async would undo filters that the main thread sets meanwhile.

@@ -9,8 +9,8 @@ import re
 import textwrap
 
 from lion_dist.cli.errors import UsageError
-from lion_dist.model_shapes import PRESETS, read_shapes
-from lion_dist.planning import PRECISIONS, Job, activation_bytes, plan
+from lion_dist.planning.estimates import PRECISIONS, Job, activation_bytes, plan
+from lion_dist.planning.model_shapes import PRESETS, read_shapes
 
 GIB = 2**30
 UNITS = {"": GIB, "GIB": GIB, "MIB": 2**20, "GB": 10**9, "MB": 10**6}

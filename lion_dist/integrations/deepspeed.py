@@ -33,7 +33,7 @@ from torch import Tensor
 from lion_dist import values
 from lion_dist.integrations.deepspeed_config import PRECISION_KEYS, read_optimizer_section, read_params
 from lion_dist.kernels.update import LionTensors
-from lion_dist.optimizer import Lion
+from lion_dist.lion import Lion
 
 logger = logging.getLogger(__name__)
 

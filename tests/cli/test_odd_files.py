@@ -84,7 +84,7 @@ def test_plan_of_a_config_with_an_odd_value_ends_or_says_one_line(name, installe
     if installed:
         pytest.importorskip("transformers")
     else:
-        monkeypatch.setattr("lion_dist.model_shapes.importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("lion_dist.planning.model_shapes.importlib.util.find_spec", lambda name: None)
     path = tmp_path / "config.json"
     for value in ODD_VALUES:
         path.write_text(json.dumps(LLAMA | {name: value}))

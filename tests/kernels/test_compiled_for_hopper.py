@@ -11,7 +11,7 @@ NAMES = [f"{kernel}: {name}" for kernel in ("flat", "list") for name in VARIANTS
 
 @pytest.fixture(scope="module")
 def instructions(compiled_by) -> dict[str, dict[str, int]]:
-    return compiled_by("compile_ahead")
+    return compiled_by("tests.kernels.compile_ahead")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lion_dist.kernels import codes_native, compiled_library, cpu_native
-from lion_dist.kernels.codes_shard import CodedSlice, ShardCodec
+from lion_dist.coded_sync import codes_native
+from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
+from lion_dist.kernels import compiled_library, cpu_native
 from lion_dist.kernels.update import choose_backend
 
 CPU = torch.device("cpu")

@@ -8,8 +8,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from lion_dist.kernels import coded_update_triton, codes_triton, statistics_triton, triton_kernels, triton_launch
+from lion_dist.coded_sync import codes_triton
+from lion_dist.coded_sync import update_triton as coded_update_triton
+from lion_dist.kernels import triton_kernels, triton_launch
 from lion_dist.kernels.reference import StepScalars
+from lion_dist.metrics import statistics_triton
 from tests.kernels.cases import BF16, INT16, Case, Storage
 
 KERNELS = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
+from lion_dist.replica_check import Holding, Piece, make_weights
 from lion_dist.sharding.phases import PHASES
-from lion_dist.sharding.replicas import Holding, Piece, make_weights
-from tests.metrics_oracle import MeasuredLion, assert_same_metrics
+from tests.metrics.metrics_oracle import MeasuredLion, assert_same_metrics
 from tests.models import mlp
 
 pytestmark = [

@@ -1,6 +1,5 @@
 """What is in the machine code of the update codes for sm_90. No GPU is needed: compiling ahead of time is enough."""
 
-
 import pytest
 
 NAMES = ["main params under bf16", "main params under fp16", "main params, split", "fp32", "none"]
@@ -8,7 +7,7 @@ NAMES = ["main params under bf16", "main params under fp16", "main params, split
 
 @pytest.fixture(scope="module")
 def instructions(compiled_by) -> dict[str, dict[str, int]]:
-    return compiled_by("compile_codes_ahead")
+    return compiled_by("tests.coded_sync.compile_codes_ahead")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -96,7 +96,7 @@ def measure(
     It changes nothing and waits for nothing. It reads params, main params, momentum and gradients once.
     """
     if backend == "triton" and cautious_lrs is None:
-        from lion_dist.kernels import statistics_triton
+        from lion_dist.metrics import statistics_triton
 
         return statistics_triton.measure(tensors, grads, scalars, grad_scale=grad_scale, active=active, seed=seed)
     chunk = CPU_CHUNK if tensors.device.type == "cpu" else GPU_CHUNK

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lion_dist.kernels.statistics import COLUMNS, measure
-from lion_dist.kernels.statistics_triton import LAUNCH_SHAPE
+from lion_dist.metrics.statistics import COLUMNS, measure
+from lion_dist.metrics.statistics_triton import LAUNCH_SHAPE
 from tests.kernels.cases import BF16, FP32, GRAD_DTYPES, STORAGES, Case, Storage
-from tests.kernels.test_statistics import assert_same, measured
+from tests.metrics.test_statistics import assert_same, measured
 
 pytestmark = [
     pytest.mark.gpu,

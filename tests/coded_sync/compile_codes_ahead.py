@@ -1,14 +1,16 @@
 """Compile the kernels of the update codes for sm_90 where there is no GPU, and print what is in their PTX as JSON.
 
-A process of its own, for the reason that ``compile_ahead.py`` gives: ``python -m tests.kernels.compile_codes_ahead``.
+A process of its own, for the reason that ``compile_ahead.py`` gives:
+``python -m tests.coded_sync.compile_codes_ahead``.
 """
 
 from __future__ import annotations
 
 import json
 
-from lion_dist.kernels import coded_update_triton, codes_triton
-from lion_dist.kernels.codes import SENARY, TERNARY
+from lion_dist.coded_sync import codes_triton
+from lion_dist.coded_sync import update_triton as coded_update_triton
+from lion_dist.coded_sync.codes import SENARY, TERNARY
 from tests.kernels.compile_ahead import compile_for_hopper, count_instructions
 
 VARIANTS = {  # storage: (kind, type, integer type, main params, layout)

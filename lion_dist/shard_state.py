@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist.boxes import BoxedTensor, boxes_over
+from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
 from lion_dist.config import PrecisionPolicy
-from lion_dist.kernels.codes_shard import CodedSlice, ShardCodec
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.update import LionTensors, count_aligned_elements
-from lion_dist.optimizer import main_for, refresh_main_
+from lion_dist.lion import main_for, refresh_main_
 from lion_dist.sharding import collectives
-from lion_dist.sharding.boxes import BoxedTensor, boxes_over
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.memory_format import MemoryFormat
 

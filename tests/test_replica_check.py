@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lion_dist import PrecisionPolicy, ReplicaError, ShardedLion, ShardingConfig
-from lion_dist.sharding import replicas
-from lion_dist.sharding.replicas import Holding, Piece, _odd, make_weights
+from lion_dist import PrecisionPolicy, ReplicaError, ShardedLion, ShardingConfig, replica_check
+from lion_dist.replica_check import Holding, Piece, _odd, make_weights
 from tests.models import GivenGradients, make_batch, make_model
 from tests.oracle import assert_same_on_all_ranks
 
@@ -34,7 +33,7 @@ def flip_bit(flat: Tensor, index: int, bit: int) -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(replicas, "CHUNK", 16)
+    monkeypatch.setattr(replica_check, "CHUNK", 16)
 
 
 def test_weights_are_the_documented_sequence():
@@ -69,11 +68,11 @@ def test_pieces_add_up_to_the_whole_wherever_chunks_end(cuts):
     flat = torch.randn(100, generator=torch.Generator().manual_seed(0))
     bounds = [0, *sorted(cuts), 100]
     pieces = [Piece("", a, b, 0) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
-    before, replicas.CHUNK = replicas.CHUNK, 16
+    before, replica_check.CHUNK = replica_check.CHUNK, 16
     try:
         parts, (whole,) = checksum(flat, pieces), checksum(flat)
     finally:
-        replicas.CHUNK = before
+        replica_check.CHUNK = before
     assert (sum(parts) - whole) % 2**64 == 0
 
 

@@ -20,8 +20,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lion_dist.kernels import codes, codes_native
-from lion_dist.kernels.codes import GROUP, INTEGER, TERNARY, DigitLayout
+from lion_dist.coded_sync import codes, codes_native
+from lion_dist.coded_sync.codes import GROUP, INTEGER, TERNARY, DigitLayout
 from lion_dist.kernels.reference import StepScalars, random_bits
 
 CHUNK = 1 << 16  # elements; what the definition works on at once stays in the cache
@@ -168,7 +168,7 @@ class ShardCodec:
         stochastic_momentum: bool,
     ) -> None:
         """The update of the shard, ``kernels.update.lion_update_``'s bits, and its codes in one launch (Triton)."""
-        from lion_dist.kernels import coded_update_triton
+        from lion_dist.coded_sync import update_triton as coded_update_triton
 
         coded_update_triton.update_and_encode(
             self,
@@ -235,7 +235,7 @@ class ShardCodec:
     @cached_property
     def _backend(self):
         if self.backend == "triton":
-            from lion_dist.kernels import codes_triton
+            from lion_dist.coded_sync import codes_triton
 
             return codes_triton
         compiled = self.backend == "cpu_native" and codes_native.library() is not None

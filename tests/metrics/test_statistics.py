@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lion_dist.kernels import statistics, triton_kernels, triton_launch
+from lion_dist.kernels import triton_kernels, triton_launch
 from lion_dist.kernels.reference import StepScalars, read_main
-from lion_dist.kernels.statistics import COLUMNS, measure
+from lion_dist.metrics import statistics
+from lion_dist.metrics.statistics import COLUMNS, measure
 from tests.kernels.cases import BF16, FP32, STORAGES, Case, Storage
 from tests.kernels.strategies import cases
 

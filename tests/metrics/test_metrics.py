@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lion_dist import Lion, PrecisionPolicy
 from lion_dist.sharding import phases
-from tests.metrics_oracle import NORMS, SHARES, MeasuredLion, assert_same_metrics
+from tests.metrics.metrics_oracle import NORMS, SHARES, MeasuredLion, assert_same_metrics
 from tests.models import mlp
 
 BF16, FP32 = torch.bfloat16, torch.float32

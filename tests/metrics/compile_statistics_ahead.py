@@ -1,6 +1,6 @@
 """Compile the statistics kernel for sm_90 where there is no GPU, and print what is in its PTX as JSON.
 
-A process of its own, as ``compile_ahead.py``: ``python -m tests.kernels.compile_statistics_ahead``.
+A process of its own, as ``compile_ahead.py``: ``python -m tests.metrics.compile_statistics_ahead``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import json
 
 import torch
 
-from lion_dist.kernels import statistics_triton, triton_launch
+from lion_dist.kernels import triton_launch
 from lion_dist.kernels.triton_launch import TL_DTYPES
+from lion_dist.metrics import statistics_triton
 from tests.kernels.cases import Storage
 from tests.kernels.compile_ahead import SCALARS, VARIANTS, compile_for_hopper, count_instructions
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_dist.kernels import codes_triton
-from lion_dist.kernels.codes_triton import GROUP, _encode, _rates_and_bits, _write_escapes
+from lion_dist.coded_sync import codes_triton
+from lion_dist.coded_sync.codes_triton import GROUP, _encode, _rates_and_bits, _write_escapes
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.triton_kernels import (
     _read_block,
@@ -107,7 +107,7 @@ def update_and_encode(
     steps: Tensor | None,
     stochastic_momentum: bool,
 ) -> None:
-    """See ``codes_shard.ShardCodec.update_and_encode``."""
+    """See ``shard_codec.ShardCodec.update_and_encode``."""
     widest = max(tensor.element_size() for tensor in (param, exp_avg, grad, main) if tensor is not None)
     arguments = codes_triton.message_arguments(codec, codec.count, widest)
     with launch_on(codec.device):

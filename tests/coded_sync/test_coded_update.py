@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lion_dist.kernels.codes_shard import CodedSlice, ShardCodec
+from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
 from lion_dist.kernels.reference import random_bits, split_main
 from lion_dist.kernels.update import LionTensors, lion_update_
 from tests.kernels.cases import BF16, FP32, GRAD_DTYPES, STORAGES, Case, differing

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lion_dist.kernels import codes
-from lion_dist.kernels.codes import INTEGER
-from lion_dist.kernels.codes_shard import CodedSlice, ShardCodec
+from lion_dist.coded_sync import codes
+from lion_dist.coded_sync.codes import INTEGER
+from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
 from lion_dist.kernels.reference import random_bits
 from tests.kernels.cases import BF16, FP16, FP32, troubled
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lion_dist.kernels import codes
-from lion_dist.kernels.codes import INTEGER, SENARY, TERNARY
-from lion_dist.kernels.codes_shard import LARGEST_SHARD, CodedSlice, ShardCodec
+from lion_dist.coded_sync import codes
+from lion_dist.coded_sync.codes import INTEGER, SENARY, TERNARY
+from lion_dist.coded_sync.shard_codec import LARGEST_SHARD, CodedSlice, ShardCodec
 from lion_dist.kernels.reference import StepScalars, lion_step, random_bits, split_main
 from tests.kernels.cases import BF16, FP16, FP32, troubled
 
@@ -32,9 +32,7 @@ def all_splits() -> tuple[Tensor, Tensor, Tensor]:
     """
     param, remainder, sign = (
         x.flatten()
-        for x in torch.meshgrid(
-            torch.arange(2**16), torch.tensor(REMAINDERS), torch.tensor(SIGNS), indexing="ij"
-        )
+        for x in torch.meshgrid(torch.arange(2**16), torch.tensor(REMAINDERS), torch.tensor(SIGNS), indexing="ij")
     )
     param, remainder = param.to(torch.int16).view(BF16), remainder.to(torch.int16)
     exists = (param != 0) | (remainder >= 0)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_dist.kernels import codes
-from lion_dist.kernels.codes import INTEGER
+from lion_dist.coded_sync import codes
+from lion_dist.coded_sync.codes import INTEGER
 from lion_dist.kernels.reference import as_int32, seed_key_int
 from lion_dist.kernels.triton_kernels import INTERPRETED, _quiet_bits, _random_bits, _random_keys
 from lion_dist.kernels.triton_launch import INTERPRETER_BLOCK, launch_on
@@ -380,7 +380,7 @@ def message_arguments(codec, count: Tensor, widest: int) -> dict:
 
 
 def encode(codec, params: Tensor, count: Tensor) -> None:
-    """See ``codes_shard.ShardCodec.encode``."""
+    """See ``shard_codec.ShardCodec.encode``."""
     arguments, integer = message_arguments(codec, count, codec.dtype.itemsize), INTEGER[codec.dtype]
     with launch_on(codec.device):
         arguments["keys"] = keys_of(codec, codec.fixed[None])
@@ -388,7 +388,7 @@ def encode(codec, params: Tensor, count: Tensor) -> None:
 
 
 def replay(codec, params: Tensor, messages: Tensor) -> None:
-    """See ``codes_shard.ShardCodec.replay``."""
+    """See ``shard_codec.ShardCodec.replay``."""
     tables, shape, integer = tables_of(codec), shape_of(codec, codec.dtype.itemsize), INTEGER[codec.dtype]
     first, stride = messages[0], messages.stride(0)
     escape_index, escape_bits = codec.escapes_of(first)

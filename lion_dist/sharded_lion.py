@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lion_dist import values
-from lion_dist.bucket_shard import BucketShard, ShardBatch, make_batches, params_of_slices
+from lion_dist.coded_sync.send_codes import SendCodes
 from lion_dist.config import (
     HyperparameterWatch,
     PrecisionPolicy,
@@ -36,11 +36,13 @@ from lion_dist.config import (
 )
 from lion_dist.full_state import Consolidated, check_rank, copied_containers, maker_of_parts, meet
 from lion_dist.kernels.reference import StepScalars, cautious_lr, skip_unusable
-from lion_dist.kernels.statistics import measure
 from lion_dist.kernels.update import choose_backend, lion_update_
+from lion_dist.lion import decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
 from lion_dist.membership import Membership
-from lion_dist.metrics import Meter, metrics_over_ranks
-from lion_dist.optimizer import decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
+from lion_dist.metrics.statistics import measure
+from lion_dist.metrics.step_metrics import Meter, metrics_over_ranks
+from lion_dist.replica_check import Frozen, ReplicaCheck
+from lion_dist.shard_state import BucketShard, ShardBatch, make_batches, params_of_slices
 from lion_dist.sharded_params import ShardedParams, refuse_sparse_gradients
 from lion_dist.sharding import collectives, full_grad
 from lion_dist.sharding.agreement import check_ranks_agree
@@ -52,16 +54,15 @@ from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
 from lion_dist.sharding.own_groups import OwnGroups
-from lion_dist.sharding.param_sync import GatherParams, LeaveStale, SendCodes
-from lion_dist.sharding.param_watch import ParamWatch
+from lion_dist.sharding.param_sync import GatherParams, LeaveStale
 from lion_dist.sharding.peer_memory import PeerMemory, connect
 from lion_dist.sharding.process_groups import Progress, ShardGroups, backend_for, explained, resolve_groups
-from lion_dist.sharding.replicas import Frozen, ReplicaCheck
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
 from lion_dist.state_dicts import LiveState, LoadPlan, refuse_emptied
 from lion_dist.step_choices import Factors, StepChoices
 from lion_dist.unused_params import NoGradientWarning
+from lion_dist.version_tracker import ParamWatch
 
 _requires_grad = operator.attrgetter("requires_grad")
 

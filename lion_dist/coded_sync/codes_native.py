@@ -62,7 +62,7 @@ class _PieceMaker:
 
 
 def encode(codec, params: Tensor, count: Tensor) -> None:
-    """See ``codes_shard.ShardCodec.encode``. One thread: digits of several pieces share their bytes."""
+    """See ``shard_codec.ShardCodec.encode``. One thread: digits of several pieces share their bytes."""
     maker, size = _PieceMaker(codec, codec.fixed), codec.dtype.itemsize
     old, new, packed = codec.old.data_ptr(), params.data_ptr(), codec.packed_of(codec.fixed).data_ptr()
     escapes = (codec.escape_index.data_ptr(), codec.escape_bits.data_ptr(), codec.capacity, count.data_ptr())
@@ -73,7 +73,7 @@ def encode(codec, params: Tensor, count: Tensor) -> None:
 
 
 def replay(codec, params: Tensor, messages: Tensor) -> None:
-    """See ``codes_shard.ShardCodec.replay``; escapes are the caller's."""
+    """See ``shard_codec.ShardCodec.replay``; escapes are the caller's."""
     size, calls = codec.dtype.itemsize, []
     for shard, (mine, message) in enumerate(zip(params, messages, strict=True)):
         if shard == codec.shard:

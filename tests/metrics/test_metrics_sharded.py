@@ -13,10 +13,10 @@ import torch.distributed as dist
 from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig
 from lion_dist.sharding import collectives
 from lion_dist.sharding.phases import PHASES
-from tests.metrics_oracle import NORMS, SHARES, MeasuredLion, assert_same_metrics
+from tests.metrics.metrics_oracle import NORMS, SHARES, MeasuredLion, assert_same_metrics
+from tests.metrics.test_metrics import BF16, FP32, KEYS, SETTINGS, UNROUNDED, CountWaits
 from tests.models import GivenGradients, make_batch, make_model, mlp
 from tests.oracle import Oracle
-from tests.test_metrics import BF16, FP32, KEYS, SETTINGS, UNROUNDED, CountWaits
 
 
 def measure_everything(dtype: torch.dtype, policy: PrecisionPolicy, clip: float | None, cautious: bool) -> None:

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist.coded_sync.send_codes import SendCodes
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
-from lion_dist.sharding.param_sync import SendCodes
 from lion_dist.sharding.process_groups import resolve_groups
 
 CPU = torch.device("cpu")

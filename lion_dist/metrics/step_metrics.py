@@ -1,6 +1,6 @@
 """``opt.metrics()``: what every K-th step did, measured on the device and read when somebody asks.
 
-A measured step reads parameters, momentum and gradients once more, before the update (``kernels/statistics.py``), and
+A measured step reads parameters, momentum and gradients once more, before the update (``statistics.py``), and
 leaves a few numbers on the device. Nothing waits until :meth:`Lion.metrics` or :meth:`ShardedLion.metrics` is called;
 ranks exchange one small message then. What every key means is in ``docs/metrics.md``.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lion_dist.kernels.statistics import COLUMNS, measure
 from lion_dist.kernels.update import LionTensors
+from lion_dist.metrics.statistics import COLUMNS, measure
 from lion_dist.sharding import collectives
 from lion_dist.sharding.phases import PHASES, WAITING, Interval, PhaseClock
 from lion_dist.sharding.process_groups import ShardGroups

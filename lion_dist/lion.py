@@ -25,7 +25,7 @@ from lion_dist.engine_state import is_flat_param, movable_state, share_mesh_axes
 from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, skip_unusable, split_main
 from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
 from lion_dist.local_tensors import check_memory, flat, local_tensor
-from lion_dist.metrics import OFF, Meter, measure_batch, metrics_of_rank
+from lion_dist.metrics.step_metrics import OFF, Meter, measure_batch, metrics_of_rank
 from lion_dist.param_batch import STATE_KEYS, GroupBatches, ParamBatch
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
 from lion_dist.unused_params import NoGradientWarning

@@ -11,7 +11,7 @@ NAMES = [f"{name}, {which} arguments" for name in VARIANTS for which in ("fewest
 
 @pytest.fixture(scope="module")
 def instructions(compiled_by) -> dict[str, dict[str, int]]:
-    return compiled_by("compile_statistics_ahead")
+    return compiled_by("tests.metrics.compile_statistics_ahead")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,9 +18,9 @@ from math import prod
 import torch
 
 from lion_dist import values
+from lion_dist.coded_sync.codes import digits_for
 from lion_dist.config import PrecisionPolicy, ShardingConfig, check_sharding
-from lion_dist.kernels.codes import digits_for
-from lion_dist.model_shapes import ModelShapes
+from lion_dist.planning.model_shapes import ModelShapes
 from lion_dist.sharding.buffers import GradBufferPool
 from lion_dist.sharding.layout import BucketLayout, choose_bucket_numel, pack_into_buckets
 

@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import lion_dist.checkpoint
 from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig
-from lion_dist.kernels.codes_shard import ShardCodec
+from lion_dist.coded_sync.shard_codec import ShardCodec
+from lion_dist.replica_check import ReplicaError
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import ParamState
-from lion_dist.sharding.replicas import ReplicaError
 from tests.gloo_workers import RankError
 from tests.models import GivenGradients, make_batch, make_model
 from tests.oracle import assert_same_on_all_ranks, assert_same_params
