@@ -9,8 +9,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from lion_dist.config import PrecisionPolicy, check_hyperparameters
-from lion_dist.lion import check_param
+from lion_dist.config import PrecisionPolicy
+from lion_dist.hyperparameters import check_hyperparameters
+from lion_dist.local_shard import LocalShard
+from lion_dist.param_checks import check_param
 from lion_dist.sharding.memory_checks import check_memory
 from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.own_groups import OwnGroups
@@ -88,7 +90,7 @@ class ShardedParams:
                 )
             check_param(param, f"parameter {name!r}")
             self.precision.main_params_for(param.dtype)
-            if hasattr(param, "_local_tensor"):
+            if LocalShard.of(param).is_dtensor:
                 raise TypeError(
                     f"parameter {name!r} is a DTensor: it is sharded already. Use lion_dist.Lion, which updates local "
                     "shards in place."

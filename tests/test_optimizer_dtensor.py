@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lion_dist import Lion, PrecisionPolicy
-from lion_dist.local_tensors import local_tensor
+from lion_dist.local_shard import local_tensor
 from tests.models import mlp
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -30,7 +30,7 @@ from lion_dist.benchmarks.timing import (
 )
 from lion_dist.kernels.reference import StepScalars, lion_step
 from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
-from lion_dist.lion import main_for
+from lion_dist.main_params import init_main_param
 
 LR, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.99), 0.1
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -91,7 +91,7 @@ def bytes_per_param(dtype: torch.dtype, policy: PrecisionPolicy) -> int:
 
 def flat_tensors(param: Tensor, policy: PrecisionPolicy) -> LionTensors:
     """The tensors that a bucket of ShardedLion updates."""
-    main = main_for(param, policy.main_params_for(param.dtype))
+    main = init_main_param(param, policy.main_params_for(param.dtype))
     return LionTensors(
         params=[param],
         exp_avgs=[torch.zeros_like(param, dtype=policy.momentum_dtype_for(param.dtype))],
