@@ -1,5 +1,5 @@
 /* The update codes of codes.py on one thread, the same bits. Compiled by codes_native.py with -ffp-contract=off. */
-#include "cpu_native.c"
+#include "../kernels/cpu_native.c"
 
 typedef struct {
   float lr, decay;
