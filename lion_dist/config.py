@@ -85,6 +85,16 @@ class PrecisionPolicy:
         )
         return stochastic_momentum or self.main_params_for(param_dtype) == "none"
 
+    def state_dtypes(self, param_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Of every entry of the state of a parameter of ``param_dtype``."""
+        dtypes = {"exp_avg": self.momentum_dtype_for(param_dtype)}
+        kind = self.main_params_for(param_dtype)
+        if kind in ("fp32", "split"):
+            dtypes["main_param"] = torch.float32 if kind == "fp32" else torch.int16
+        if self.is_stochastic(param_dtype):
+            dtypes["step"] = torch.int64
+        return dtypes
+
 
 @dataclass(frozen=True)
 class ShardingConfig:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lion_dist import values
 from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
+from lion_dist.cautious import cautious_lrs_of_whole_tensors, refuse_hidden_boundaries
 from lion_dist.config import PrecisionPolicy, check_interval, check_policy
 from lion_dist.hyperparameters import (
     HyperparameterWatch,
@@ -26,13 +27,12 @@ from lion_dist.hyperparameters import (
     effective_weight_decay,
     warn_if_decay_vanishes,
 )
-from lion_dist.kernels.reference import StepScalars, cautious_lr, skip_unusable
-from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
+from lion_dist.kernels.reference import StepScalars, skip_unusable
+from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
 from lion_dist.local_shard import LocalShard, check_memory, flat, local_tensor, share_axes
 from lion_dist.main_params import collective_safe_state, init_main_param
 from lion_dist.metrics.step_metrics import OFF, Meter, measure_batch, metrics_of_rank
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
-from lion_dist.sharding import collectives
 from lion_dist.unused_params import NoGradientWarning
 from lion_dist.update_batch import STATE_KEYS, GlobalIndex, KnownBatches, OwnWrites, UpdateBatch
 
@@ -126,7 +126,7 @@ class Lion(Optimizer):
                 check_param(param, name)
                 self.precision.main_params_for(param.dtype)
                 if self.cautious:
-                    _refuse_hidden_boundaries(param, name)
+                    refuse_hidden_boundaries(param, name)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -182,10 +182,13 @@ class Lion(Optimizer):
         batch.follow_outside_writes()
         if skip is not None:
             skip = skip.to(tensors.device, non_blocking=True)  # where groups lie on several devices
+        cautious_lrs = None
+        if self.cautious:
+            cautious_lrs = cautious_lrs_of_whole_tensors(params, tensors, grads, scalars, grad_scale)
         arguments = {
             "grad_scale": grad_scale,
             "seed": self.precision.seed,
-            "cautious_lrs": self._cautious_lrs(params, tensors, grads, scalars, grad_scale),
+            "cautious_lrs": cautious_lrs,
             "backend": backend,
         }
         if self._meter.is_measuring:
@@ -219,15 +222,6 @@ class Lion(Optimizer):
         self._make_meter()
         params = [p for group in self.param_groups for p in group["params"]]
         return metrics_of_rank(self._meter, params, process_group)
-
-    def _cautious_lrs(self, params, tensors, grads, scalars: StepScalars, grad_scale) -> Tensor | None:
-        """[T] fp32, from counts over whole tensors: one small all-reduce per mesh axis that shards them."""
-        if not self.cautious:
-            return None
-        counts = count_aligned_elements(tensors, grads, scalars, grad_scale=grad_scale)
-        _sum_over_shards_(counts, params)
-        numels = torch.tensor([p.numel() for p in params]).to(counts.device, non_blocking=True)
-        return cautious_lr(scalars.lr, counts, numels)
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """What GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
@@ -276,7 +270,7 @@ class Lion(Optimizer):
                     continue
                 check_memory(local_tensor(param), "a parameter")
                 state = self.state_of(param)
-                if not fits(param, state, self._state_dtypes(param)):
+                if not fits(param, state, self.precision.state_dtypes(param.dtype)):
                     self.state[param] = self._adopt_state(param, state)
 
     def _follow_moved_params(self) -> None:
@@ -336,17 +330,6 @@ class Lion(Optimizer):
         if precision.is_stochastic(dtype):
             state["step"] = torch.zeros((), dtype=torch.int64, device=local_tensor(param).device)
         return state
-
-    def _state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
-        """Of every entry of :meth:`_fresh_state`."""
-        precision, dtype = self.precision, param.dtype
-        dtypes = {"exp_avg": precision.momentum_dtype_for(dtype)}
-        kind = precision.main_params_for(dtype)
-        if kind in ("fp32", "split"):
-            dtypes["main_param"] = torch.float32 if kind == "fp32" else torch.int16
-        if precision.is_stochastic(dtype):
-            dtypes["step"] = torch.int64
-        return dtypes
 
     def state_of(self, param: Tensor) -> dict[str, Tensor]:
         """The state of ``param``, created if there is none yet."""
@@ -411,27 +394,3 @@ class Lion(Optimizer):
         # follow it; not now, for the model may be loaded after its optimizer.
         self._own_writes.forget(param)
         return state
-
-
-def _refuse_hidden_boundaries(param: Tensor, name: str) -> None:
-    if LocalShard.of(param).is_flat:
-        raise ValueError(
-            f"cautious=True needs a statistic over each whole tensor, but {name} is part of FSDP1's flat parameter, "
-            "which hides where tensors begin. Use fully_shard (FSDP2), or cautious=False."
-        )
-
-
-def _sum_over_shards_(counts: Tensor, params: list[Tensor]) -> None:
-    """Sum [T] ``counts`` of local shards, in place, over the ranks that hold the other shards of each DTensor."""
-    positions: dict[tuple, list[int]] = {}  # (mesh, axis): of the tensors that it cuts
-    for i, param in enumerate(params):
-        for mesh_axis in LocalShard.of(param).axes:
-            positions.setdefault(mesh_axis, []).append(i)
-    for (mesh, axis), cut in positions.items():
-        if len(cut) == len(params):
-            collectives.all_reduce(counts, mesh.get_group(axis))
-        else:
-            index = torch.tensor(cut).to(counts.device, non_blocking=True)
-            part = counts[index]
-            collectives.all_reduce(part, mesh.get_group(axis))
-            counts[index] = part
