@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from comparison.durable import replace_text
 from lion_dist import PrecisionPolicy
-from lion_dist.checkpoint.directory import sync
 
 # What a run leaves beside its checkpoints.
 RESULTS = ("metrics.jsonl", "metrics.csv", "tensorboard", "summary.json", "loss-curve.png")
@@ -65,15 +65,6 @@ class Metrics:
         writer = csv.DictWriter(self._csv_file, self._columns, restval="")
         writer.writerows(flat_row(row) for row in rows)
         self._csv_file.flush()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """At once: a run that is killed here, by a power cut too, leaves the old file or the new one."""
-    new = path.with_name(path.name + ".tmp")
-    new.write_text(text)
-    sync(new)
-    new.replace(path)
-    sync(path.parent)
 
 
 def _tensorboard_writer(folder: Path, completed_steps: int):
