@@ -106,7 +106,7 @@ class ShardingConfig:
         bucket_numel: elements per bucket (what is communicated together); None chooses from the model and ranks.
         reduce_dtype: dtype of gradients on the wire; None: the parameter's.
         ordered_sum: True sums gradients in fp32 in rank order (an all-to-all and a local sum), which makes the
-            sum reproducible by bits; False leaves the sum to the backend's reduce-scatter. None: True on gloo,
+            sum bit-identical in every run; False leaves the sum to the backend's reduce-scatter. None: True on gloo,
             whose own reduce-scatter sends an all-reduce's bytes and rounds bf16 at every hop; False on NCCL.
         average: True divides the summed gradient by the number of ranks; False leaves the sum.
         param_sync: how updated parameters reach the other ranks. ``"gather"`` sends them, 2 or 4 bytes each.
@@ -125,7 +125,7 @@ class ShardingConfig:
             memory at once. So it must be where ranks would wait for each other: where some ranks take another branch,
             in a model that has collectives of its own inside backward (a loss that compares with other ranks'
             examples), or in one of several models with a ShardedLion each in one backward pass.
-        check_replicas_every: in every so-manieth step, compare checksums of all ranks' parameters, without waiting; a
+        check_replicas_every: in every n-th step, compare checksums of all ranks' parameters, without waiting; a
             difference is raised by the next step (``ShardedLion.check_replicas``). 0: never.
     """
 

@@ -67,7 +67,7 @@ def train_fully_sharded(dtype: torch.dtype, policy: PrecisionPolicy, widths: tup
     ids=["fp32", "momentum16-stochastic", "split", "fp32-main", "none-stochastic"],
 )
 def test_fsdp2_equals_plain_lion_on_two_ranks(gloo, dtype, policy):
-    """Also the bits of stochastic rounding: the canonical index does not know of shards on dim 0."""
+    """Also the bits of stochastic rounding: the global element index does not know of shards on dim 0."""
     gloo.run(2, train_fully_sharded, dtype, policy, WIDTHS)
 
 

@@ -61,7 +61,7 @@ def train_both():
 def without(name: str, folder: Path) -> Path:
     """A folder to import lion_dist from, which lacks the room."""
     copy = folder / name / "lion_dist"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, copy)
     if (copy / name).is_dir():
         shutil.rmtree(copy / name)
     elif name != "nothing":

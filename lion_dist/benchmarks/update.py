@@ -110,7 +110,7 @@ def flat_step(params: list[nn.Parameter], policy: PrecisionPolicy) -> Callable[[
 
 
 def compiled_reference_step(params: list[nn.Parameter], policy: PrecisionPolicy) -> Callable[[], None]:
-    """torch.compile of the definition, for precisions that need no random bits."""
+    """torch.compile of the reference implementation, for precisions that need no random bits."""
     (param,) = params
     tensors = flat_tensors(param.detach(), policy)
     state = [tensors.params[0], None if tensors.mains is None else tensors.mains[0], tensors.exp_avgs[0]]

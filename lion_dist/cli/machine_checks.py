@@ -167,7 +167,7 @@ def c_compiler() -> list[Finding]:
 
 
 def kernels() -> list[Finding]:
-    """The backend that ``Lion`` chooses on each device, against the definition: by bits."""
+    """The backend that ``Lion`` chooses on each device, against the reference implementation, bit for bit."""
     here = range(torch.cuda.device_count())
     if "LOCAL_RANK" in os.environ:  # under torchrun each rank looks at its own
         here = [i for i in here if i == int(os.environ["LOCAL_RANK"])]
@@ -190,10 +190,10 @@ def _kernel_finding(device: torch.device) -> Finding:
         return Finding(
             what,
             BROKEN,
-            f"{backend} differs from the definition in {', '.join(differing)}",
+            f"{backend} differs from the reference implementation in {', '.join(differing)}",
             "do not train on this machine; report it with these lines",
         )
-    return Finding(what, OK, f"{backend}, equal to the definition by bits")
+    return Finding(what, OK, f"{backend}, bit-identical to the reference implementation")
 
 
 def _differs_from_definition(storage: str, backend: str, device: torch.device) -> bool:

@@ -305,7 +305,7 @@ class _Tables:
     """Which slice each group of elements belongs to, on the device."""
 
     group_rows: Tensor  # [shards, numel / GROUP] int32; -1 outside of slices
-    index_bases: Tensor  # [shards, rows] int64: canonical index of a slice's element, less its place in the shard
+    index_bases: Tensor  # [shards, rows] int64: global index of a slice's element, less its place in the shard
     stops: Tensor  # [shards, rows] int32: where slices end in their shard; padding follows
 
     @classmethod

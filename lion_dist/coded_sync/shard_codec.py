@@ -24,7 +24,7 @@ from lion_dist.coded_sync import codes, codes_native
 from lion_dist.coded_sync.codes import GROUP, INTEGER, TERNARY, DigitLayout
 from lion_dist.kernels.reference import StepScalars, random_bits
 
-CHUNK = 1 << 16  # elements; what the definition works on at once stays in the cache
+CHUNK = 1 << 16  # elements; what the reference implementation works on at once stays in the cache
 LARGEST_SHARD = 2**31 - 2**20
 ESCAPE_STEP = 16  # escapes are sent in multiples of so many
 ESCAPES_AT_MOST = 16  # one element of so many; beyond that a gather is hardly dearer

@@ -1,4 +1,4 @@
-"""Update codes: what the definition promises, over every bf16 value there is, and that every backend sends the same."""
+"""Update codes: what the reference promises, over every bf16 value there is, and that every backend sends the same."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def all_splits() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def move(param, main, sign, lr, weight_decay, bits=None) -> Tensor:
-    """One step of the definition, whose update has the given signs."""
+    """One step of the reference implementation, whose update has the given signs."""
     scalars = StepScalars.from_group(lr, (0.9, 0.99), weight_decay)
     return lion_step(param, main, torch.zeros_like(param), sign, scalars, bits=bits)[0]
 
@@ -72,7 +72,7 @@ def as_rates(lr: float, weight_decay: float) -> tuple[Tensor, Tensor]:
     return torch.tensor([scalars.lr]), torch.tensor([scalars.decay])
 
 
-# ---- the definition
+# ---- the reference implementation
 
 
 def test_the_order_of_16_bit_values_is_theirs_and_undoes_itself():
@@ -98,7 +98,7 @@ def test_least_main_rounds_to_its_parameter_and_what_lies_below_does_not(dtype):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("lr", LRS)
 def test_every_step_of_every_bf16_parameter_is_coded_exactly_or_escapes(lr, weight_decay):
-    """And escapes are only what the definition says: it ends many times closer to zero than it began, or is a NaN."""
+    """And escapes are only what the reference says: it ends many times closer to zero than it began, or is a NaN."""
     old, remainder, sign = all_splits()
     new = move(old, remainder, sign, lr, weight_decay)
     rates = as_rates(lr, weight_decay)

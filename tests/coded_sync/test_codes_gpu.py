@@ -1,4 +1,4 @@
-"""The update codes on a GPU: the definition's digits and escapes, and messages that a CPU and a GPU replay alike."""
+"""The update codes on a GPU: the reference's digits and escapes, and messages that CPU and GPU replay alike."""
 
 import pytest
 import torch
