@@ -21,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 SIDE_BY_SIDE := -n $(WORKERS) --dist worksteal --durations 10
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: help env train lint test test-all clean
+.PHONY: help env train lint test test-all docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,11 @@ test: lint ## lint and the quick tests (WORKERS, PYTEST_ARGS)
 # pytest exits with 5 when no test is marked slow.
 test-all: $(INSTALLED) ## the slow tests (WORKERS, PYTEST_ARGS)
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m slow $(SIDE_BY_SIDE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+docs: $(INSTALLED) ## the API reference of the public names, from their docstrings, in build/api/index.html
+	$(VENV)/bin/python -m pdoc --docformat google --no-search -o build/api \
+		lion_dist lion_dist.checkpoint lion_dist.integrations.deepspeed
+	@echo "written: build/api/index.html"
 
 clean: ## remove the environment, build products and caches; runs/ is kept
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache
