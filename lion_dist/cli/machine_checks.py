@@ -81,12 +81,9 @@ def deepspeed() -> list[Finding]:
 
 
 def optional_packages() -> list[Finding]:
-    uses = {"matplotlib": "lion-dist plot and the loss curve of launch/train.py", "tqdm": "progress bars"}
-    return [
-        Finding(package, NOTE, f"not installed; {use} need it", f"pip install {package}")
-        for package, use in uses.items()
-        if importlib.util.find_spec(package) is None
-    ]
+    if importlib.util.find_spec("matplotlib") is not None:
+        return []
+    return [Finding("matplotlib", NOTE, "not installed; lion-dist plot needs it", "pip install matplotlib")]
 
 
 def gpus() -> list[Finding]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lion_dist import values
 from lion_dist.cli.errors import UsageError
+from lion_dist.reporting import figure_into
 
 # What has a panel when any run logged it: {column: (label, logarithmic axis)}; the first four always have.
 PANELS = {
@@ -48,7 +49,6 @@ def run(args) -> int:
     if args.out.suffix != ".png":
         raise UsageError(f"--out {args.out} must end in .png")
     rows = {name: read_rows(folder) for name, folder in _names(args.runs).items()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     draw(rows, args.out)
     steps = ", ".join(f"{name} {len(found)} steps" for name, found in rows.items())
     print(f"{args.out}: {steps}")
@@ -115,26 +115,18 @@ def panels_of(rows: dict[str, list[dict]]) -> list[str]:
 
 
 def draw(rows: dict[str, list[dict]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = panels_of(rows)
     labels = {name: name.encode(errors="backslashreplace").decode().replace("$", r"\$") for name in rows}
     lines = -(-len(panels) // COLUMNS)
-    figure, grid = plt.subplots(lines, COLUMNS, figsize=(5 * COLUMNS, 3 * lines), layout="constrained", squeeze=False)
-    for axes, panel in zip(grid.flat, panels, strict=False):
-        label, logarithmic = PANELS[panel]
-        for name, found in rows.items():
-            points = [(row["step"], row[panel]) for row in found if row.get(panel) is not None]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1, alpha=0.8, label=labels[name])
-        if logarithmic and any(line.get_ydata().max(initial=0) > 0 for line in axes.lines if len(line.get_ydata())):
-            axes.set_yscale("log")
-        axes.set(xlabel="step", ylabel=label)
-        axes.grid(alpha=0.3)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    grid.flat[0].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure_into(path, lines, COLUMNS, size=(5 * COLUMNS, 3 * lines)) as (_, grid):
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            label, logarithmic = PANELS[panel]
+            for name, found in rows.items():
+                points = [(row["step"], row[panel]) for row in found if row.get(panel) is not None]
+                axes.plot(*zip(*points, strict=True) if points else ([], []), alpha=0.8, label=labels[name])
+            if logarithmic and any(line.get_ydata().max(initial=0) > 0 for line in axes.lines if len(line.get_ydata())):
+                axes.set_yscale("log")
+            axes.set(xlabel="step", ylabel=label)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        grid.flat[0].legend()
