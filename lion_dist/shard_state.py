@@ -25,7 +25,7 @@ class BucketShard:
 
     Args:
         group: the param group; lr, betas and weight_decay are read from it at each step.
-        canonical_starts: of the bucket's parameters (``sharding/layout.py``).
+        index_starts: of the bucket's parameters (``sharding/layout.py``).
 
     Attributes:
         exp_avg: [shard_numel], fp32 | bf16.
@@ -37,7 +37,7 @@ class BucketShard:
         param_numels: [params] int64 on the device, elements of each whole parameter.
     """
 
-    def __init__(self, bucket: Bucket, group: dict, precision: PrecisionPolicy, canonical_starts: list[int]):
+    def __init__(self, bucket: Bucket, group: dict, precision: PrecisionPolicy, index_starts: list[int]):
         self.bucket, self.group = bucket, group
         params, dtype = bucket.param_shard, bucket.param_shard.dtype
         self.exp_avg = torch.zeros_like(params, dtype=precision.momentum_dtype_for(dtype))
@@ -55,12 +55,12 @@ class BucketShard:
                 params=self.slices_of(params),
                 exp_avgs=self.slices_of(self.exp_avg),
                 mains=None if self.main_param is None else self.slices_of(self.main_param),
-                index_starts=[canonical_starts[s.param] + s.param_start for s in bucket.slices],
+                index_starts=[index_starts[s.param] + s.param_start for s in bucket.slices],
                 steps=self.steps,
                 stochastic_momentum=self.stochastic_momentum,
             )
 
-    def make_codec(self, precision: PrecisionPolicy, canonical_starts: list[int], backend: str) -> ShardCodec:
+    def make_codec(self, precision: PrecisionPolicy, index_starts: list[int], backend: str) -> ShardCodec:
         """For param_sync="coded"."""
         layout = self.bucket.layout
         slices = []
@@ -68,8 +68,8 @@ class BucketShard:
             first, _ = layout.shard_range(rank)
             rows = []
             for row, s in enumerate(layout.slices(rank)):
-                canonical_start = canonical_starts[s.param] + s.param_start
-                rows.append(CodedSlice(row, s.bucket_start - first, s.bucket_stop - first, canonical_start))
+                index_start = index_starts[s.param] + s.param_start
+                rows.append(CodedSlice(row, s.bucket_start - first, s.bucket_stop - first, index_start))
             slices.append(rows)
         return ShardCodec(
             self.bucket.param_shard.dtype,

@@ -303,7 +303,7 @@ class ShardedLion(Optimizer):
             row_major=self.precision.is_stochastic(params[0].dtype),
         )
         groups.broadcast(bucket.flat_params)
-        starts = [self._params.canonical_starts[p] for p in params]
+        starts = [self._params.index_starts[p] for p in params]
         shard = BucketShard(bucket, group, self.precision, starts)
         if isinstance(self._param_sync, SendCodes):
             backend = choose_backend(self._device, self.use_triton)

@@ -316,7 +316,7 @@ class _Tables:
         for shard, slices in enumerate(codec.slices):
             for s in slices:
                 group_rows[shard, s.start // codes.GROUP : -(-s.stop // codes.GROUP)] = s.row
-                index_bases[shard, s.row] = s.canonical_start - s.start
+                index_bases[shard, s.row] = s.index_start - s.start
                 stops[shard, s.row] = s.stop
         return cls(*(table.to(codec.device) for table in (group_rows, index_bases, stops)))
 

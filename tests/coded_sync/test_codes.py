@@ -190,8 +190,8 @@ def layouts(draw) -> Layout:
     numels = draw(st.lists(st.integers(1, 300), min_size=1, max_size=5))
     slices, start = [], 0
     for row, numel in enumerate(numels):
-        canonical = draw(st.sampled_from([0, 12345, 2**32 - 100, 2**45 + 7]))
-        slices.append(CodedSlice(row, start, start + numel, canonical))
+        index = draw(st.sampled_from([0, 12345, 2**32 - 100, 2**45 + 7]))
+        slices.append(CodedSlice(row, start, start + numel, index))
         start += -(-numel // 64) * 64
     return Layout(slices, start + 64 * draw(st.integers(0, 2)))
 
@@ -219,7 +219,7 @@ def test_any_new_values_arrive_bit_for_bit(layout, storage, backend, lrs, weight
         part, count = slice(s.start, s.stop), s.stop - s.start
         main = troubled(count, FP32, generator) if trouble else torch.randn(count, generator=generator) * 0.02
         sign = torch.randint(-1, 2, (count,), generator=generator).float()
-        bits = random_bits(torch.arange(count) + s.canonical_start, 7, steps[s.row])
+        bits = random_bits(torch.arange(count) + s.index_start, 7, steps[s.row])
         scalars = StepScalars(lr[s.row], decay[s.row], 0.9, 0.99)
         old[part] = codes.round_main(main, dtype) if dtype != FP32 else main
         main = main if has_main else None

@@ -36,7 +36,7 @@ def one_step(dtype, has_main) -> tuple[torch.Tensor, torch.Tensor]:
         part = torch.randn(numel, generator=generator) * 0.02
         part[::20] = troubled(numel, FP32, generator)[::20]
         part = part.to(dtype)
-        bits = random_bits(torch.arange(numel) + s.canonical_start, 7, STEPS[s.row])
+        bits = random_bits(torch.arange(numel) + s.index_start, 7, STEPS[s.row])
         digits = torch.randint(layout.radix, (numel,), generator=generator)
         moved = codes.replay(part, digits, LR[s.row], DECAY[s.row], layout, bits)
         moved[::100] = 5.0
