@@ -107,7 +107,7 @@ def adopt_state(param: Tensor, saved: Mapping, fresh: dict[str, Tensor]) -> dict
 
 
 def _local_part(key: str, value: Tensor, target: Tensor, param: Tensor) -> Tensor:
-    """What of a saved ``value`` belongs to the local ``target``."""
+    """Return what belongs of a saved ``value`` to the local ``target``."""
     local = part_of(value, target)
     if local is None:
         raise ValueError(

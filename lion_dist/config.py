@@ -86,7 +86,7 @@ class PrecisionPolicy:
         return stochastic_momentum or self.main_params_for(param_dtype) == "none"
 
     def state_dtypes(self, param_dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Of every entry of the state of a parameter of ``param_dtype``."""
+        """List the entries of the state of a parameter of ``param_dtype``."""
         dtypes = {"exp_avg": self.momentum_dtype_for(param_dtype)}
         kind = self.main_params_for(param_dtype)
         if kind in ("fp32", "split"):

@@ -225,7 +225,7 @@ class Lion(Optimizer):
         return metrics_of_rank(self._meter, params, process_group)
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
-        """What GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
+        """Return what GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not isinstance(skip, Tensor):  # without any gradient torch's GradScaler sums an empty list: the int 0
             skip = None
@@ -263,8 +263,8 @@ class Lion(Optimizer):
         return matched
 
     def _create_states(self) -> None:
-        """For every parameter with a gradient; state that a user put there, or of a parameter that has changed dtype or
-        device, is made to fit."""
+        """Make the state of every parameter with a gradient. State that a user put there, or of a parameter that has
+        changed dtype or device, is made to fit."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -341,7 +341,7 @@ class Lion(Optimizer):
     # ---- state_dict, in the shape of torch's and lion-pytorch's
 
     def state_dict(self) -> dict:
-        """As torch's; main params of parameters that FSDP shards as ``main_params.py`` describes.
+        """Return torch's form; main params of parameters that FSDP shards are as ``main_params.py`` describes.
 
         State of a parameter that is in no group any more is left out; it is there again when the parameter is.
         """

@@ -84,7 +84,7 @@ class LocalShard:
 
     @classmethod
     def of(cls, tensor: Tensor) -> LocalShard:
-        """Of a plain tensor, a DTensor, or a parameter that FSDP1 has flattened."""
+        """Describe a plain tensor, a DTensor, or a parameter that FSDP1 has flattened."""
         if type(tensor) in PLAIN and not hasattr(tensor, "_fsdp_flattened"):
             return cls(tensor, tensor)
         if hasattr(tensor, "_local_tensor"):
@@ -94,7 +94,7 @@ class LocalShard:
 
     @classmethod
     def of_range(cls, shape: Sequence[int], start: int, local: Tensor, dims: Sequence[int] | None = None) -> LocalShard:
-        """``local`` [n] holds ``[start, start + n)`` of a flattened tensor of ``shape``.
+        """Describe ``local`` [n], which holds ``[start, start + n)`` of a flattened tensor of ``shape``.
 
         ``dims``: the tensor's dimensions in the order of memory, which the range counts in; None: row-major.
         """
@@ -133,7 +133,7 @@ class LocalShard:
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
-        """For each of ``axes``, the ranks that hold the other shards. (Of a flat parameter, FSDP1 alone knows them.)"""
+        """The ranks that hold the other shards, for each of ``axes``. (FSDP1 alone knows those of a flat parameter.)"""
         return tuple(mesh.get_group(axis) for mesh, axis in self.axes)
 
     @cached_property
@@ -174,7 +174,7 @@ class LocalShard:
 
 
 def with_local(tensor: Tensor, local: Tensor) -> Tensor:
-    """``local`` in the place of the local part of ``tensor``: itself, or a DTensor placed as ``tensor`` is."""
+    """Put ``local`` in the place of the local part of ``tensor``: itself, or a DTensor placed as ``tensor`` is."""
     if local_tensor(tensor) is tensor:
         return local
     from torch.distributed.tensor import DTensor
@@ -184,7 +184,7 @@ def with_local(tensor: Tensor, local: Tensor) -> Tensor:
 
 
 def share_axes(tensors: Iterable[Tensor]) -> bool:
-    """Whether the DTensors among ``tensors`` are all cut along the same axes of one mesh."""
+    """Tell whether the DTensors among ``tensors`` are all cut along the same axes of one mesh."""
     shards = [shard for shard in map(LocalShard.of, tensors) if shard.is_dtensor]
     return len({(shard.mesh, shard.axes) for shard in shards}) <= 1
 
@@ -193,7 +193,7 @@ def share_axes(tensors: Iterable[Tensor]) -> bool:
 
 
 def part_of(value: Tensor, target: Tensor) -> Tensor | None:
-    """What of ``value`` belongs to the local part of ``target``; None where that cannot be told.
+    """Return what belongs of ``value`` to the local part of ``target``; None where that cannot be told.
 
     A whole ``value`` is cut without communication. One that is placed otherwise is redistributed: then all ranks of
     the mesh call it together.
@@ -241,11 +241,11 @@ class OriginalRange:
     optimized: Parameter
 
     def shard_in(self, flat_shard: Tensor) -> LocalShard:
-        """Of the original, out of this rank's part [n] of the flat parameter, or of state with the same layout."""
+        """Cut the range out of this rank's part [n] of the flat parameter, or out of state with the same layout."""
         return self.shard_over(flat_shard[self.offset : self.offset + self.numel])
 
     def shard_over(self, own: Tensor) -> LocalShard:
-        """Of the original, where ``own`` has the elements of this range and no others."""
+        """Describe ``own``, which has the elements of this range and no others."""
         return LocalShard.of_range(self.shape, self.start, own.view(-1))
 
 
@@ -256,7 +256,7 @@ def local_part_of_flat(flat_param: Parameter) -> Tensor:
 
 
 def original_ranges(flat_param: Parameter) -> list[OriginalRange]:
-    """Of each original parameter in FSDP1's flat parameter, in order; nothing is gathered.
+    """List the range of each original parameter in FSDP1's flat parameter, in order; nothing is gathered.
 
     torch keeps in ``FlatParameter._shard_param_infos`` which range of each original lies where in this rank's part.
     """

@@ -1,4 +1,4 @@
-"""What of a checkpoint goes where when dtypes or kinds of main params differ: exactly, or else rounded once.
+"""The plan of a load: what goes where when dtypes or kinds of main params differ, exactly or else rounded once.
 
 The value of a parameter is its main param where there is one: fp32, or bf16 and remainder together, or the parameter.
 """

@@ -191,7 +191,7 @@ class Snapshot:
         return cls(state.tensors(), json.loads(json.dumps(entries)))
 
     def copy(self) -> Snapshot:
-        """In host memory."""
+        """Copy to host memory."""
         tensors = {}
         for name, boxed in self.tensors.items():
             boxes = {box: local.to("cpu", copy=True) for box, local in boxed.boxes.items()}

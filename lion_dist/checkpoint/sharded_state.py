@@ -94,7 +94,7 @@ def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> ShardedState:
             module.reshard()  # after a forward without backward its parameters are full ones, not the optimizer's
     flats = fsdp1.flat_params(model)
     names = _names_by_param(model, flats)
-    _refuse_strangers(optimizer, names)
+    _refuse_unknown_params(optimizer, names)
     if isinstance(optimizer, ShardedLion):
         params, finish = _of_sharded_lion(optimizer, names), lambda: _gather_params(optimizer)
     else:
@@ -113,7 +113,7 @@ def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> ShardedState:
 
 
 def boxed(tensor: Tensor) -> BoxedTensor:
-    """What of ``tensor`` is here, as boxes of the full one."""
+    """Return what is here of ``tensor``, as boxes of the full one."""
     try:
         return LocalShard.of(tensor).boxed()
     except ValueError as error:
@@ -126,7 +126,7 @@ _SAMPLE = 256  # elements of a tensor
 
 
 def descriptions(state: ShardedState) -> dict[str, str]:
-    """Of each parameter, what must be the same on all ranks for what they save under its name to be one tensor.
+    """Describe of each parameter what must be equal on all ranks, so that what they save by its name is one tensor.
 
     Of parameters that every rank holds whole that is the contents too, but only a sample of them is looked at: it finds
     tensors that ranks train apart (experts, stages, hand-made tensor parallel), not a flipped bit.
@@ -290,7 +290,7 @@ def _param_groups(
 
 
 def _plain(value):
-    """As JSON: numbers may be tensors or NumPy's, ``betas`` any sequence of them."""
+    """Convert to JSON's values: numbers may be tensors or NumPy's, ``betas`` any sequence of them."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return list(map(_plain, value))
     found = values.plain_list(values.plain(value))
@@ -308,12 +308,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _refuse_strangers(optimizer: Lion | ShardedLion, names: dict[Parameter, list[str]]) -> None:
+def _refuse_unknown_params(optimizer: Lion | ShardedLion, names: dict[Parameter, list[str]]) -> None:
     for i, group in enumerate(optimizer.param_groups):
-        strangers = [p for p in group["params"] if p not in names]
-        if strangers:
+        unknown = [p for p in group["params"] if p not in names]
+        if unknown:
             raise CheckpointError(
-                f"param group {i} holds a parameter of shape {tuple(strangers[0].shape)} that the model does not have. "
+                f"param group {i} holds a parameter of shape {tuple(unknown[0].shape)} that the model does not have. "
                 "Pass save() and load() the model whose parameters the optimizer was given."
             )
 

@@ -178,7 +178,7 @@ def _kernel_finding(device: torch.device) -> Finding:
         backend = choose_backend(device, use_triton=None)
     what = f"kernel on {device}"
     try:
-        differing = [name for name in KERNEL_STORAGES if _differs_from_definition(name, backend, device)]
+        differing = [name for name in KERNEL_STORAGES if _differs_from_reference(name, backend, device)]
     except Exception as error:
         fact = f"{backend} ended with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         remedy = "Triton most often lacks a C compiler; Lion(use_triton=False) goes without Triton"
@@ -193,7 +193,7 @@ def _kernel_finding(device: torch.device) -> Finding:
     return Finding(what, OK, f"{backend}, bit-identical to the reference implementation")
 
 
-def _differs_from_definition(storage: str, backend: str, device: torch.device) -> bool:
+def _differs_from_reference(storage: str, backend: str, device: torch.device) -> bool:
     chosen, definition = (_small_case(storage, device) for _ in range(2))
     scalars = StepScalars.from_group(1e-3, (0.9, 0.99), 0.1)
     for step in range(3):

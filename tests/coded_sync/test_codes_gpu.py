@@ -55,7 +55,7 @@ def encode(codec: ShardCodec, old: torch.Tensor, new: torch.Tensor) -> tuple[set
 
 
 @STORAGES
-def test_a_gpu_encodes_as_the_definition_does(dtype, has_main):
+def test_a_gpu_encodes_as_the_reference_does(dtype, has_main):
     old, new = one_step(dtype, has_main)
     places, packed, _ = encode(codec(dtype, has_main, 0, *GPU), old, new)
     expected_places, expected_packed, _ = encode(codec(dtype, has_main, 0, *CPU), old, new)
