@@ -83,7 +83,7 @@ def _trainer_state_in(folder: Path) -> Path:
             if inside
             else f"launch/train.py writes it into its --out folder, and a Trainer {TRAINER_STATE}."
         )
-        raise UsageError(f"{folder} has no {METRICS}. {hint}")
+        raise UsageError(f"{folder} has no metrics.jsonl. {hint}")
     return path
 
 
