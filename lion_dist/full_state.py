@@ -125,7 +125,7 @@ def _whole_tensors(shard: BucketShard) -> Iterator[tuple[Parameter, str, Tensor]
     for kind, part in (("exp_avg", shard.exp_avg), ("main_param", shard.main_param)):
         if part is None:
             continue
-        part = part.view(torch.bfloat16) if part.dtype == torch.int16 else part  # as in engine_state.py
+        part = part.view(torch.bfloat16) if part.dtype == torch.int16 else part  # as in main_params.py
         flat = part.new_empty(bucket.layout.numel)
         flat[start:stop] = part
         collectives.all_gather(flat, flat[start:stop], group)()

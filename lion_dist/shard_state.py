@@ -14,7 +14,7 @@ from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
 from lion_dist.config import PrecisionPolicy
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.update import LionTensors, count_aligned_elements
-from lion_dist.lion import main_for, refresh_main_
+from lion_dist.main_params import init_main_param, sync_main_param_
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.memory_format import MemoryFormat
@@ -25,7 +25,7 @@ class BucketShard:
 
     Args:
         group: the param group; lr, betas and weight_decay are read from it at each step.
-        canonical_starts: of the bucket's parameters (``sharding/layout.py``).
+        index_starts: of the bucket's parameters (``sharding/layout.py``).
 
     Attributes:
         exp_avg: [shard_numel], fp32 | bf16.
@@ -37,11 +37,11 @@ class BucketShard:
         param_numels: [params] int64 on the device, elements of each whole parameter.
     """
 
-    def __init__(self, bucket: Bucket, group: dict, precision: PrecisionPolicy, canonical_starts: list[int]):
+    def __init__(self, bucket: Bucket, group: dict, precision: PrecisionPolicy, index_starts: list[int]):
         self.bucket, self.group = bucket, group
         params, dtype = bucket.param_shard, bucket.param_shard.dtype
         self.exp_avg = torch.zeros_like(params, dtype=precision.momentum_dtype_for(dtype))
-        self.main_param = main_for(params, precision.main_params_for(dtype))
+        self.main_param = init_main_param(params, precision.main_params_for(dtype))
         self.stochastic_momentum = precision.momentum_rounding == "stochastic" and self.exp_avg.dtype == torch.bfloat16
         self.steps = None
         if precision.is_stochastic(dtype):
@@ -55,12 +55,12 @@ class BucketShard:
                 params=self.slices_of(params),
                 exp_avgs=self.slices_of(self.exp_avg),
                 mains=None if self.main_param is None else self.slices_of(self.main_param),
-                index_starts=[canonical_starts[s.param] + s.param_start for s in bucket.slices],
+                index_starts=[index_starts[s.param] + s.param_start for s in bucket.slices],
                 steps=self.steps,
                 stochastic_momentum=self.stochastic_momentum,
             )
 
-    def make_codec(self, precision: PrecisionPolicy, canonical_starts: list[int], backend: str) -> ShardCodec:
+    def make_codec(self, precision: PrecisionPolicy, index_starts: list[int], backend: str) -> ShardCodec:
         """For param_sync="coded"."""
         layout = self.bucket.layout
         slices = []
@@ -68,8 +68,8 @@ class BucketShard:
             first, _ = layout.shard_range(rank)
             rows = []
             for row, s in enumerate(layout.slices(rank)):
-                canonical_start = canonical_starts[s.param] + s.param_start
-                rows.append(CodedSlice(row, s.bucket_start - first, s.bucket_stop - first, canonical_start))
+                index_start = index_starts[s.param] + s.param_start
+                rows.append(CodedSlice(row, s.bucket_start - first, s.bucket_stop - first, index_start))
             slices.append(rows)
         return ShardCodec(
             self.bucket.param_shard.dtype,
@@ -153,13 +153,13 @@ class BucketShard:
     def refresh_main(self) -> None:
         """Let fp32 main params follow parameters that were changed from outside."""
         if self.main_param is not None and self.main_param.dtype == torch.float32:
-            refresh_main_(self.main_param, self.bucket.param_shard)
+            sync_main_param_(self.main_param, self.bucket.param_shard)
 
     def state(self, boxed: Callable[..., BoxedTensor] = BoxedTensor) -> dict[Parameter, dict[str, Tensor]]:
         """``{parameter: {"exp_avg": ..., "main_param": ..., "step": ...}}`` of all of the bucket's parameters, live.
 
         A tensor is the full one where this rank holds all, else what ``boxed`` makes of this rank's boxes. The
-        remainder of "split" main params is the bf16 of the same bits, as in ``engine_state.py``.
+        remainder of "split" main params is the bf16 of the same bits, as in ``main_params.py``.
         """
         bucket = self.bucket
         flats = {"exp_avg": self.exp_avg}

@@ -25,19 +25,17 @@ from torch.optim import Optimizer
 
 from lion_dist import values
 from lion_dist.coded_sync.send_codes import SendCodes
-from lion_dist.config import (
-    HyperparameterWatch,
-    PrecisionPolicy,
-    ShardingConfig,
-    check_hyperparameters,
-    check_interval,
-    check_policy,
-    check_sharding,
-)
+from lion_dist.config import PrecisionPolicy, ShardingConfig, check_interval, check_policy, check_sharding
 from lion_dist.full_state import Consolidated, check_rank, copied_containers, maker_of_parts, meet
+from lion_dist.hyperparameters import (
+    HyperparameterWatch,
+    check_hyperparameters,
+    decoupling_lr,
+    effective_weight_decay,
+    warn_if_decay_vanishes,
+)
 from lion_dist.kernels.reference import StepScalars, cautious_lr, skip_unusable
 from lion_dist.kernels.update import choose_backend, lion_update_
-from lion_dist.lion import decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
 from lion_dist.membership import Membership
 from lion_dist.metrics.statistics import measure
 from lion_dist.metrics.step_metrics import Meter, metrics_over_ranks
@@ -305,7 +303,7 @@ class ShardedLion(Optimizer):
             row_major=self.precision.is_stochastic(params[0].dtype),
         )
         groups.broadcast(bucket.flat_params)
-        starts = [self._params.canonical_starts[p] for p in params]
+        starts = [self._params.index_starts[p] for p in params]
         shard = BucketShard(bucket, group, self.precision, starts)
         if isinstance(self._param_sync, SendCodes):
             backend = choose_backend(self._device, self.use_triton)

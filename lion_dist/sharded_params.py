@@ -9,8 +9,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from lion_dist.config import PrecisionPolicy, check_hyperparameters
-from lion_dist.lion import check_param
+from lion_dist.config import PrecisionPolicy
+from lion_dist.hyperparameters import check_hyperparameters
+from lion_dist.local_shard import LocalShard
+from lion_dist.param_checks import check_param
 from lion_dist.sharding.memory_checks import check_memory
 from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.own_groups import OwnGroups
@@ -28,7 +30,7 @@ class ShardedParams:
         names: of the optimizer's parameters; they need not be the module's.
         module_names: of the module's parameters.
         own_groups: set when ranks begin to communicate; None: the given groups are used as they are.
-        canonical_starts: the canonical index of each parameter's first element (``sharding/layout.py``).
+        index_starts: the global element index of each parameter's first element (``sharding/layout.py``).
     """
 
     def __init__(self, module: nn.Module | None, groups: ShardGroups, precision: PrecisionPolicy):
@@ -36,7 +38,7 @@ class ShardedParams:
         self.module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
         self._module = module
         self.names: dict[Parameter, str] = {}
-        self.canonical_starts: dict[Parameter, int] = {}
+        self.index_starts: dict[Parameter, int] = {}
         self.own_groups: OwnGroups | None = None
         self._numel = 0
         self._resolved: dict[object, ShardGroups] = {}
@@ -88,7 +90,7 @@ class ShardedParams:
                 )
             check_param(param, f"parameter {name!r}")
             self.precision.main_params_for(param.dtype)
-            if hasattr(param, "_local_tensor"):
+            if LocalShard.of(param).is_dtensor:
                 raise TypeError(
                     f"parameter {name!r} is a DTensor: it is sharded already. Use lion_dist.Lion, which updates local "
                     "shards in place."
@@ -108,7 +110,7 @@ class ShardedParams:
         """Name and number the parameters of a checked ``group``."""
         for name, param in zip(self.names_of(group), group["params"], strict=True):
             self.names[param] = name
-            self.canonical_starts[param] = self._numel
+            self.index_starts[param] = self._numel
             self._numel += param.numel()
 
     def described(self, groups: list[dict]) -> list[tuple[str, tuple]]:

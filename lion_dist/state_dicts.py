@@ -23,8 +23,8 @@ from torch.nn import Parameter
 from lion_dist import values
 from lion_dist.adopted_state import adopt_groups
 from lion_dist.boxes import Box, BoxedTensor, boxes_over, can_read, read_box
-from lion_dist.engine_state import main_as
-from lion_dist.local_tensors import local_tensor
+from lion_dist.local_shard import local_tensor
+from lion_dist.main_params import main_param_as
 from lion_dist.shard_state import BucketShard
 
 OWN_KEYS = ("params", "param_names", "process_group")  # of param groups: a loaded state does not change them
@@ -159,7 +159,7 @@ class _Copy:
         source = read_box(self.saved, self.box)
         if source.data_ptr() == self.target.data_ptr():  # loaded in place
             return
-        self.target.copy_(main_as(self.target.dtype, source, self.param) if self.kind == "main_param" else source)
+        self.target.copy_(main_param_as(self.target.dtype, source, self.param) if self.kind == "main_param" else source)
 
 
 def _copies_of(shard: BucketShard, saved: Mapping[Parameter, dict[str, Tensor]]) -> Iterator[_Copy]:

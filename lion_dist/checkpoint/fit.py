@@ -9,15 +9,15 @@ import torch
 
 from lion_dist.checkpoint.conversion import Stored
 from lion_dist.checkpoint.errors import CheckpointError
-from lion_dist.checkpoint.named_state import NamedState
-from lion_dist.config import check_hyperparameters
+from lion_dist.checkpoint.sharded_state import ShardedState
+from lion_dist.hyperparameters import check_hyperparameters
 
 SETTINGS = ("lr", "betas", "weight_decay")  # that each param group has
 GROUP_KEYS = (*SETTINGS, "initial_lr")
 STATE_KEYS = ("exp_avg", "main_param", "step")
 
 
-def check_fit(path: Path, stored: Stored, groups: list[dict], state: NamedState) -> None:
+def check_fit(path: Path, stored: Stored, groups: list[dict], state: ShardedState) -> None:
     """Raise CheckpointError, with what differs, unless the checkpoint can be loaded into ``state``.
 
     Args:
@@ -40,7 +40,7 @@ def _refuse(path: Path, what: str, differences: list[str]) -> None:
         raise CheckpointError(f"{path} is of {what}: {'; '.join(sorted(differences)[:10])}{more}")
 
 
-def _other_tensors(stored: Stored, state: NamedState) -> list[str]:
+def _other_tensors(stored: Stored, state: ShardedState) -> list[str]:
     saved = {key.removeprefix("model."): entry.size for key, entry in stored.items() if key.startswith("model.")}
     here = {name: param.value.shape for name, param in state.params.items()}
     here |= {name: buffer.shape for name, buffer in state.buffers.items()}
@@ -60,7 +60,7 @@ def _other_groups(saved: list[dict], present: list[dict]) -> list[str]:
     return differences
 
 
-def _other_state(stored: Stored, state: NamedState) -> list[str]:
+def _other_state(stored: Stored, state: ShardedState) -> list[str]:
     differences = []
     for key, entry in stored.items():
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
@@ -99,7 +99,7 @@ def wrong_state(
     return None
 
 
-def _other_dtypes(stored: Stored, state: NamedState) -> list[str]:
+def _other_dtypes(stored: Stored, state: ShardedState) -> list[str]:
     here = {key: boxed.dtype for key, boxed in state.tensors().items()}
     saved = {key: stored[key].properties.dtype for key in here.keys() & stored.keys() if not key.endswith("main_param")}
     convertible = {pair: _can_convert(*pair) for pair in {(saved[key], here[key]) for key in saved}}

@@ -107,7 +107,7 @@ static void replay_three_bf16(uint16_t *restrict params, const uint8_t *restrict
   }
 }
 
-/* ---- pieces. old, new, params: numel elements; packed: their bytes; index: canonical index of the first element;
+/* ---- pieces. old, new, params: numel elements; packed: their bytes; index: global element index of the first element;
  * first: its place in the shard. Escapes are written from *count on, and counted beyond the capacity too. */
 
 void lion_encode(const char *old, const char *new, uint8_t *packed, const Piece *p, uint64_t index, int64_t numel,

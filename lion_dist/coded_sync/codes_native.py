@@ -68,7 +68,7 @@ def encode(codec, params: Tensor, count: Tensor) -> None:
     escapes = (codec.escape_index.data_ptr(), codec.escape_bits.data_ptr(), codec.capacity, count.data_ptr())
     for piece in codec.pieces[codec.shard]:
         struct, at = maker.make(piece), piece.start * size
-        where = (piece.canonical_start, piece.stop - piece.start, piece.start)
+        where = (piece.index_start, piece.stop - piece.start, piece.start)
         library().lion_encode(old + at, new + at, packed + piece.byte, ctypes.byref(struct), *where, *escapes)
 
 
@@ -82,7 +82,7 @@ def replay(codec, params: Tensor, messages: Tensor) -> None:
         for piece in codec.pieces[shard]:
             struct = maker.make(piece)
             where = (first + piece.start * size, packed + piece.byte)
-            calls.append((*where, ctypes.byref(struct), piece.canonical_start, piece.stop - piece.start))
+            calls.append((*where, ctypes.byref(struct), piece.index_start, piece.stop - piece.start))
     replay_piece = library().lion_replay
     if params.numel() <= cpu_native.THREAD_NUMEL or torch.get_num_threads() == 1:
         for call in calls:

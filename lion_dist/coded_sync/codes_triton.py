@@ -305,7 +305,7 @@ class _Tables:
     """Which slice each group of elements belongs to, on the device."""
 
     group_rows: Tensor  # [shards, numel / GROUP] int32; -1 outside of slices
-    index_bases: Tensor  # [shards, rows] int64: canonical index of a slice's element, less its place in the shard
+    index_bases: Tensor  # [shards, rows] int64: global index of a slice's element, less its place in the shard
     stops: Tensor  # [shards, rows] int32: where slices end in their shard; padding follows
 
     @classmethod
@@ -316,7 +316,7 @@ class _Tables:
         for shard, slices in enumerate(codec.slices):
             for s in slices:
                 group_rows[shard, s.start // codes.GROUP : -(-s.stop // codes.GROUP)] = s.row
-                index_bases[shard, s.row] = s.canonical_start - s.start
+                index_bases[shard, s.row] = s.index_start - s.start
                 stops[shard, s.row] = s.stop
         return cls(*(table.to(codec.device) for table in (group_rows, index_bases, stops)))
 

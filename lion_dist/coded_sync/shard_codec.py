@@ -24,7 +24,7 @@ from lion_dist.coded_sync import codes, codes_native
 from lion_dist.coded_sync.codes import GROUP, INTEGER, TERNARY, DigitLayout
 from lion_dist.kernels.reference import StepScalars, random_bits
 
-CHUNK = 1 << 16  # elements; what the definition works on at once stays in the cache
+CHUNK = 1 << 16  # elements; what the reference implementation works on at once stays in the cache
 LARGEST_SHARD = 2**31 - 2**20
 ESCAPE_STEP = 16  # escapes are sent in multiples of so many
 ESCAPES_AT_MOST = 16  # one element of so many; beyond that a gather is hardly dearer
@@ -37,7 +37,7 @@ class CodedSlice:
     row: int  # in the message
     start: int
     stop: int
-    canonical_start: int
+    index_start: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Piece:
     row: int
     start: int
     stop: int
-    canonical_start: int
+    index_start: int
     power: int  # what its digits are multiplied by in their bytes
     byte: int  # where its first digit lies
 
@@ -118,8 +118,8 @@ class ShardCodec:
                 bounds = [s.start, *(cut for cut in cuts if s.start < cut < s.stop), s.stop]
                 for start, stop in zip(bounds, bounds[1:], strict=False):
                     stream, byte = divmod(start, num_bytes)
-                    canonical = s.canonical_start + start - s.start
-                    pieces.append(Piece(s.row, start, stop, canonical, self.layout.radix**stream, byte))
+                    index = s.index_start + start - s.start
+                    pieces.append(Piece(s.row, start, stop, index, self.layout.radix**stream, byte))
             result.append(pieces)
         return result
 
@@ -277,5 +277,5 @@ class _ByDefinition:
 def _bits_for(codec: ShardCodec, message: Tensor, piece: Piece) -> Tensor | None:
     if not codec.draws_bits:
         return None
-    index = torch.arange(piece.stop - piece.start, device=codec.device) + piece.canonical_start
+    index = torch.arange(piece.stop - piece.start, device=codec.device) + piece.index_start
     return random_bits(index, codec.seed, codec.steps_of(message)[piece.row])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lion_dist import values
-from lion_dist.config import PrecisionPolicy, check_betas
+from lion_dist.config import PrecisionPolicy
+from lion_dist.hyperparameters import check_betas
 
 LION_KEYS = ("lr", "betas", "weight_decay", "decoupled_weight_decay", "use_triton")
 PRECISION_KEYS = ("momentum_dtype", "momentum_rounding", "main_params", "seed")

@@ -87,7 +87,7 @@ def _update_chunk(param, main, exp_avg, grad, scalars, factors, scale, bits, sto
         _update_by_reference(param, main, exp_avg, grad, scalars, scale, bits, stochastic_momentum)
         return
 
-    # Update. lr * sign is exact, so the fused multiply-add behind ``alpha`` rounds as the definition does.
+    # Update. lr * sign is exact, so the fused multiply-add behind ``alpha`` rounds as the reference does.
     torch.mul(g, factors.one_minus_beta1, out=product)
     torch.mul(m, factors.beta1, out=update_c)
     update_c.add_(product).sign_()

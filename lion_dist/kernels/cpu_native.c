@@ -102,7 +102,7 @@ static void store_copy(void *restrict out, int type, const float *restrict x, co
 
 static const int64_t SIZE[] = {4, 2, 2, 2, 0};
 
-/* n elements of one tensor; index: canonical index of the first. main_type NONE: no main params. What is fp32 in memory
+/* n elements of one tensor; index: global element index of the first. main_type NONE: no main params. What is fp32 in memory
  * is updated where it is, the rest in a block's worth of scratch. */
 void lion_update(char *param, char *main, char *exp_avg, const char *grad, int param_type, int main_type,
                  int exp_avg_type, int grad_type, int momentum_rounding, const Scalars *s, uint64_t index, int64_t numel) {

@@ -141,7 +141,7 @@ def join_main(param: Tensor, remainder: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Random bits: a counter-based hash keyed by (seed, step); the counter is the element's canonical index.
+# Random bits: a counter-based hash keyed by (seed, step); the counter is the global element index.
 #
 # Three multiply-xorshift rounds (constants: "triple32" of Wellons' search, github.com/skeeto/hash-prospector), with a
 # key before each of the first two. Two rounds were not enough: elements whose indices differ in one middle bit
@@ -207,7 +207,7 @@ def random_keys_int(seed: int, step: int) -> tuple[int, int]:
 
 
 def random_bits(index: Tensor, seed: int, step: Tensor) -> Tensor:
-    """32 random bits an element, as int32. ``index``: [n] int64, canonical indices.
+    """32 random bits an element, as int32. ``index``: [n] int64, global element indices.
 
     The low 16 bits round the parameter, the high 16 the momentum.
     """

@@ -221,7 +221,7 @@ def _update_tensor(
     exp_avg,
     grad,
     numel,  # int64
-    index_start,  # int64, canonical index of the first element
+    index_start,  # int64, global element index of the first element
     step,  # pointer to int64, completed steps; or None
     seed_key,  # int32, reference.seed_key_int()
     scalars,

@@ -35,7 +35,7 @@ class LionTensors:
     params: Sequence[Tensor]  # T x [numel_i]
     exp_avgs: Sequence[Tensor]  # T x [numel_i]
     mains: Sequence[Tensor] | None = None  # T x [numel_i]
-    index_starts: Sequence[int] | None = None  # T canonical indices of the first elements; random bits need them
+    index_starts: Sequence[int] | None = None  # T global element indices of the first elements, for random bits
     steps: Tensor | None = None  # [T] int64 on the device, completed steps; random bits need them
     stochastic_momentum: bool = False
     launch_cache: dict = field(default_factory=dict, repr=False)  # the backend's: what outlives a call

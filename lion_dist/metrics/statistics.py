@@ -1,4 +1,4 @@
-"""What one Lion step is about to do, in numbers: THE definition of the statistics, and ``measure()`` for lists.
+"""What one Lion step is about to do, in numbers: their reference implementation, and ``measure()`` for lists.
 
 Measured before the update, from what the update reads: the step is computed as in ``reference.py``, bits of stochastic
 rounding included, and thrown away. With ``p`` the fp32 value of the parameter, ``m`` the momentum and ``g`` the scaled

@@ -15,18 +15,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lion_dist.kernels.update import LionTensors
+from lion_dist.local_shard import LocalShard
 from lion_dist.metrics.statistics import COLUMNS, measure
 from lion_dist.sharding import collectives
 from lion_dist.sharding.phases import PHASES, WAITING, Interval, PhaseClock
 from lion_dist.sharding.process_groups import ShardGroups
 
 Axes = tuple[tuple, ...]  # (mesh, axis) pairs along which a tensor is cut
-
-
-def sharding_axes(param: Tensor) -> Axes:
-    """The mesh axes that cut ``param`` into shards: none for a plain tensor, or one that is only replicated."""
-    placements = getattr(param, "placements", ())
-    return tuple((param.device_mesh, axis) for axis, place in enumerate(placements) if not place.is_replicate())
 
 
 class Meter:
@@ -112,7 +107,7 @@ OFF = Meter(0, torch.device("cpu"))  # of every optimizer that does not measure
 
 def measure_batch(meter: Meter, params: Sequence[Tensor], tensors: LionTensors, grads, scalars, **arguments) -> None:
     """Measure one of ``Lion``'s batches, apart by the axes that cut the ``params``. Arguments as ``measure``'s."""
-    axes = list(map(sharding_axes, params))
+    axes = [LocalShard.of(param).axes for param in params]
     kinds = dict.fromkeys(axes)
     for kind in kinds:
         active = None
@@ -173,7 +168,7 @@ def metrics_over_ranks(meter: Meter, groups: ShardGroups) -> dict:
 
 def metrics_of_rank(meter: Meter, params: Iterable[Tensor], process_group: ProcessGroup | None) -> dict:
     """All keys, for an optimizer of tensors that somebody else shards and whose communication somebody else does."""
-    step, sums = sum_over_shards(meter.record(map(sharding_axes, params)), process_group)
+    step, sums = sum_over_shards(meter.record(LocalShard.of(param).axes for param in params), process_group)
     times = describe_times([0], [times_of(meter.clock.last)])
     times["ms_by_phase"] = {phase: times["ms_by_phase"][phase] for phase in ("update", "measure", "elsewhere")}
     unknown = {"bytes_by_phase": {}, "rank_ms": [], "slowest_rank": None}

@@ -160,7 +160,7 @@ def test_a_shard_without_a_slice_sends_an_empty_message():
     assert not codec.packed_of(codec.fixed).any() and not param.any()
 
 
-def test_random_bits_are_those_of_the_definition():
+def test_random_bits_are_those_of_the_reference():
     """The case that a wrong key would pass by chance half of the time is too small to be trusted: 4,096 elements."""
     storage = next(s for s in STORAGES if s.param == BF16 and s.main is None and s.stochastic_momentum)
     case = in_training(Case.make(storage, BF16, [4096], step=2**33, seed=2**40 + 3, grad_scale=torch.tensor(1.0)))

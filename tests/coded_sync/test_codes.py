@@ -1,4 +1,4 @@
-"""Update codes: what the definition promises, over every bf16 value there is, and that every backend sends the same."""
+"""Update codes: what the reference promises, over every bf16 value there is, and that every backend sends the same."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def all_splits() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def move(param, main, sign, lr, weight_decay, bits=None) -> Tensor:
-    """One step of the definition, whose update has the given signs."""
+    """One step of the reference implementation, whose update has the given signs."""
     scalars = StepScalars.from_group(lr, (0.9, 0.99), weight_decay)
     return lion_step(param, main, torch.zeros_like(param), sign, scalars, bits=bits)[0]
 
@@ -72,7 +72,7 @@ def as_rates(lr: float, weight_decay: float) -> tuple[Tensor, Tensor]:
     return torch.tensor([scalars.lr]), torch.tensor([scalars.decay])
 
 
-# ---- the definition
+# ---- the reference implementation
 
 
 def test_the_order_of_16_bit_values_is_theirs_and_undoes_itself():
@@ -98,7 +98,7 @@ def test_least_main_rounds_to_its_parameter_and_what_lies_below_does_not(dtype):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("lr", LRS)
 def test_every_step_of_every_bf16_parameter_is_coded_exactly_or_escapes(lr, weight_decay):
-    """And escapes are only what the definition says: it ends many times closer to zero than it began, or is a NaN."""
+    """And escapes are only what the reference says: it ends many times closer to zero than it began, or is a NaN."""
     old, remainder, sign = all_splits()
     new = move(old, remainder, sign, lr, weight_decay)
     rates = as_rates(lr, weight_decay)
@@ -190,8 +190,8 @@ def layouts(draw) -> Layout:
     numels = draw(st.lists(st.integers(1, 300), min_size=1, max_size=5))
     slices, start = [], 0
     for row, numel in enumerate(numels):
-        canonical = draw(st.sampled_from([0, 12345, 2**32 - 100, 2**45 + 7]))
-        slices.append(CodedSlice(row, start, start + numel, canonical))
+        index = draw(st.sampled_from([0, 12345, 2**32 - 100, 2**45 + 7]))
+        slices.append(CodedSlice(row, start, start + numel, index))
         start += -(-numel // 64) * 64
     return Layout(slices, start + 64 * draw(st.integers(0, 2)))
 
@@ -219,7 +219,7 @@ def test_any_new_values_arrive_bit_for_bit(layout, storage, backend, lrs, weight
         part, count = slice(s.start, s.stop), s.stop - s.start
         main = troubled(count, FP32, generator) if trouble else torch.randn(count, generator=generator) * 0.02
         sign = torch.randint(-1, 2, (count,), generator=generator).float()
-        bits = random_bits(torch.arange(count) + s.canonical_start, 7, steps[s.row])
+        bits = random_bits(torch.arange(count) + s.index_start, 7, steps[s.row])
         scalars = StepScalars(lr[s.row], decay[s.row], 0.9, 0.99)
         old[part] = codes.round_main(main, dtype) if dtype != FP32 else main
         main = main if has_main else None

@@ -1,4 +1,4 @@
-"""Cases for the kernels: every combination of storage, tensors full of trouble, and what the definition makes of them.
+"""Cases for the kernels: every combination of storage, tensors full of trouble, and what the reference makes of them.
 
 A new kind of storage is one line in ``STORAGES``.
 """
@@ -126,7 +126,7 @@ class Case:
         return not skipped and (self.active is None or self.active[i].item() != 0)
 
     def expected(self) -> LionTensors:
-        """What the definition says, tensor by tensor."""
+        """What the reference implementation says, tensor by tensor."""
         result = self.tensors()
         for i in range(len(self.params)):
             if not self.takes_part(i):

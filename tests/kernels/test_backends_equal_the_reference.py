@@ -1,4 +1,4 @@
-"""Every backend gives the definition's bits, whatever it is fed."""
+"""Every backend is bit-identical to the reference implementation, whatever it is fed."""
 
 from dataclasses import replace
 

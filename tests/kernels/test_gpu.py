@@ -1,4 +1,4 @@
-"""The compiled kernels on a GPU: the definition's bits, one launch, no waiting, no memory."""
+"""The compiled kernels on a GPU: bit-identical to the reference, one launch, no waiting, no memory."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def to_cpu(tensors: LionTensors) -> LionTensors:
 
 
 def check(case: Case, backend: str = "triton", misalignment: int = 0) -> None:
-    """On the GPU, against the definition on the CPU."""
+    """On the GPU, against the reference implementation on the CPU."""
     on_gpu = case.to("cuda")
     actual = on_gpu.tensors(misalignment)
     lion_update_(actual, backend=backend, **on_gpu.arguments())
