@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from lion_dist.boxes import BoxedTensor, boxes_over
-from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
 from lion_dist.config import PrecisionPolicy
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.update import LionTensors, count_aligned_elements
@@ -60,66 +59,6 @@ class BucketShard:
                 stochastic_momentum=self.stochastic_momentum,
             )
 
-    def make_codec(self, precision: PrecisionPolicy, index_starts: list[int], backend: str) -> ShardCodec:
-        """For param_sync="coded"."""
-        layout = self.bucket.layout
-        slices = []
-        for rank in range(layout.shard_world_size):
-            first, _ = layout.shard_range(rank)
-            rows = []
-            for row, s in enumerate(layout.slices(rank)):
-                index_start = index_starts[s.param] + s.param_start
-                rows.append(CodedSlice(row, s.bucket_start - first, s.bucket_stop - first, index_start))
-            slices.append(rows)
-        return ShardCodec(
-            self.bucket.param_shard.dtype,
-            self.main_param is not None,
-            layout.shard_numel,
-            slices,
-            self.bucket.groups.shard_rank,
-            self.bucket.device,
-            precision.seed,
-            backend,
-        )
-
-    def begin_codes(
-        self,
-        codec: ShardCodec,
-        scalars: StepScalars,
-        moves: Tensor,  # [slices] bool on the device: those that this step's update does not leave as they are
-        cautious_lrs: Tensor | None,  # [slices] fp32
-    ) -> None:
-        """Before the update: what the codes of this step are relative to."""
-        codec.begin(*self._rates(scalars, moves, cautious_lrs), self.steps, self.bucket.param_shard)
-
-    def update_and_encode(self, codec: ShardCodec, scalars: StepScalars, moves: Tensor, grad_scale: Tensor) -> None:
-        """The update of this shard and its codes in one launch. ``moves``: as for :meth:`begin_codes`."""
-        codec.begin(*self._rates(scalars, moves, None), self.steps, None)
-        codec.update_and_encode(
-            self.bucket.param_shard,
-            self.main_param,
-            self.exp_avg,
-            self.bucket.finish_grad_sync(),
-            scalars,
-            grad_scale=grad_scale,
-            moves=moves,
-            steps=self.steps,
-            stochastic_momentum=self.stochastic_momentum,
-        )
-        if self.steps is not None:
-            self.steps += moves
-
-    @staticmethod
-    def _rates(scalars: StepScalars, moves: Tensor, cautious_lrs: Tensor | None) -> tuple[Tensor, Tensor]:
-        """lr and decay of each slice, [slices] fp32; 0 and 1 where nothing moves. ``moves``: [slices] bool."""
-        rates = torch.empty(2, len(moves), dtype=torch.float32, device=moves.device)
-        for rate, value in zip(rates, (scalars.lr, scalars.decay), strict=True):
-            rate.fill_(value)
-        lr, decay = rates
-        if cautious_lrs is not None:
-            lr = cautious_lrs
-        return torch.where(moves, lr, 0.0), torch.where(moves, decay, 1.0)
-
     def grad_slices(self) -> list[Tensor]:
         """The reduced gradients of ``tensors``; views, made once where they can be."""
         grad = self.bucket.finish_grad_sync()
@@ -141,6 +80,15 @@ class BucketShard:
             return counts
         aligned = count_aligned_elements(self.tensors, self.grad_slices(), scalars, grad_scale=grad_scale)
         return counts.index_add_(0, self.slice_params, aligned)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes of this rank by kind."""
+        return {
+            "params": self.bucket.flat_params.nbytes,
+            "main_params": 0 if self.main_param is None else self.main_param.nbytes,
+            "exp_avg": self.exp_avg.nbytes,
+            "grads": self.bucket.grad_shard_nbytes(),
+        }
 
     def resync(self) -> None:
         """The owner's parameters and state become everybody's: the first replica's, then along the shard group."""
@@ -229,11 +177,33 @@ class ShardBatch:
         return sum(len(shard.bucket.slices) for shard in self.shards)
 
 
-def params_of_slices(shards: Sequence[BucketShard], device: torch.device) -> Tensor:
-    """[slices of all shards] int64: where each slice's parameter is among those of all buckets."""
-    firsts = itertools.accumulate((len(shard.bucket.params) for shard in shards), initial=0)
-    places = [first + s.param for first, shard in zip(firsts, shards, strict=False) for s in shard.bucket.slices]
-    return torch.tensor(places, dtype=torch.int64).to(device)
+class UpdateOrder:
+    """The batches of all shards, in the order in which a step updates them.
+
+    Args:
+        one_by_one: a batch is one shard; else as :func:`make_batches`.
+    """
+
+    def __init__(self, device: torch.device, *, one_by_one: bool):
+        self.batches: list[ShardBatch] = []
+        self._device, self._one_by_one = device, one_by_one
+        self._slice_params: Tensor | None = None  # [slices of all shards] int64: the parameter of each, among all
+
+    def add(self, shards: Sequence[BucketShard]) -> None:
+        self.batches += [ShardBatch([shard]) for shard in shards] if self._one_by_one else make_batches(shards)
+        shards = [shard for batch in self.batches for shard in batch.shards]
+        firsts = itertools.accumulate((len(shard.bucket.params) for shard in shards), initial=0)
+        places = [first + s.param for first, shard in zip(firsts, shards, strict=False) for s in shard.bucket.slices]
+        self._slice_params = torch.tensor(places, dtype=torch.int64).to(self._device)
+
+    def with_used(self, used: Tensor) -> Iterator[tuple[ShardBatch, Tensor]]:
+        """Each batch, and of its slices whether the parameter was used: [slices] fp32. ``used``: [params] fp32."""
+        by_slice = used.index_select(0, self._slice_params).split([batch.num_slices for batch in self.batches])
+        return zip(self.batches, by_slice, strict=True)
+
+    def batch_of(self, bucket: Bucket) -> ShardBatch:
+        """Where a batch is one shard."""
+        return next(batch for batch in self.batches if batch.shards[0].bucket is bucket)
 
 
 def make_batches(shards: Sequence[BucketShard]) -> list[ShardBatch]:

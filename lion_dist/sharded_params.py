@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +30,7 @@ class ShardedParams:
     Attributes:
         names: of the optimizer's parameters; they need not be the module's.
         module_names: of the module's parameters.
+        frozen: parameters that have no bucket yet, and their groups.
         own_groups: set when ranks begin to communicate; None: the given groups are used as they are.
         index_starts: the global element index of each parameter's first element (``sharding/layout.py``).
     """
@@ -36,8 +38,9 @@ class ShardedParams:
     def __init__(self, module: nn.Module | None, groups: ShardGroups, precision: PrecisionPolicy):
         self.groups, self.precision = groups, precision
         self.module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
-        self._module = module
+        self.module = module
         self.names: dict[Parameter, str] = {}
+        self.frozen: dict[Parameter, dict] = {}
         self.index_starts: dict[Parameter, int] = {}
         self.own_groups: OwnGroups | None = None
         self._numel = 0
@@ -51,6 +54,22 @@ class ShardedParams:
             return [self.names[param] for param in group["params"]]
         first = len(self.names)
         return [self.module_names.get(p, f"param.{first + i}") for i, p in enumerate(group["params"])]
+
+    def first_device(self) -> torch.device:
+        """ValueError where there are no parameters."""
+        if not self.names:
+            raise ValueError("ShardedLion got no parameters: every param group is empty")
+        return next(iter(self.names)).device
+
+    def others_in_module(self) -> list[Tensor]:
+        """Parameters of the module that are not the optimizer's, and the module's buffers."""
+        if self.module is None:
+            return []
+        return [*(p.data for p in self.module.parameters() if p not in self.names), *self.module.buffers()]
+
+    def unfrozen(self) -> list[tuple[Parameter, dict]]:
+        """Parameters that take gradients and have no bucket yet, and their groups."""
+        return [(p, g) for p, g in self.frozen.items() if p.requires_grad]
 
     def groups_for(self, group: dict) -> ShardGroups:
         """The optimizer's own groups. The first call for other ranks than before makes some, all of them together."""
@@ -100,8 +119,8 @@ class ShardedParams:
     def check_memory(self, params: dict[str, Parameter]) -> None:
         """Raise ValueError unless ``params``, which are about to get buckets, can move there."""
         others = {name: param for param, name in (self.module_names | self.names).items()}
-        if self._module is not None:
-            others |= {f"buffer {clean_name(name)}": buffer for name, buffer in self._module.named_buffers()}
+        if self.module is not None:
+            others |= {f"buffer {clean_name(name)}": buffer for name, buffer in self.module.named_buffers()}
         for dtype in dict.fromkeys(param.dtype for param in params.values()):
             alike = {name: param for name, param in params.items() if param.dtype == dtype}
             check_memory(alike, others | params, row_major=self.precision.is_stochastic(dtype))
