@@ -148,4 +148,4 @@ class FullParams:
 
     def _note_all_updated(self) -> None:
         buckets = self.buckets
-        self._versions.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
+        self._versions.note_updates(buckets, [param for bucket in buckets for param in bucket.params])

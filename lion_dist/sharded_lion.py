@@ -130,7 +130,6 @@ class ShardedLion(Optimizer):
             check_replicas_every=sharding.check_replicas_every,
             copies=lambda: copies_of(self._params, self.buckets),
         )
-        self._check_agreement(self.param_groups)
         hooks = None if module is None else ForwardHooks(module)
         self._full_params = FullParams(self.shards, hooks, _make_param_sync(sharding, self.precision, backend))
         self._order = UpdateOrder(device, one_by_one=sharding.update_in_backward)
@@ -168,6 +167,7 @@ class ShardedLion(Optimizer):
 
     @explained("the construction of ShardedLion")
     def _build(self, groups: list[dict]) -> None:
+        self._check_agreement(groups)
         for tensor in self._params.others_in_module():
             self.groups.broadcast(tensor)
         self._add_buckets([(p, g) for g in groups for p in g["params"]])
@@ -201,7 +201,6 @@ class ShardedLion(Optimizer):
             self._add_buckets([(p, group) for p in group["params"]])
             self._guard.note_params(self.param_groups)
 
-    @explained("the construction of ShardedLion")
     def _check_agreement(self, groups: list[dict]) -> None:
         options = self._scalars.decoupled_from, self.cautious, self.metrics_every
         torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
@@ -265,7 +264,7 @@ class ShardedLion(Optimizer):
                 self._send(batch)  # the next forward waits, not this line
         with self._observers.clock.phase("param_sync"):
             self._full_params.finish_sending()
-        self._full_params.note_updates(buckets, (param for bucket in buckets for param in bucket.params))
+        self._full_params.note_updates(buckets, [param for bucket in buckets for param in bucket.params])
         self._full_params.end_updates(buckets)
         self._counters += verdict.outcome
         self._end_step()

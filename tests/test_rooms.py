@@ -14,7 +14,7 @@ import lion_dist
 from tests.test_budgets import ROOMS
 
 PACKAGE = Path(lion_dist.__file__).parent
-CORE_IMPORTS = ("metrics", "replica_check.py", "coded_sync")
+CORE_IMPORTS = ("metrics", "replica_check.py")
 NOT_YET = "the core imports it when it is imported itself; it is to import it when somebody first asks for it"
 
 # One process for all rooms, which imports torch once and forks.
