@@ -31,7 +31,7 @@ from lion_dist.kernels.reference import StepScalars, skip_unusable
 from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
 from lion_dist.local_shard import LocalShard, check_memory, flat, local_tensor, share_axes
 from lion_dist.main_params import collective_safe_state, init_main_param
-from lion_dist.metrics.step_metrics import OFF, Meter, measure_batch, metrics_of_rank
+from lion_dist.meters import NO_METER, make_meter, refuse_unmeasured
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
 from lion_dist.unused_params import NoGradientWarning
 from lion_dist.update_batch import STATE_KEYS, GlobalIndex, KnownBatches, OwnWrites, UpdateBatch
@@ -84,7 +84,7 @@ class Lion(Optimizer):
         self._index: GlobalIndex | None = None  # of the known batches; None: no random bits were drawn
         self._hyperparameters = HyperparameterWatch(self._decoupled_from)
         self.metrics_every = check_interval("metrics_every", metrics_every)
-        self._meter: Meter = OFF  # until the first step, when parameters are where they will stay
+        self._meter = NO_METER  # until the first step, when parameters are where they will stay
         self._known_batches: dict[int, KnownBatches] = {}  # by id of the param group, from the last step
         self._own_writes = OwnWrites()
         super().__init__(values.params(params), defaults)
@@ -106,11 +106,9 @@ class Lion(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         # Present when load_state_dict() calls this; absent in a copy.
-        self.__dict__.setdefault("_known_batches", {})
-        self.__dict__.setdefault("_own_writes", OwnWrites())
-        self.__dict__.setdefault("_meter", OFF)
-        self.__dict__.setdefault("_index", None)
-        self.__dict__.setdefault("_no_gradients", NoGradientWarning())
+        fresh = {"_known_batches": {}, "_own_writes": OwnWrites(), "_meter": NO_METER, "_index": None}
+        for name, value in (fresh | {"_no_gradients": NoGradientWarning()}).items():
+            self.__dict__.setdefault(name, value)
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's __setstate__ adds it; a fresh optimizer has no such key
         self._hyperparameters = HyperparameterWatch(self._decoupled_from)
@@ -193,6 +191,8 @@ class Lion(Optimizer):
             "backend": backend,
         }
         if self._meter.is_measuring:
+            from lion_dist.metrics.step_metrics import measure_batch
+
             with self._meter.clock.phase("measure"):
                 measure_batch(self._meter, params, tensors, grads, scalars, **arguments)
         # Unchecked: each batch has accepted or made its gradients.
@@ -200,9 +200,9 @@ class Lion(Optimizer):
         batch.end_update()
 
     def _make_meter(self) -> None:
-        if self._meter is OFF and self.metrics_every:
+        if self._meter is NO_METER and self.metrics_every:
             first = next(p for group in self.param_groups for p in group["params"])
-            self._meter = Meter(self.metrics_every, local_tensor(first).device)
+            self._meter = make_meter(self.metrics_every, local_tensor(first).device)
 
     @torch.no_grad()
     def metrics(self, process_group: ProcessGroup | None = None) -> dict:
@@ -221,6 +221,9 @@ class Lion(Optimizer):
         remedy = "Pass the group among whose ranks an engine cuts the parameters."
         values.instance("process_group", process_group, ProcessGroup, remedy, optional=True)
         self._make_meter()
+        refuse_unmeasured(self._meter)
+        from lion_dist.metrics.step_metrics import metrics_of_rank
+
         params = [p for group in self.param_groups for p in group["params"]]
         return metrics_of_rank(self._meter, params, process_group)
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist.meters import make_meter, refuse_unmeasured
 from lion_dist.shard_state import ShardBatch
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream
-from lion_dist.sharding.phases import PhaseClock
 from lion_dist.sharding.process_groups import ShardGroups
 from lion_dist.update_terms import UpdateTerms
 
@@ -42,23 +42,18 @@ class StepObservers:
     ):
         self._groups, self._stream, self._device, self._copies = groups, stream, device, copies
         self.metrics_every, self._check_replicas_every = metrics_every, check_replicas_every
-        self._meter = self._replica_check = None
-        if metrics_every:
-            from lion_dist.metrics.step_metrics import Meter
-
-            self._meter = Meter(metrics_every, device)
-        self.clock = PhaseClock(device) if self._meter is None else self._meter.clock
+        self._meter, self._replica_check = make_meter(metrics_every, device), None
+        self.clock = self._meter.clock
 
     def begin_step(self) -> None:
         if self._check_replicas_every:
             with self.clock.phase("measure"):
                 self._replicas().begin_step(self._copies)
-        if self._meter is not None:
-            self._meter.begin_step()
+        self._meter.begin_step()
 
     def before_update(self, batch: ShardBatch, active: Tensor | None, terms: UpdateTerms) -> None:
         """``batch`` is about to be updated. Each element is measured once, by the first replica."""
-        if self._meter is None or not self._meter.is_measuring or not batch.owning or batch.groups.replicate_rank:
+        if not self._meter.is_measuring or not batch.owning or batch.groups.replicate_rank:
             return
         from lion_dist.metrics.statistics import measure
 
@@ -67,12 +62,10 @@ class StepObservers:
             self._meter.add(measure(batch.tensors, batch.grads(), terms.of(batch), **arguments))
 
     def end_step(self, skip: Tensor, counters: Tensor) -> None:
-        if self._meter is not None:
-            self._meter.end_step(skip, counters)
+        self._meter.end_step(skip, counters)
 
     def metrics(self) -> dict:
-        if self._meter is None:
-            raise RuntimeError("metrics() of an optimizer that does not measure: construct it with metrics_every=K")
+        refuse_unmeasured(self._meter)
         from lion_dist.metrics.step_metrics import metrics_over_ranks
 
         return metrics_over_ranks(self._meter, self._groups)

@@ -14,8 +14,6 @@ import lion_dist
 from tests.test_budgets import ROOMS
 
 PACKAGE = Path(lion_dist.__file__).parent
-CORE_IMPORTS = ("metrics", "replica_check.py")
-NOT_YET = "the core imports it when it is imported itself; it is to import it when somebody first asks for it"
 
 # One process for all rooms, which imports torch once and forks.
 EACH_IN_A_FORK = """
@@ -81,11 +79,6 @@ def said(tmp_path_factory) -> str:
     return done.stdout
 
 
-def room(name: str):
-    marks = [pytest.mark.xfail(reason=NOT_YET, strict=True)] if name in CORE_IMPORTS else []
-    return pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", ["nothing", *map(room, ROOMS)])
+@pytest.mark.parametrize("name", ["nothing", *ROOMS])
 def test_the_core_trains_without(name, said):
     assert f"trained without {name}" in said.splitlines(), said

@@ -30,7 +30,7 @@ class Meter:
     Statistics are kept apart by the axes that cut their tensors, because they are summed along those later.
 
     Args:
-        every: measure each ``every``-th step; 0 never.
+        every: measure each ``every``-th step.
         device: of the parameters.
     """
 
@@ -46,12 +46,10 @@ class Meter:
         self._start_clock_before_a_measured_step()
 
     def _start_clock_before_a_measured_step(self) -> None:
-        if self.every and (self.steps + 1) % self.every == 0:
+        if (self.steps + 1) % self.every == 0:
             self.clock.start()
 
     def begin_step(self) -> None:
-        if not self.every:
-            return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"metrics_every={self.every}, but a CUDA graph is captured: a replayed step does not ask whether it is "
@@ -70,8 +68,6 @@ class Meter:
 
         ``counters``: [n] int64 on the device, the steps so far, taken or skipped; None: as counted here.
         """
-        if not self.every:
-            return
         skipped = None
         if skip is not None and (self.is_measuring or counters is None):
             skipped = skip.reshape(()) != 0
@@ -93,16 +89,11 @@ class Meter:
 
     def record(self, axes: Iterable[Axes] = ((),)) -> dict[Axes, Tensor]:
         """[1 + COLUMNS] fp64 on the device for each of ``axes``: the number of the step, and its sums on this rank."""
-        if not self.every:
-            raise RuntimeError("metrics() of an optimizer that does not measure: construct it with metrics_every=K")
         return {key: self._record.get(key, self._nothing) for key in dict.fromkeys(axes)}
 
     def skipped_steps(self) -> int:
         """Waits for the device."""
         return 0 if self._skipped is None else int(self._skipped)
-
-
-OFF = Meter(0, torch.device("cpu"))  # of every optimizer that does not measure
 
 
 def measure_batch(meter: Meter, params: Sequence[Tensor], tensors: LionTensors, grads, scalars, **arguments) -> None:
