@@ -55,7 +55,6 @@ NAMERS_OF_TORCH_DISTRIBUTED = {
     "sharding/peer_memory.py",
     "sharding/process_groups.py",
     "sharding/step_agreement.py",
-    "adopted_state.py",
 }
 COLLECTIVES = frozenset(
     "all_reduce reduce reduce_scatter reduce_scatter_tensor reduce_scatter_single all_gather all_gather_single "
