@@ -26,11 +26,11 @@ SHOWN_BY_PROGRAMS = "reporting.py"  # by cli/, benchmarks/ and launch/; the core
 
 LINES_OF_A_FILE = 400
 LINES_OF_LONGER_FILES = {"sharded_lion.py": 1013, "sharding/bucket.py": 450, "kernels/triton_kernels.py": 421}
-LINES_OF_THE_CORE = 7_914  # what DESIGN calls the core: those below, kernels/ and sharding/
+LINES_OF_THE_CORE = 7_922  # what DESIGN calls the core: those below, kernels/ and sharding/
 CORE_FILES = (
     "lion.py sharded_lion.py shard_state.py local_shard.py boxes.py version_tracker.py config.py grad_scaler.py".split()
 )
-LINES_OUTSIDE_ROOMS = 10_015  # the core and whatever else no room holds
+LINES_OUTSIDE_ROOMS = 10_019  # the core and whatever else no room holds
 FIELDS = {PrecisionPolicy: 4, ShardingConfig: 10}
 FLAGS_OF_THE_TRAINING_PROGRAM = 23
 ATTRIBUTES_OF_SHARDED_LION = 39  # beside those of every torch.optim.Optimizer
