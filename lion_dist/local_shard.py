@@ -13,7 +13,7 @@ This is the one place that answers both, for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -168,9 +168,9 @@ class LocalShard:
             )
         return {self._box: self.tensor}
 
-    def boxed(self) -> BoxedTensor:
-        """The ``boxes`` as one tensor of the full shape, for a checkpoint."""
-        return BoxedTensor(self.shape, self.boxes, dtype=self.tensor.dtype, device=self.tensor.device)
+    def boxed(self, boxed_tensor: Callable[..., BoxedTensor] = BoxedTensor) -> BoxedTensor:
+        """Make one tensor of the full shape from the ``boxes``, for a checkpoint."""
+        return boxed_tensor(self.shape, self.boxes, dtype=self.tensor.dtype, device=self.tensor.device)
 
 
 def with_local(tensor: Tensor, local: Tensor) -> Tensor:

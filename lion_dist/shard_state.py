@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lion_dist.boxes import BoxedTensor, boxes_over
+from lion_dist.boxes import BoxedTensor
 from lion_dist.config import PrecisionPolicy
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.update import LionTensors, count_aligned_elements
+from lion_dist.local_shard import LocalShard
 from lion_dist.main_params import init_main_param, sync_main_param_
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
@@ -73,6 +74,15 @@ class BucketShard:
         first, _ = self.bucket.layout.shard_range(self.bucket.groups.shard_rank)
         return [shard[s.bucket_start - first : s.bucket_stop - first] for s in self.bucket.slices]
 
+    def local_shards(self, shard: Tensor) -> list[LocalShard]:
+        """For each of the bucket's parameters, what a [shard_numel] tensor holds of it; of many that is nothing."""
+        held = dict.fromkeys(range(len(self.bucket.params)), (0, shard[:0]))
+        held |= {
+            s.param: (s.param_start, view) for s, view in zip(self.bucket.slices, self.slices_of(shard), strict=True)
+        }
+        formats = [(f.shape, f.dims) for f in self.bucket.formats]
+        return [LocalShard.of_range(shape, *held[i], dims) for i, (shape, dims) in enumerate(formats)]
+
     def count_aligned(self, scalars: StepScalars, grad_scale: Tensor) -> Tensor:
         """[params] int64: of each of the bucket's parameters, the elements here that the cautious step moves."""
         counts = torch.zeros_like(self.param_numels)
@@ -115,31 +125,29 @@ class BucketShard:
             is_remainder = self.main_param.dtype == torch.int16
             flats["main_param"] = self.main_param.view(torch.bfloat16) if is_remainder else self.main_param
         owned = {piece.param: i for i, piece in enumerate(bucket.slices)}
+        scalar = MemoryFormat.row_major(torch.Size(()))
         state: dict[Parameter, dict[str, Tensor]] = {param: {} for param in bucket.params}
         for kind, flat in flats.items():
-            slices = self.slices_of(flat)
-            for position, param in enumerate(bucket.params):
-                i = owned.get(position)
-                local, start = (flat[:0], 0) if i is None else (slices[i], bucket.slices[i].param_start)
-                state[param][kind] = self._full_or_boxed(bucket.formats[position], start, local, boxed)
+            held = zip(bucket.params, bucket.formats, self.local_shards(flat), strict=True)
+            for param, memory_format, local in held:
+                state[param][kind] = self._full_or_boxed(memory_format, local, boxed)
         for position, param in enumerate(bucket.params if self.steps is not None else ()):
             i = owned.get(position)
             local = self.steps[:0] if i is None else self.steps[i : i + 1]
             state[param]["step"] = (
-                self._full_or_boxed(MemoryFormat.row_major(torch.Size(())), 0, local, boxed)
+                self._full_or_boxed(scalar, LocalShard.of_range(scalar.shape, 0, local), boxed)
                 if param.numel()
                 else self.steps.new_zeros(())  # nobody counts for it
             )
         return state
 
     def _full_or_boxed(
-        self, memory_format: MemoryFormat, start: int, local: Tensor, boxed: Callable[..., BoxedTensor]
+        self, memory_format: MemoryFormat, local: LocalShard, boxed: Callable[..., BoxedTensor]
     ) -> Tensor:
-        """``local`` [n] holds the range from ``start`` of a tensor, in its memory order."""
-        shape, dims = memory_format.shape, memory_format.dims
-        if not shape.numel() or (self.bucket.groups.shard_group is None and self.group.get("process_group") is None):
-            return memory_format.place_in(local)
-        return boxed(shape, boxes_over(shape, start, local, dims), dtype=local.dtype, device=local.device)
+        is_alone = self.bucket.groups.shard_group is None and self.group.get("process_group") is None
+        if not local.shape.numel() or is_alone:
+            return memory_format.place_in(local.tensor)
+        return local.boxed(boxed)
 
 
 class ShardBatch:

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from lion_dist import values
 from lion_dist.adopted_state import adopt_groups
-from lion_dist.boxes import Box, BoxedTensor, boxes_over, can_read, read_box
+from lion_dist.boxes import Box, BoxedTensor, can_read, read_box
 from lion_dist.local_shard import local_tensor
 from lion_dist.main_params import main_param_as
 from lion_dist.shard_state import BucketShard
@@ -170,22 +170,18 @@ def _copies_of(shard: BucketShard, saved: Mapping[Parameter, dict[str, Tensor]])
     """
     bucket = shard.bucket
     flats = {"exp_avg": shard.exp_avg, "main_param": shard.main_param}
-    slices = {kind: shard.slices_of(flat) for kind, flat in flats.items() if flat is not None}
-    for i, (piece, param) in enumerate(zip(bucket.slices, shard.slices_of(bucket.param_shard), strict=True)):
-        owner, name, dims = bucket.params[piece.param], bucket.names[piece.param], bucket.formats[piece.param].dims
-        param_views = boxes_over(owner.shape, piece.param_start, param, dims)
-        targets = [
-            (kind, box, view)
-            for kind, pieces in slices.items()
-            for box, view in boxes_over(owner.shape, piece.param_start, pieces[i], dims).items()
-        ]
+    held = {kind: shard.local_shards(flat) for kind, flat in flats.items() if flat is not None}
+    here = shard.local_shards(bucket.param_shard)
+    for i, position in enumerate(piece.param for piece in bucket.slices):
+        owner, name, value = bucket.params[position], bucket.names[position], here[position]
+        targets = [(kind, *item) for kind, shards in held.items() for item in shards[position].boxes.items()]
         if shard.steps is not None:
             targets.append(("step", Box((), ()), shard.steps[i]))
         for kind, box, target in targets:
             source = saved[owner].get(kind)
             if source is not None and not can_read(source, box):
                 raise ValueError(_other_part(f"{kind} of {name!r}", source, shard))
-            yield _Copy(kind, box, target, param_views.get(box, param), source)
+            yield _Copy(kind, box, target, value.boxes.get(box, value.tensor), source)
 
 
 def _other_part(what: str, source: BoxedTensor, shard: BucketShard) -> str:

@@ -216,17 +216,14 @@ def _of_sharded_lion(optimizer: ShardedLion, names: dict[Parameter, list[str]]) 
                 "its own), so other ranks may hold another parameter of this name: a checkpoint cannot tell them "
                 "apart. Keep such parameters in a model and optimizer that all ranks share, or save them by yourself."
             )
-        owned = {piece.param: i for i, piece in enumerate(bucket.slices)}
         flats = {"value": bucket.param_shard, "exp_avg": shard.exp_avg, "main_param": shard.main_param}
-        slices = {kind: (flat, shard.slices_of(flat)) for kind, flat in flats.items() if flat is not None}
-        for position, param in enumerate(bucket.params):
-            i = owned.get(position)
-            kinds, dims = {}, bucket.formats[position].dims
-            for kind, (flat, pieces) in slices.items():
-                start, local = (0, flat[:0]) if i is None else (bucket.slices[i].param_start, pieces[i])
-                kinds[kind] = LocalShard.of_range(param.shape, start, local, dims).boxed()
-            step = None if shard.steps is None or i is None else shard.steps[i]
-            params[names[param][0]] = ShardedParamState(kinds.pop("value"), kinds, step)
+        held = {kind: shard.local_shards(flat) for kind, flat in flats.items() if flat is not None}
+        steps = (
+            {} if shard.steps is None else {s.param: step for s, step in zip(bucket.slices, shard.steps, strict=True)}
+        )
+        for i, param in enumerate(bucket.params):
+            kinds = {kind: shards[i].boxed() for kind, shards in held.items()}
+            params[names[param][0]] = ShardedParamState(kinds.pop("value"), kinds, steps.get(i))
     return params
 
 
