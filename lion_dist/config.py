@@ -6,6 +6,7 @@ Two frozen dataclasses: :class:`PrecisionPolicy` says in which dtypes the state 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lion_dist import values
+from lion_dist.step_rule import check_max_lr
 
 MAIN_PARAMS = ("auto", "fp32", "split", "none")
 ROUNDINGS = ("nearest", "stochastic")
@@ -230,21 +232,27 @@ def check_hyperparameters(group: Mapping, decoupled_from: float | None = None) -
 class HyperparameterWatch:
     """Checks the param groups at every step, where a scheduler or a program may have put anything.
 
-    It costs three comparisons a group unless something has been replaced since the last step.
+    It costs four comparisons a group unless something has been replaced since the last step.
+
+    Args:
+        corrected: the weight decay is divided by the group's ``max_lr``, which is checked then.
     """
 
-    def __init__(self, decoupled_from: float | None):
-        self._decoupled_from = decoupled_from
+    def __init__(self, decoupled_from: float | None, corrected: bool = False):
+        self._decoupled_from, self._corrected = decoupled_from, corrected
         self._checked: list[tuple] = []
 
     def check(self, groups: Sequence[Mapping]) -> None:
         """Raise ValueError, before a step changes anything, when a group cannot be used."""
-        found = [(group.get("lr"), group.get("weight_decay"), group.get("betas")) for group in groups]
+        keys = ("lr", "weight_decay", "max_lr", "betas")
+        found = [tuple(map(group.get, keys)) for group in groups]
         if len(found) == len(self._checked):
             pairs = zip(found, self._checked, strict=True)
             # By identity: a NaN differs from itself, and comparing tensors would wait. A list may change in place.
-            if all(a is d and b is e and c is f and type(c) is tuple for (a, b, c), (d, e, f) in pairs):
+            if all(all(map(operator.is_, now, before)) and type(now[-1]) is tuple for now, before in pairs):
                 return
         for group in groups:
             check_hyperparameters(group, self._decoupled_from)
+            if self._corrected:
+                check_max_lr(group)
         self._checked = found

@@ -22,23 +22,35 @@ from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
 from lion_dist.canonical_index import CanonicalStarts
 from lion_dist.config import HyperparameterWatch, PrecisionPolicy, check_hyperparameters, check_interval, check_policy
 from lion_dist.engine_state import is_flat_param, movable_state, share_mesh_axes
-from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, skip_unusable, split_main
+from lion_dist.kernels.reference import StepScalars, cautious_lrs, join_main, skip_unusable, split_main
 from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
 from lion_dist.local_tensors import check_memory, flat, local_tensor
 from lion_dist.metrics.step_metrics import OFF, Meter, measure_batch, metrics_of_rank
 from lion_dist.param_batch import STATE_KEYS, GroupBatches, ParamBatch
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
+from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
 from lion_dist.unused_params import NoGradientWarning
 
 _grad, _version = map(operator.attrgetter, ("grad", "_version"))
 
 
-def effective_weight_decay(group: dict, decoupled_from: float | None):
-    """lion-pytorch's ``decoupled_weight_decay``: the decay is divided by the constructor's learning rate."""
-    weight_decay = group["weight_decay"]
-    if decoupled_from is None:
-        return weight_decay
-    return (weight_decay if isinstance(weight_decay, Tensor) else float(weight_decay)) / decoupled_from
+def effective_weight_decay(group: dict, decoupled_from: float | None, corrected: bool = False):
+    """What a step multiplies by lr to have its decay.
+
+    lion-pytorch's ``decoupled_weight_decay``: the decay is divided by the constructor's learning rate. ``corrected``
+    (arXiv 2512.08217): it is multiplied by lr / max_lr, in fp64 on the host or, for tensors, on the device.
+    """
+    weight_decay, lr = group["weight_decay"], group["lr"]
+    if decoupled_from is not None:
+        weight_decay = (weight_decay if isinstance(weight_decay, Tensor) else float(weight_decay)) / decoupled_from
+    if corrected:
+        lr, max_lr, weight_decay = map(_as_fp64, (lr, group["max_lr"], weight_decay))
+        weight_decay = weight_decay * (lr / max_lr)
+    return weight_decay
+
+
+def _as_fp64(value):
+    return value.double().reshape(()) if isinstance(value, Tensor) else float(value)
 
 
 def decoupling_lr(lr, decoupled_weight_decay: bool) -> float | None:
@@ -108,6 +120,15 @@ class Lion(Optimizer):
         precision: dtypes and rounding of the state.
         cautious: step only where update and gradient agree in sign, and further there (arXiv 2411.16085). It reads
             gradients and momentum twice, and needs whole tensors: FSDP1's flat parameters are refused.
+        cautious_factor: lion-pytorch's: what a step elsewhere is multiplied by, 0 to 1. None: 0 with ``cautious``.
+            Given, the step is cautious; 1 is the plain step.
+        cautious_wd: decay only where the step and the parameter have the same sign (arXiv 2510.12402).
+        corrected_weight_decay: weights shrink by ``weight_decay * lr**2 / max_lr`` a step (arXiv 2512.08217), where
+            ``max_lr`` is the group's key of that name: its first learning rate, unless given or set by a scheduler.
+            With ``decoupled_weight_decay`` that weight decay is divided by the initial lr first.
+        maximize: follow the gradient upwards.
+        foreach, fused, capturable, differentiable: torch.optim's. The first three ask for what a step is anyway; the
+            last is refused.
         metrics_every: measure every so-manieth step, for :meth:`metrics`; 0 measures nothing and costs nothing.
 
     State of a parameter: ``exp_avg`` (its shape, fp32 or bf16); with main params ``main_param`` (fp32, or the int16
@@ -129,16 +150,26 @@ class Lion(Optimizer):
         *,
         precision: PrecisionPolicy = PrecisionPolicy(),
         cautious: bool = False,
+        cautious_factor: float | None = None,
+        cautious_wd: bool = False,
+        corrected_weight_decay: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         metrics_every: int = 0,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
-        self.precision, self.cautious = check_policy(precision), values.flag("cautious", cautious)
+        check_torch_options(foreach, fused, capturable, differentiable)
+        self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
+        self.precision = check_policy(precision)
         self.use_triton = values.flag("use_triton", use_triton, optional=True)
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._no_gradients = NoGradientWarning()
         self._starts: CanonicalStarts | None = None  # of the known batches; None: no random bits were drawn
-        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
         self.metrics_every = check_interval("metrics_every", metrics_every)
         self._meter: Meter = OFF  # until the first step, when parameters are where they will stay
         self._known_batches: dict[int, GroupBatches] = {}  # by id of the param group, from the last step
@@ -158,7 +189,7 @@ class Lion(Optimizer):
 
     def __getstate__(self) -> dict:
         """To copy or pickle: torch's own keeps defaults, state and param groups only."""
-        kept = ("precision", "cautious", "use_triton", "_decoupled_from", "metrics_every")
+        kept = ("precision", "rule", "use_triton", "_decoupled_from", "metrics_every")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict) -> None:
@@ -169,7 +200,7 @@ class Lion(Optimizer):
         self.__dict__.setdefault("_no_gradients", NoGradientWarning())
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's __setstate__ adds it; a fresh optimizer has no such key
-        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
 
     def add_param_group(self, param_group: dict) -> None:
         values.param_group(param_group)
@@ -177,11 +208,13 @@ class Lion(Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group, self._decoupled_from)
+            if self.rule.corrected_weight_decay:
+                note_max_lr(group)
             names = group.get("param_names", [f"parameter {i} of the group" for i in range(len(group["params"]))])
             for name, param in zip(names, group["params"], strict=True):
                 check_param(param, name)
                 self.precision.main_params_for(param.dtype)
-                if self.cautious:
+                if self.rule.is_cautious:
                     _refuse_hidden_boundaries(param, name)
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -219,7 +252,7 @@ class Lion(Optimizer):
         return loss
 
     def _scalars(self, group: dict) -> StepScalars:
-        weight_decay = effective_weight_decay(group, self._decoupled_from)
+        weight_decay = effective_weight_decay(group, self._decoupled_from, self.rule.corrected_weight_decay)
         warn_if_decay_vanishes(group["lr"], weight_decay)
         return StepScalars.from_group(group["lr"], group["betas"], weight_decay)
 
@@ -238,12 +271,15 @@ class Lion(Optimizer):
         self._refresh_stale_main(batch)
         if skip is not None:
             skip = skip.to(tensors.device, non_blocking=True)  # where groups lie on several devices
+        grad_scale = self.rule.signed(grad_scale, tensors.device)
         arguments = {
             "grad_scale": grad_scale,
             "seed": self.precision.seed,
-            "cautious_lrs": self._cautious_lrs(params, tensors, grads, scalars, grad_scale),
+            "cautious_wd": self.rule.cautious_wd,
             "backend": backend,
         }
+        if self.rule.is_cautious:
+            arguments["cautious_lrs"] = self._cautious_lrs(batch, grads, scalars, grad_scale, backend)
         if self._meter.is_measuring:
             with self._meter.clock.phase("measure"):
                 measure_batch(self._meter, params, tensors, grads, scalars, **arguments)
@@ -279,14 +315,13 @@ class Lion(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         return metrics_of_rank(self._meter, params, process_group)
 
-    def _cautious_lrs(self, params, tensors, grads, scalars: StepScalars, grad_scale) -> Tensor | None:
-        """[T] fp32, from counts over whole tensors: one small all-reduce per mesh axis that shards them."""
-        if not self.cautious:
-            return None
-        counts = count_aligned_elements(tensors, grads, scalars, grad_scale=grad_scale)
-        sum_over_shards_(counts, params)
-        numels = torch.tensor([p.numel() for p in params]).to(counts.device, non_blocking=True)
-        return cautious_lr(scalars.lr, counts, numels)
+    def _cautious_lrs(self, batch: ParamBatch, grads, scalars: StepScalars, grad_scale, backend: str) -> Tensor:
+        """[T, 2] fp32, from counts over whole tensors: one small all-reduce per mesh axis that shards them."""
+        counts = count_aligned_elements(
+            batch.tensors, grads, scalars, grad_scale=grad_scale, backend=backend, check=False
+        )
+        sum_over_shards_(counts, batch.params)
+        return cautious_lrs(scalars.lr, counts, batch.full_numels, self.rule.cautious_factor)
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """What GradScaler left on this object: (factor for the gradients, nonzero to skip)."""

@@ -13,7 +13,7 @@ from lion_dist.boxes import BoxedTensor, boxes_over
 from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
 from lion_dist.config import PrecisionPolicy
 from lion_dist.kernels.reference import StepScalars
-from lion_dist.kernels.update import LionTensors, count_aligned_elements
+from lion_dist.kernels.update import LionTensors
 from lion_dist.lion import main_for, refresh_main_
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
@@ -87,7 +87,7 @@ class BucketShard:
         codec: ShardCodec,
         scalars: StepScalars,
         moves: Tensor,  # [slices] bool on the device: those that this step's update does not leave as they are
-        cautious_lrs: Tensor | None,  # [slices] fp32
+        cautious_lrs: Tensor | None,  # [slices, 2] fp32
     ) -> None:
         """Before the update: what the codes of this step are relative to."""
         codec.begin(*self._rates(scalars, moves, cautious_lrs), self.steps, self.bucket.param_shard)
@@ -117,7 +117,7 @@ class BucketShard:
             rate.fill_(value)
         lr, decay = rates
         if cautious_lrs is not None:
-            lr = cautious_lrs
+            lr = cautious_lrs[:, 0]
         return torch.where(moves, lr, 0.0), torch.where(moves, decay, 1.0)
 
     def grad_slices(self) -> list[Tensor]:
@@ -133,14 +133,6 @@ class BucketShard:
         """The pieces of a [shard_numel] tensor that belong to parameters."""
         first, _ = self.bucket.layout.shard_range(self.bucket.groups.shard_rank)
         return [shard[s.bucket_start - first : s.bucket_stop - first] for s in self.bucket.slices]
-
-    def count_aligned(self, scalars: StepScalars, grad_scale: Tensor) -> Tensor:
-        """[params] int64: of each of the bucket's parameters, the elements here that the cautious step moves."""
-        counts = torch.zeros_like(self.param_numels)
-        if self.tensors is None:
-            return counts
-        aligned = count_aligned_elements(self.tensors, self.grad_slices(), scalars, grad_scale=grad_scale)
-        return counts.index_add_(0, self.slice_params, aligned)
 
     def resync(self) -> None:
         """The owner's parameters and state become everybody's: the first replica's, then along the shard group."""
@@ -199,12 +191,16 @@ class ShardBatch:
 
     Attributes:
         tensors: all their slices, or None when this rank owns only padding of them.
+        slice_params: [slices] int64 on the device, the position of each slice's parameter among all of the shards'.
+        param_numels: [params] int64 on the device, elements of each whole parameter.
     """
 
     def __init__(self, shards: Sequence[BucketShard]):
         self.shards, self.group, self.groups = list(shards), shards[0].group, shards[0].bucket.groups
         self.owning = [shard for shard in shards if shard.tensors is not None]
         self.tensors = None
+        self.param_numels = torch.cat([shard.param_numels for shard in shards])
+        self.slice_params = params_of_slices(shards, self.param_numels.device)
         if not self.owning:
             return
         parts = [shard.tensors for shard in self.owning]

@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lion_dist import values
+from lion_dist.cautious_steps import cautious_lrs_of_slices
 from lion_dist.coded_sync.send_codes import SendCodes
 from lion_dist.config import (
     HyperparameterWatch,
@@ -35,7 +36,7 @@ from lion_dist.config import (
     check_sharding,
 )
 from lion_dist.full_state import Consolidated, check_rank, copied_containers, maker_of_parts, meet
-from lion_dist.kernels.reference import StepScalars, cautious_lr, skip_unusable
+from lion_dist.kernels.reference import StepScalars, skip_unusable
 from lion_dist.kernels.update import choose_backend, lion_update_
 from lion_dist.lion import decoupling_lr, effective_weight_decay, warn_if_decay_vanishes
 from lion_dist.membership import Membership
@@ -44,7 +45,7 @@ from lion_dist.metrics.step_metrics import Meter, metrics_over_ranks
 from lion_dist.replica_check import Frozen, ReplicaCheck
 from lion_dist.shard_state import BucketShard, ShardBatch, make_batches, params_of_slices
 from lion_dist.sharded_params import ShardedParams, refuse_sparse_gradients
-from lion_dist.sharding import collectives, full_grad
+from lion_dist.sharding import full_grad
 from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.backward_updates import BackwardUpdates
 from lion_dist.sharding.bucket import Bucket
@@ -61,6 +62,7 @@ from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
 from lion_dist.state_dicts import LiveState, LoadPlan, refuse_emptied
 from lion_dist.step_choices import Factors, StepChoices
+from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
 from lion_dist.unused_params import NoGradientWarning
 from lion_dist.version_tracker import ParamWatch
 
@@ -84,7 +86,8 @@ class ShardedLion(Optimizer):
     Args:
         params: parameters, (name, parameter) pairs or param groups with their own ``lr``, ``betas``,
             ``weight_decay`` and ``process_group`` (the ranks that share that group's parameters: experts).
-        lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision, cautious: as :class:`~lion_dist.Lion`.
+        lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision, and from cautious to differentiable: as
+            :class:`~lion_dist.Lion`.
         module: the model that owns the parameters. Given, its parameters and buffers are made equal to the first
             rank's, its forward waits for each module's parameters only, and parameters get their names.
         process_group: the ranks that train this model: None for all, a ProcessGroup, a 1-D DeviceMesh, or a 2-D
@@ -114,6 +117,14 @@ class ShardedLion(Optimizer):
         sharding: ShardingConfig = ShardingConfig(),
         precision: PrecisionPolicy = PrecisionPolicy(),
         cautious: bool = False,
+        cautious_factor: float | None = None,
+        cautious_wd: bool = False,
+        corrected_weight_decay: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         metrics_every: int = 0,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
@@ -121,9 +132,15 @@ class ShardedLion(Optimizer):
         self.metrics_every = check_interval("metrics_every", metrics_every)
         self.precision, self.sharding = check_policy(precision), check_sharding(sharding)
         self.use_triton = values.flag("use_triton", use_triton, optional=True)
-        self.cautious = cautious = values.flag("cautious", cautious)
+        check_torch_options(foreach, fused, capturable, differentiable)
+        self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
         values.instance("module", module, nn.Module, "Pass the model that owns the parameters.", optional=True)
-        if sharding.update_in_backward and (cautious or metrics_every):
+        if self.rule.cautious_factor and sharding.param_sync == "coded":
+            raise ValueError(
+                f'cautious_factor={self.rule.cautious_factor} takes steps of two sizes, and param_sync="coded" sends '
+                'codes for one. Use cautious_factor=0, or param_sync="gather".'
+            )
+        if sharding.update_in_backward and (self.rule.is_cautious or metrics_every):
             raise ValueError(
                 "update_in_backward=True updates a bucket before the other buckets' gradients are there. cautious=True "
                 "(statistics over whole tensors) and metrics_every (over a whole step) need update_in_backward=False."
@@ -131,7 +148,7 @@ class ShardedLion(Optimizer):
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._progress = Progress()
         self.groups = resolve_groups(process_group)  # until ranks communicate; then of the optimizer's own
-        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
         self.shards: list[BucketShard] = []
         self._batches: list[ShardBatch] = []  # the same
         self._module = module
@@ -231,6 +248,8 @@ class ShardedLion(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            if self.rule.corrected_weight_decay:
+                note_max_lr(group)
             self._params.check(group, next((p for g in self.param_groups for p in g["params"]), None))
             GradScheduler.refuse_others(group["params"], self._params.names_of(group))
             if self._is_built:
@@ -245,7 +264,7 @@ class ShardedLion(Optimizer):
             self._membership.note(self.param_groups)
 
     def _check_agreement(self, groups: list[dict]) -> None:
-        choices = (self.sharding, self.precision, self._decoupled_from, self.cautious, self.metrics_every)
+        choices = (self.sharding, self.precision, self._decoupled_from, self.rule, self.metrics_every)
         torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
         entries = [("torch", (torch_release,)), ("ShardedLion", tuple(map(str, choices)))]
         entries += self._params.described(groups)
@@ -389,19 +408,19 @@ class ShardedLion(Optimizer):
             self.forward_hooks.note_sync_starts()
         if self._no_gradients.is_waiting:
             self._no_gradients.note_step(any(any(bucket.used) for bucket in self.buckets))
-        grad_scale = self._judge.grad_scale(self._loss_scale)
+        grad_scale = self.rule.signed(self._judge.grad_scale(self._loss_scale), self._device)
         if self.sharding.check_replicas_every:
             with self._meter.clock.phase("measure"):
                 self._replicas.begin_step(self._copies)
         self._meter.begin_step()
         self._refresh_stale_main(self.shards)
         with self._meter.clock.phase("norm"):
-            cautious_lrs = self._cautious_lrs(scalars, grad_scale) if self.cautious else {}
+            lrs = self._cautious_lrs(scalars, grad_scale)
         self._updating.update(self.buckets)
         with self._meter.clock.phase("update"):
             used = verdict.used.index_select(0, self._slice_params)  # as float, of every slice
             for batch, active in zip(self._batches, used.split([b.num_slices for b in self._batches]), strict=True):
-                self._update(batch, active, verdict.skip, scalars[id(batch.group)], grad_scale, cautious_lrs)
+                self._update(batch, active, verdict.skip, scalars[id(batch.group)], grad_scale, lrs.get(batch))
                 buckets = [shard.bucket for shard in batch.shards]
                 for bucket in buckets:
                     bucket.reset_grad()
@@ -437,9 +456,10 @@ class ShardedLion(Optimizer):
                 batch.grads(),
                 scalars[id(batch.group)],
                 skip=skip_unusable(None, scalars.values()),
-                grad_scale=self._judge.grad_scale(None),
+                grad_scale=self.rule.signed(self._judge.grad_scale(None), self._device),
                 active=None if all(trained) else self._on_device([trained[s.param] for s in bucket.slices]),
                 seed=self.precision.seed,
+                cautious_wd=self.rule.cautious_wd,
                 backend=choose_backend(self._device, self.use_triton),
                 check=False,
             )
@@ -501,7 +521,7 @@ class ShardedLion(Optimizer):
         return {id(group): self._scalars_of(group) for group in self.param_groups}
 
     def _scalars_of(self, group: dict) -> StepScalars:
-        weight_decay = effective_weight_decay(group, self._decoupled_from)
+        weight_decay = effective_weight_decay(group, self._decoupled_from, self.rule.corrected_weight_decay)
         warn_if_decay_vanishes(group["lr"], weight_decay)
         return StepScalars.from_group(group["lr"], group["betas"], weight_decay)
 
@@ -512,47 +532,43 @@ class ShardedLion(Optimizer):
         skip: Tensor,  # [] fp32
         scalars: StepScalars,
         grad_scale: Tensor,  # [] fp32
-        cautious_lrs: dict[BucketShard, Tensor],  # [slices] fp32
+        lrs: Tensor | None,  # [slices, 2] fp32 of a cautious step
     ) -> None:
         backend = choose_backend(self._device, self.use_triton)
         sends_codes = isinstance(self._param_sync, SendCodes) and batch.groups.shard_group is not None
-        encodes = sends_codes and backend == "triton" and not self.cautious  # in the update's own launch
+        is_plain = not (self.rule.is_cautious or self.rule.cautious_wd)
+        encodes = sends_codes and backend == "triton" and is_plain  # in the update's own launch
         if batch.owning:
             arguments = {
                 "grad_scale": grad_scale,
                 "active": active,
                 "seed": self.precision.seed,
-                "cautious_lrs": torch.cat([cautious_lrs[shard] for shard in batch.owning]) if cautious_lrs else None,
+                "cautious_lrs": lrs,
+                "cautious_wd": self.rule.cautious_wd,
                 "backend": backend,
             }
             if self._meter.is_measuring and batch.groups.replicate_rank == 0:  # each element once
                 with self._meter.clock.phase("measure"):
                     self._meter.add(measure(batch.tensors, batch.grads(), scalars, **arguments))
         if sends_codes:
-            moves = ((active != 0) & (skip == 0)).split([len(shard.bucket.slices) for shard in batch.shards])
-            for shard, moved in zip(batch.shards, moves, strict=True):
+            counts = [len(shard.bucket.slices) for shard in batch.shards]
+            moves = ((active != 0) & (skip == 0)).split(counts)
+            lrs_of_shards = [None] * len(counts) if lrs is None else lrs.split(counts)
+            for shard, moved, lrs_of_shard in zip(batch.shards, moves, lrs_of_shards, strict=True):
                 codec = self._param_sync.codecs[shard.bucket]
                 if encodes:
                     shard.update_and_encode(codec, scalars, moved, grad_scale)
                 else:
-                    shard.begin_codes(codec, scalars, moved, cautious_lrs.get(shard))
+                    shard.begin_codes(codec, scalars, moved, lrs_of_shard)
         if batch.owning and not encodes:  # unchecked: gradients are cut as the tensors are
             lion_update_(batch.tensors, batch.grads(), scalars, skip=skip, check=False, **arguments)
 
-    def _cautious_lrs(self, scalars: dict[int, StepScalars], grad_scale: Tensor) -> dict[BucketShard, Tensor]:
-        """[slices] fp32 for each shard, from counts over whole parameters: one small all-reduce a group of ranks."""
-        by_groups: dict[ShardGroups, list[BucketShard]] = {}
-        for shard in self.shards:
-            by_groups.setdefault(shard.bucket.groups, []).append(shard)
-        lrs = {}
-        for groups, shards in by_groups.items():
-            message = torch.cat([shard.count_aligned(scalars[id(shard.group)], grad_scale) for shard in shards])
-            collectives.all_reduce(message, groups.shard_group)
-            counts = message.split([len(shard.bucket.params) for shard in shards])
-            for shard, count in zip(shards, counts, strict=True):
-                lr = cautious_lr(scalars[id(shard.group)].lr, count, shard.param_numels)
-                lrs[shard] = lr.index_select(0, shard.slice_params)
-        return lrs
+    def _cautious_lrs(self, scalars: dict[int, StepScalars], grad_scale: Tensor) -> dict[ShardBatch, Tensor]:
+        """[slices, 2] fp32 of each batch of a cautious step, else nothing."""
+        if not self.rule.is_cautious:
+            return {}
+        backend = choose_backend(self._device, self.use_triton)
+        return cautious_lrs_of_slices(self._batches, scalars, self.rule.cautious_factor, grad_scale, backend)
 
     @torch.no_grad()
     def _judge_gradients(self) -> Verdict:

@@ -9,11 +9,10 @@ import torch
 
 from lion_dist.checkpoint.conversion import Stored
 from lion_dist.checkpoint.errors import CheckpointError
-from lion_dist.checkpoint.named_state import NamedState
+from lion_dist.checkpoint.named_state import GROUP_KEYS, NamedState
 from lion_dist.config import check_hyperparameters
 
 SETTINGS = ("lr", "betas", "weight_decay")  # that each param group has
-GROUP_KEYS = (*SETTINGS, "initial_lr")
 STATE_KEYS = ("exp_avg", "main_param", "step")
 
 
@@ -126,7 +125,7 @@ def wrong_setting(group: dict) -> str | None:
         return f"has settings that this version does not know: {', '.join(unknown)}"
     if not isinstance(group["betas"], list | tuple):
         return f"has betas {group['betas']!r:.40}"
-    numbers = [(key, group[key]) for key in ("lr", "weight_decay", "initial_lr") if key in group]
+    numbers = [(key, group[key]) for key in GROUP_KEYS if key in group and key != "betas"]
     for key, value in [*numbers, *(("betas", beta) for beta in group["betas"])]:
         if type(value) not in (int, float) or not math.isfinite(value):
             return f"has {key} {value!r:.40}"

@@ -31,6 +31,8 @@ from lion_dist.sharded_lion import ShardedLion
 from lion_dist.sharded_params import clean_name
 from lion_dist.sharding import collectives
 
+GROUP_KEYS = ("lr", "betas", "weight_decay", "initial_lr", "max_lr")  # of a param group, and saved with it
+
 
 @dataclass
 class OwnedParam:
@@ -293,11 +295,10 @@ def _tied_names(model: nn.Module, flats: list[fsdp1.FlatParam]) -> dict[str, str
 def _param_groups(
     optimizer: Lion | ShardedLion, names: dict[Parameter, list[str]], flats: list[fsdp1.FlatParam]
 ) -> list[dict]:
-    keys = ("lr", "betas", "weight_decay", "initial_lr")
     places = {piece.name: piece.place for flat in flats for piece in flat.pieces}
     groups = []
     for group in optimizer.param_groups:
-        settings = {key: _plain(group[key]) for key in keys if key in group}
+        settings = {key: _plain(group[key]) for key in GROUP_KEYS if key in group}
         members = [name for p in group["params"] for name in names[p]]
         if all(name in places for name in members):  # flat parameters do not come in the order of the model
             members.sort(key=places.__getitem__)
