@@ -91,8 +91,8 @@ def read_params(params: Mapping) -> dict:
     """The ``"params"`` of a DeepSpeed optimizer section, checked, as keyword arguments of ``Lion``.
 
     Keys: lr (1e-4), betas ([0.9, 0.99]), weight_decay (0), decoupled_weight_decay, cautious_wd, corrected_weight_decay
-    and maximize (false), use_triton (null), and those of ``PrecisionPolicy``: momentum_dtype ("fp32", "bf16", or null: as
-    the partition, which is fp32), momentum_rounding, main_params, seed.
+    and maximize (false), use_triton (null), and those of ``PrecisionPolicy``: momentum_dtype ("fp32", "bf16", or null:
+    as the partition, which is fp32), momentum_rounding, main_params, seed.
 
     Raises:
         ValueError: a key that Lion does not have, or a value of the wrong kind.
