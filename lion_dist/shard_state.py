@@ -60,7 +60,9 @@ class BucketShard:
                 stochastic_momentum=self.stochastic_momentum,
             )
 
-    def make_codec(self, precision: PrecisionPolicy, canonical_starts: list[int], backend: str) -> ShardCodec:
+    def make_codec(
+        self, precision: PrecisionPolicy, canonical_starts: list[int], backend: str, cautious_wd: bool
+    ) -> ShardCodec:
         """For param_sync="coded"."""
         layout = self.bucket.layout
         slices = []
@@ -80,6 +82,7 @@ class BucketShard:
             self.bucket.device,
             precision.seed,
             backend,
+            cautious_wd,
         )
 
     def begin_codes(

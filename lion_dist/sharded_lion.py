@@ -328,7 +328,7 @@ class ShardedLion(Optimizer):
         shard = BucketShard(bucket, group, self.precision, starts)
         if isinstance(self._param_sync, SendCodes):
             backend = choose_backend(self._device, self.use_triton)
-            self._param_sync.codecs[bucket] = shard.make_codec(self.precision, starts, backend)
+            self._param_sync.codecs[bucket] = shard.make_codec(self.precision, starts, backend, self.rule.cautious_wd)
         return shard
 
     def _adopt_unfrozen(self) -> None:
@@ -536,8 +536,7 @@ class ShardedLion(Optimizer):
     ) -> None:
         backend = choose_backend(self._device, self.use_triton)
         sends_codes = isinstance(self._param_sync, SendCodes) and batch.groups.shard_group is not None
-        is_plain = not (self.rule.is_cautious or self.rule.cautious_wd)
-        encodes = sends_codes and backend == "triton" and is_plain  # in the update's own launch
+        encodes = sends_codes and backend == "triton" and not self.rule.is_cautious  # in the update's own launch
         if batch.owning:
             arguments = {
                 "grad_scale": grad_scale,

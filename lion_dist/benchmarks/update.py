@@ -161,7 +161,7 @@ def deepspeed_step(params) -> Callable[[], None]:
     return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step
 
 
-# What a step may do beyond the plain one, and whether it reads gradient and momentum once more. Each is measured against
+# What a step may do beyond the plain one, and whether it reads gradient and momentum once more. Each is measured beside
 # the plain step of its precision; ``report_rules`` prints the ratios.
 RULES = {
     "cautious": ({"cautious": True}, True),
