@@ -7,6 +7,7 @@ from lion_dist.grad_scaler import GradScaler
 from lion_dist.lion import Lion
 from lion_dist.replica_check import ReplicaError
 from lion_dist.sharded_lion import ShardedLion
+from lion_dist.spike_guard import SpikeGuard
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "ReplicaError",
     "ShardedLion",
     "ShardingConfig",
+    "SpikeGuard",
     "this_ranks_part",
 ]

@@ -28,6 +28,7 @@ from lion_dist.local_tensors import check_memory, flat, local_tensor
 from lion_dist.metrics.step_metrics import OFF, Meter, measure_batch, metrics_of_rank
 from lion_dist.param_batch import STATE_KEYS, GroupBatches, ParamBatch
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
+from lion_dist.spike_guard import SpikeGuard, SpikeWatch, check_guard, not_guarded
 from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
 from lion_dist.unused_params import NoGradientWarning
 
@@ -129,6 +130,9 @@ class Lion(Optimizer):
         maximize: follow the gradient upwards.
         foreach, fused, capturable, differentiable: torch.optim's. The first three ask for what a step is anyway; the
             last is refused.
+        skip_spikes: skip a step whose gradient norm, over all parameters and ranks, is far above those before
+            (``SpikeGuard``); a loss or a norm of the program's own is judged too (:meth:`observe`). FSDP1's flat
+            parameters are refused.
         metrics_every: measure every so-manieth step, for :meth:`metrics`; 0 measures nothing and costs nothing.
 
     State of a parameter: ``exp_avg`` (its shape, fp32 or bf16); with main params ``main_param`` (fp32, or the int16
@@ -158,13 +162,15 @@ class Lion(Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
+        skip_spikes: SpikeGuard | None = None,
         metrics_every: int = 0,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
         check_torch_options(foreach, fused, capturable, differentiable)
         self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
-        self.precision = check_policy(precision)
+        self.precision, self.skip_spikes = check_policy(precision), check_guard(skip_spikes)
+        self._spikes: SpikeWatch | None = None  # until the first step, when parameters are where they will stay
         self.use_triton = values.flag("use_triton", use_triton, optional=True)
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._no_gradients = NoGradientWarning()
@@ -189,7 +195,7 @@ class Lion(Optimizer):
 
     def __getstate__(self) -> dict:
         """To copy or pickle: torch's own keeps defaults, state and param groups only."""
-        kept = ("precision", "rule", "use_triton", "_decoupled_from", "metrics_every")
+        kept = ("precision", "rule", "skip_spikes", "_spikes", "use_triton", "_decoupled_from", "metrics_every")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict) -> None:
@@ -216,6 +222,8 @@ class Lion(Optimizer):
                 self.precision.main_params_for(param.dtype)
                 if self.rule.is_cautious:
                     _refuse_hidden_boundaries(param, name)
+                if self.skip_spikes is not None:
+                    _refuse_hidden_ranks(param, name)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -241,6 +249,8 @@ class Lion(Optimizer):
         backends = [choose_backend(batch.tensors.device, self.use_triton) for _, batch, _ in found]
         scalars = [self._scalars(group) for group, _, _ in found]
         skip = skip_unusable(skip, scalars)
+        if self.skip_spikes is not None:
+            skip = self._judge_spikes(found, grad_scale, skip)
         if self._no_gradients.is_waiting:
             self._note_gradients(bool(found))
         self._make_meter()
@@ -250,6 +260,44 @@ class Lion(Optimizer):
                 self._update(batch, grads, of_group, backend, grad_scale, skip)
         self._meter.end_step(skip)
         return loss
+
+    @property
+    def spike_window(self) -> Tensor | None:
+        """[2 * window + 5] fp64 on the device, live: the state of ``skip_spikes``."""
+        return None if self.skip_spikes is None else self._spike_watch().state
+
+    def observe(self, loss: Tensor | None = None, grad_norm: Tensor | None = None) -> None:
+        """Hand over what ``skip_spikes`` is to judge the next step by, beside the gradients or instead of them.
+
+        Args:
+            loss: of the step, a tensor on the device; the same on all ranks that share parameters (their mean, say).
+            grad_norm: in place of the one that the step computes itself: what ``clip_grad_norm_`` has returned, for
+                the gradients that it leaves have no spikes.
+        """
+        if self.skip_spikes is None:
+            raise not_guarded()
+        self._spike_watch().observe(loss, grad_norm)
+
+    def _spike_watch(self) -> SpikeWatch:
+        if self._spikes is None:
+            first = next(p for group in self.param_groups for p in group["params"])
+            self._spikes = SpikeWatch(self.skip_spikes, local_tensor(first).device)
+        return self._spikes
+
+    def _judge_spikes(self, found: list[tuple], grad_scale: Tensor | None, skip: Tensor | None) -> Tensor | None:
+        rates = [group["lr"] for group in self.param_groups]
+        if not found or not any(isinstance(lr, Tensor) or lr for lr in rates):
+            return skip  # torch.distributed.checkpoint makes state by a step of lr 0, with gradients of its own
+        norm, loss = self._spike_watch().take_given()
+        if norm is None:
+            squares = []
+            for _, batch, grads in found:
+                of_batch = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64)).square()
+                sum_over_shards_(of_batch, batch.params)
+                squares.append(of_batch.sum().to(self._spikes.state.device, non_blocking=True))
+            norm = torch.stack(squares).sum().sqrt()
+            norm = norm if grad_scale is None else norm * grad_scale.to(norm.device)
+        return self._spikes.verdict(norm, loss, skip)
 
     def _scalars(self, group: dict) -> StepScalars:
         weight_decay = effective_weight_decay(group, self._decoupled_from, self.rule.corrected_weight_decay)
@@ -313,7 +361,8 @@ class Lion(Optimizer):
         values.instance("process_group", process_group, ProcessGroup, remedy, optional=True)
         self._make_meter()
         params = [p for group in self.param_groups for p in group["params"]]
-        return metrics_of_rank(self._meter, params, process_group)
+        spikes = {} if self.skip_spikes is None else self._spike_watch().report()
+        return metrics_of_rank(self._meter, params, process_group) | spikes
 
     def _cautious_lrs(self, batch: ParamBatch, grads, scalars: StepScalars, grad_scale, backend: str) -> Tensor:
         """[T, 2] fp32, from counts over whole tensors: one small all-reduce per mesh axis that shards them."""
@@ -489,7 +538,8 @@ class Lion(Optimizer):
         finally:
             self.state.update(orphans)
         state = {k: movable_state(params[k], v) if isinstance(k, int) else v for k, v in result["state"].items()}
-        return {**result, "state": state}
+        guard = {} if self.skip_spikes is None else {"spike_guard": self.spike_window}
+        return {**result, "state": state} | guard
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a ``state_dict`` of this class, of lion-pytorch's Lion, or of any other that keeps ``exp_avg``.
@@ -499,6 +549,7 @@ class Lion(Optimizer):
         """
         values.state_dict(state_dict)
         states: dict[Tensor, dict] = {}
+        window: dict[str, Tensor | None] = {}
 
         def adopt(_self, state_dict: dict) -> dict:  # after a user's own hooks, which may have changed it
             groups = adopt_groups(state_dict["param_groups"], self.param_groups, self.defaults, self._decoupled_from)
@@ -507,11 +558,15 @@ class Lion(Optimizer):
             saved = state_dict["state"]
             pairs = zip(saved_ids, params, strict=False)  # torch says so when there are more or fewer
             states.update({param: self._adopt_state(param, saved[i]) for i, param in pairs if i in saved})
+            if self.skip_spikes is not None:
+                window["saved"] = self._spike_watch().checked(state_dict.get("spike_guard"))
             return {**state_dict, "state": {}, "param_groups": groups}
 
         def take_over(_self) -> None:  # before a user's own hooks, which may look at it
             self.state.update(states)
             self._known_batches.clear()
+            if self._spikes is not None:
+                self._spikes.load(window["saved"])
 
         hooks = [
             self.register_load_state_dict_pre_hook(adopt),
@@ -536,6 +591,14 @@ def _refuse_hidden_boundaries(param: Tensor, name: str) -> None:
         raise ValueError(
             f"cautious=True needs a statistic over each whole tensor, but {name} is part of FSDP1's flat parameter, "
             "which hides where tensors begin. Use fully_shard (FSDP2), or cautious=False."
+        )
+
+
+def _refuse_hidden_ranks(param: Tensor, name: str) -> None:
+    if is_flat_param(param):
+        raise ValueError(
+            f"skip_spikes needs the norm over all ranks' gradients, but {name} is part of FSDP1's flat parameter, "
+            "which does not say among which ranks it is cut. Use fully_shard (FSDP2), or skip_spikes=None."
         )
 
 

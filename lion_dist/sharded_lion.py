@@ -60,6 +60,7 @@ from lion_dist.sharding.peer_memory import PeerMemory, connect
 from lion_dist.sharding.process_groups import Progress, ShardGroups, backend_for, explained, resolve_groups
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
+from lion_dist.spike_guard import SpikeGuard, SpikeWatch, check_guard, mean_over_ranks, not_guarded
 from lion_dist.state_dicts import LiveState, LoadPlan, refuse_emptied
 from lion_dist.step_choices import Factors, StepChoices
 from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
@@ -86,7 +87,7 @@ class ShardedLion(Optimizer):
     Args:
         params: parameters, (name, parameter) pairs or param groups with their own ``lr``, ``betas``,
             ``weight_decay`` and ``process_group`` (the ranks that share that group's parameters: experts).
-        lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision, and from cautious to differentiable: as
+        lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision, and from cautious to skip_spikes: as
             :class:`~lion_dist.Lion`.
         module: the model that owns the parameters. Given, its parameters and buffers are made equal to the first
             rank's, its forward waits for each module's parameters only, and parameters get their names.
@@ -125,6 +126,7 @@ class ShardedLion(Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
+        skip_spikes: SpikeGuard | None = None,
         metrics_every: int = 0,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
@@ -135,15 +137,17 @@ class ShardedLion(Optimizer):
         check_torch_options(foreach, fused, capturable, differentiable)
         self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
         values.instance("module", module, nn.Module, "Pass the model that owns the parameters.", optional=True)
+        self.skip_spikes = check_guard(skip_spikes)
         if self.rule.cautious_factor and sharding.param_sync == "coded":
             raise ValueError(
                 f'cautious_factor={self.rule.cautious_factor} takes steps of two sizes, and param_sync="coded" sends '
                 'codes for one. Use cautious_factor=0, or param_sync="gather".'
             )
-        if sharding.update_in_backward and (self.rule.is_cautious or metrics_every):
+        if sharding.update_in_backward and (self.rule.is_cautious or metrics_every or skip_spikes is not None):
             raise ValueError(
                 "update_in_backward=True updates a bucket before the other buckets' gradients are there. cautious=True "
-                "(statistics over whole tensors) and metrics_every (over a whole step) need update_in_backward=False."
+                "(statistics over whole tensors), metrics_every and skip_spikes (over a whole step) need "
+                "update_in_backward=False."
             )
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._progress = Progress()
@@ -191,6 +195,7 @@ class ShardedLion(Optimizer):
         divisor = self.groups.num_ranks if self.sharding.average else 1
         self._judge = Judge(self.groups, self._device, divisor, self._choose_sum_of_squares())
         self._meter = Meter(self.metrics_every, self._device)
+        self._spikes = None if self.skip_spikes is None else SpikeWatch(self.skip_spikes, self._device)
         self._replicas = ReplicaCheck(self.groups, self._stream, self._device, self.sharding.check_replicas_every)
         self._counters = torch.zeros(2, dtype=torch.int64, device=self._device)  # steps taken, steps skipped
         if self.sharding.update_in_backward:
@@ -264,7 +269,7 @@ class ShardedLion(Optimizer):
             self._membership.note(self.param_groups)
 
     def _check_agreement(self, groups: list[dict]) -> None:
-        choices = (self.sharding, self.precision, self._decoupled_from, self.rule, self.metrics_every)
+        choices = (self.sharding, self.precision, self._decoupled_from, self.rule, self.skip_spikes, self.metrics_every)
         torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
         entries = [("torch", (torch_release,)), ("ShardedLion", tuple(map(str, choices)))]
         entries += self._params.described(groups)
@@ -403,7 +408,7 @@ class ShardedLion(Optimizer):
             return loss
         scalars = self._all_scalars()
         self._judge_gradients()
-        verdict = self._judge.skip_unusable(skip_unusable(None, scalars.values()))
+        verdict = self._judge.skip_unusable(self._judge_spikes(skip_unusable(None, scalars.values())))
         if self.forward_hooks is not None:
             self.forward_hooks.note_sync_starts()
         if self._no_gradients.is_waiting:
@@ -514,6 +519,20 @@ class ShardedLion(Optimizer):
         if self._backward_updates is not None:
             self._backward_updates.forget_step()
         self._judge.forget_step()
+
+    def observe(self, loss: Tensor) -> None:
+        """Hand over the loss of this rank's batch, a tensor on the device: ``skip_spikes`` judges the next step by the
+        mean over all ranks, too, beside the gradient norm. All ranks do so, or none."""
+        if self._spikes is None:
+            raise not_guarded()
+        self._spikes.observe(loss)
+
+    def _judge_spikes(self, skip: Tensor | None) -> Tensor | None:
+        if self._spikes is None:
+            return skip
+        _, loss = self._spikes.take_given()
+        loss = None if loss is None else mean_over_ranks(loss.to(self._device), self.groups)
+        return self._spikes.verdict(self._judge.norm(self._loss_scale), loss, skip)
 
     def _all_scalars(self) -> dict[int, StepScalars]:
         """By id of the param group."""
@@ -845,7 +864,7 @@ class ShardedLion(Optimizer):
     # ---- what there is
 
     def skipped_steps(self) -> int:
-        """Steps skipped for a gradient that was not finite. Waits for the device."""
+        """Steps skipped, for a gradient that was not finite or for a spike. Waits for the device."""
         return int(self._counters[1])
 
     def taken_steps(self) -> int:
@@ -862,7 +881,8 @@ class ShardedLion(Optimizer):
         Raises:
             RuntimeError: ``metrics_every`` is 0.
         """
-        return metrics_over_ranks(self._meter, self.groups) | {"skipped_steps": self.skipped_steps()}
+        spikes = {} if self._spikes is None else self._spikes.report()
+        return metrics_over_ranks(self._meter, self.groups) | {"skipped_steps": self.skipped_steps()} | spikes
 
     @explained("check_replicas()")
     def check_replicas(self) -> None:
@@ -934,8 +954,14 @@ class ShardedLion(Optimizer):
         return self._counters
 
     @property
+    def spike_window(self) -> Tensor | None:
+        """[2 * window + 5] fp64 on the device, live: the state of ``skip_spikes``."""
+        return None if self._spikes is None else self._spikes.state
+
+    @property
     def _live_state(self) -> LiveState:
-        return LiveState(self.param_groups, self.shards, self._params.names, self._counters, self._decoupled_from)
+        names, counters = self._params.names, self._counters
+        return LiveState(self.param_groups, self.shards, names, counters, self._decoupled_from, self.spike_window)
 
     def _settled_state(self) -> LiveState:
         """With parameters whole, and main params that follow them."""
@@ -982,7 +1008,11 @@ class ShardedLion(Optimizer):
             for hook in self._optimizer_load_state_dict_pre_hooks.values():
                 changed = hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
-        LoadPlan(self._settled_state(), state_dict).apply()
+        plan = LoadPlan(self._settled_state(), state_dict)
+        window = None if self._spikes is None else self._spikes.checked(state_dict.get("spike_guard"))
+        plan.apply()
+        if self._spikes is not None:
+            self._spikes.load(window)
         self._consolidated = None
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)

@@ -63,6 +63,8 @@ def plan_routes(stored: Stored, state: NamedState) -> Routes:
             _direct_scalar(routes, stored, f"optimizer.{name}.step", param.step)
     if state.counters is not None:
         _direct_scalar(routes, stored, "counters", state.counters)
+    if state.spike_window is not None:
+        _direct_scalar(routes, stored, "spike_guard", state.spike_window)
     return routes
 
 

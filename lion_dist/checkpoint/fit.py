@@ -67,6 +67,9 @@ def _other_state(stored: Stored, state: NamedState) -> list[str]:
             continue
         if key == "counters":
             wrong = wrong_state("counters", entry.size, entry.properties.dtype, (2,))
+        elif key == "spike_guard":
+            here = entry.size if state.spike_window is None else state.spike_window.shape
+            wrong = wrong_state("spike_guard", entry.size, entry.properties.dtype, here)
         elif not key.startswith("optimizer.") or kind not in STATE_KEYS or name not in state.params:
             wrong = "belongs to nothing here"
         else:
@@ -89,6 +92,8 @@ def wrong_state(
     is_whole_number = not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
     if kind in ("step", "counters"):
         return None if is_whole_number else f"counts in {dtype}"
+    if kind == "spike_guard":
+        return None if dtype == torch.float64 else f"is {dtype}, not torch.float64"
     if kind == "exp_avg":
         return None if dtype.is_floating_point else f"is {dtype}, no floating-point numbers"
     if dtype == torch.int16:

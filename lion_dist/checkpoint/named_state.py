@@ -6,6 +6,7 @@ The names are those of the unwrapped model, whatever engine holds it::
     optimizer.<name>.exp_avg | main_param     fp32, bf16 or int16, in the parameter's full shape
     optimizer.<name>.step                     [] int64, with stochastic rounding
     counters                                  [2] int64, steps taken and skipped (ShardedLion)
+    spike_guard                               fp64, the window of skip_spikes (``spike_guard.py``)
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class NamedState:
     params: dict[str, OwnedParam]
     buffers: dict[str, BoxedTensor]
     counters: Tensor | None
+    spike_window: Tensor | None
     tied: dict[str, str]
     param_groups: list[dict]
     finish_load: Callable[[], None]
@@ -78,6 +80,8 @@ class NamedState:
                 named[f"optimizer.{name}.step"] = whole(param.step)
         if self.counters is not None:
             named["counters"] = whole(self.counters)
+        if self.spike_window is not None:
+            named["spike_guard"] = whole(self.spike_window)
         return named
 
 
@@ -108,6 +112,7 @@ def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> NamedState:
         params,
         {name: boxed_local(buffer) for name, buffer in _persistent_buffers(model)},
         optimizer.counters if isinstance(optimizer, ShardedLion) else None,
+        optimizer.spike_window,
         _tied_names(model, flats),
         groups,
         finish,

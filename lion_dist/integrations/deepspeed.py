@@ -267,7 +267,9 @@ def _keep_lion(accelerator_module) -> Callable:
             cautious_wd=optimizer.rule.cautious_wd,
             corrected_weight_decay=optimizer.rule.corrected_weight_decay,
             maximize=optimizer.rule.maximize,
-            **({"cautious": True} if optimizer.rule.is_cautious else {}),  # is refused, with the reason
+            # These are refused, with the reason.
+            **({"cautious": True} if optimizer.rule.is_cautious else {}),
+            **({"skip_spikes": True} if optimizer.skip_spikes is not None else {}),
         )
 
     return map_lion_to_deepspeed

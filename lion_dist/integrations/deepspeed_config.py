@@ -40,6 +40,8 @@ FOREIGN_KEYS = {
         "its statistic is over whole tensors, and flat partitions hide where those begin. Use ShardedLion or "
         "fully_shard (FSDP2) for it",
     ),
+    "skip_spikes": "the norm over all ranks' gradients is DeepSpeed's, which does not hand it on. Use ShardedLion or "
+    "fully_shard (FSDP2) for it",
     "max_grad_norm": 'use the top-level "gradient_clipping" of the config',
 }
 
