@@ -281,7 +281,8 @@ class Lion(Optimizer):
     def _spike_watch(self) -> SpikeWatch:
         if self._spikes is None:
             first = next(p for group in self.param_groups for p in group["params"])
-            self._spikes = SpikeWatch(self.skip_spikes, local_tensor(first).device)
+            device = local_tensor(first).device
+            self._spikes = SpikeWatch(self.skip_spikes, device, choose_backend(device, self.use_triton))
         return self._spikes
 
     def _judge_spikes(self, found: list[tuple], grad_scale: Tensor | None, skip: Tensor | None) -> Tensor | None:

@@ -195,7 +195,10 @@ class ShardedLion(Optimizer):
         divisor = self.groups.num_ranks if self.sharding.average else 1
         self._judge = Judge(self.groups, self._device, divisor, self._choose_sum_of_squares())
         self._meter = Meter(self.metrics_every, self._device)
-        self._spikes = None if self.skip_spikes is None else SpikeWatch(self.skip_spikes, self._device)
+        self._spikes = None
+        if self.skip_spikes is not None:
+            backend = choose_backend(self._device, self.use_triton)
+            self._spikes = SpikeWatch(self.skip_spikes, self._device, backend)
         self._replicas = ReplicaCheck(self.groups, self._stream, self._device, self.sharding.check_replicas_every)
         self._counters = torch.zeros(2, dtype=torch.int64, device=self._device)  # steps taken, steps skipped
         if self.sharding.update_in_backward:

@@ -57,10 +57,13 @@ class SpikeWatch:
     Attributes:
         state: [2 * window + 5] fp64 on the device, all there is to save: the last norms, the last losses, how many of
             each have entered, the steps that were judged, the spikes among them, and the number of the last one.
+
+    Args:
+        backend: as ``kernels.update.choose_backend`` says. A window depends in last bits on the kind of device.
     """
 
-    def __init__(self, guard: SpikeGuard, device: torch.device):
-        self.guard = guard
+    def __init__(self, guard: SpikeGuard, device: torch.device, backend: str):
+        self.guard, self.backend = guard, backend
         self.state = torch.zeros(2 * guard.window + 5, dtype=torch.float64, device=device)
         self._window = self.state[: 2 * guard.window].view(2, guard.window)
         self._entered, self._numbers = self.state[-5:-3], self.state[-3:]
@@ -68,11 +71,11 @@ class SpikeWatch:
         self._given: list[Tensor | None] = [None, None]  # by the user, for the next step
 
     def __getstate__(self) -> tuple:
-        return self.guard, self.state
+        return self.guard, self.backend, self.state
 
     def __setstate__(self, kept: tuple) -> None:
-        guard, state = kept
-        self.__init__(guard, state.device)
+        guard, backend, state = kept
+        self.__init__(guard, state.device, backend)
         self.load(state)
 
     def observe(self, loss: Tensor | None, grad_norm: Tensor | None = None) -> None:
@@ -96,17 +99,23 @@ class SpikeWatch:
 
         ``norm``, ``loss``: [] on the device, the same on all ranks; None: not judged by it.
         """
+        norm, loss, skip = (x if x is None else x.to(self.state.device).reshape(()) for x in (norm, loss, skip))
+        if self.backend == "triton":
+            from lion_dist import spike_guard_triton
+
+            sizes = {"SIGMAS": self.guard.sigmas, "LEAST_STD": LEAST_STD, "WINDOW": self.guard.window}
+            return spike_guard_triton.verdict(self.state, norm, loss, skip, **sizes)
         is_spike = torch.zeros((), dtype=torch.bool, device=self.state.device)
         for row, value in ((NORM, norm), (LOSS, loss)):
             if value is not None:
-                is_spike = is_spike | self._enter(row, value.to(self.state.device, torch.float64).reshape(()))
+                is_spike = is_spike | self._enter(row, value.double())
         judged, spikes, last = self._numbers.unbind()
         judged += 1
         spikes += is_spike
         last.copy_(torch.where(is_spike, judged, last))
         if skip is None:
             return is_spike.float()
-        return torch.maximum(is_spike.float(), (skip.to(is_spike.device).reshape(()) != 0).float())
+        return (is_spike | (skip != 0)).float()
 
     def _enter(self, row: int, value: Tensor) -> Tensor:
         """Whether ``value`` is a spike, [] bool; it is in the window from now on."""

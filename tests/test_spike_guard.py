@@ -13,14 +13,22 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import lion_dist.checkpoint
 from lion_dist import GradScaler, Lion, ShardedLion, ShardingConfig, SpikeGuard
 from lion_dist.integrations.deepspeed_config import read_params
+from lion_dist.kernels import triton_kernels
 from lion_dist.spike_guard import SpikeWatch
 
 GUARD = SpikeGuard(window=8, sigmas=6.0)
 CPU = torch.device("cpu")
 
 
-def verdicts(numbers, guard=GUARD, row="norm"):
-    watch = SpikeWatch(guard, CPU)
+@pytest.fixture(params=["cpu", "triton"])
+def backend(request):
+    if request.param == "triton" and not triton_kernels.INTERPRETED.value:
+        pytest.skip("the kernels are compiled here")
+    return request.param
+
+
+def verdicts(numbers, guard=GUARD, row="norm", backend="cpu"):
+    watch = SpikeWatch(guard, CPU, backend)
     column = {"norm": lambda x: (x, None), "loss": lambda x: (None, x)}[row]
     return [bool(watch.verdict(*column(torch.tensor(x)), None)) for x in numbers], watch
 
@@ -45,23 +53,47 @@ def by_hand(numbers, window, sigmas):
 
 
 @pytest.mark.parametrize("row", ["norm", "loss"])
-def test_a_value_far_above_those_before_is_a_spike(row):
+def test_a_value_far_above_those_before_is_a_spike(row, backend):
     numbers = [1.0, 1.1, 0.9, 1.0, 1.05, 50.0, 1.0, 0.95]
-    assert verdicts(numbers, row=row)[0] == [False] * 5 + [True] + [False] * 2
+    assert verdicts(numbers, row=row, backend=backend)[0] == [False] * 5 + [True] + [False] * 2
 
 
-def test_the_verdicts_are_those_of_the_rule_by_hand():
+def test_the_verdicts_are_those_of_the_rule_by_hand(backend):
     generator = torch.Generator().manual_seed(0)
     numbers = torch.rand(100, generator=generator, dtype=torch.float64)
     numbers[::17] *= 9
-    found, watch = verdicts(numbers.tolist(), SpikeGuard(window=16, sigmas=3.0))
+    found, watch = verdicts(numbers.tolist(), SpikeGuard(window=12, sigmas=3.0), backend=backend)
     as_fp32 = [float(torch.tensor(x)) for x in numbers.tolist()]
-    assert found == by_hand(as_fp32, 16, 3.0) and any(found)
+    assert found == by_hand(as_fp32, 12, 3.0) and any(found)
     assert watch.report() == {"spikes": sum(found), "last_spike": 1 + max(i for i, x in enumerate(found) if x)}
 
 
 def test_nothing_is_a_spike_before_half_the_window_is_filled():
     assert verdicts([1.0, 1.0, 1.0, 1e9])[0] == [False] * 4
+
+
+def test_a_step_that_is_skipped_anyway_stays_so(backend):
+    for skip in (0.0, 1.0):
+        watch = SpikeWatch(GUARD, CPU, backend)
+        assert watch.verdict(torch.tensor(1.0), None, torch.tensor([skip])).item() == skip
+
+
+def test_norm_and_loss_have_windows_of_their_own(backend):
+    watch = SpikeWatch(GUARD, CPU, backend)
+    for i in range(5):
+        watch.verdict(torch.tensor(1.0 + i / 10), torch.tensor(100.0 + i, dtype=torch.bfloat16), None)
+    assert watch.verdict(torch.tensor(1.0), torch.tensor(100.0), None).item() == 0
+    assert watch.verdict(torch.tensor(1.0), torch.tensor(900.0), None).item() == 1
+    assert watch.verdict(torch.tensor(100.0), torch.tensor(100.0), None).item() == 1
+    assert watch.report() == {"spikes": 2, "last_spike": 8}
+
+
+def test_both_backends_hold_the_same_window():
+    if not triton_kernels.INTERPRETED.value:
+        pytest.skip("the kernels are compiled here")
+    numbers = [1.0, 1.1, 0.9, 1.0, 1.05, 50.0, 1.0, 0.95, 1.0, 1.1, 30.0]
+    windows = [verdicts(numbers, backend=name)[1].state for name in ("cpu", "triton")]
+    torch.testing.assert_close(*windows, rtol=1e-14, atol=0)
 
 
 def test_equal_values_are_no_spikes():
@@ -78,9 +110,9 @@ def test_values_that_stay_high_pass_in_the_end():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite_is_no_spike_and_does_not_enter(bad):
-    found, watch = verdicts([1.0, 1.1, 0.9, 1.0, bad])
-    without = verdicts([1.0, 1.1, 0.9, 1.0])[1]
+def test_a_value_that_is_not_finite_is_no_spike_and_does_not_enter(bad, backend):
+    found, watch = verdicts([1.0, 1.1, 0.9, 1.0, bad], backend=backend)
+    without = verdicts([1.0, 1.1, 0.9, 1.0], backend=backend)[1]
     assert not any(found) and torch.equal(watch.state[:18], without.state[:18])
 
 
@@ -341,3 +373,9 @@ def updates_in_backward():
     with pytest.raises(ValueError, match="skip_spikes"):
         sharding = ShardingConfig(update_in_backward=True)
         ShardedLion([nn.Parameter(torch.ones(3))], sharding=sharding, skip_spikes=GUARD)
+
+
+def test_the_kernel_compiles_for_hopper_and_fuses_nothing(compiled_by):
+    instructions = compiled_by("tests.compile_guard_ahead")
+    assert not [op for op in instructions if op.startswith("fma.")]
+    assert instructions["mul.rn.f64"] and instructions["add.rn.f64"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lion_dist import Lion, PrecisionPolicy
+from lion_dist import Lion, PrecisionPolicy, SpikeGuard
 from lion_dist.benchmarks.report import Rows, version_of
 from lion_dist.benchmarks.timing import (
     Timing,
@@ -168,13 +168,23 @@ RULES = {
     "cautious decay": ({"cautious_wd": True}, False),
     "corrected decay": ({"corrected_weight_decay": True}, False),
     "maximize": ({"maximize": True}, False),
+    "spike guard": ({"skip_spikes": SpikeGuard()}, False),  # of a norm that is there already, as ShardedLion's is
     "cautious, both decays": ({"cautious": True, "cautious_wd": True, "corrected_weight_decay": True}, True),
 }
 RULED_PRECISIONS = ("fp32", "bf16 split", "bf16 none")
 
 
 def ruled_step(params: list[nn.Parameter], policy: PrecisionPolicy, rule: str) -> Callable[[], None]:
-    return Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, precision=policy, **RULES[rule][0]).step
+    opt = Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, precision=policy, **RULES[rule][0])
+    if opt.skip_spikes is None:
+        return opt.step
+    norm = torch.ones((), device=params[0].device)
+
+    def guarded_step() -> None:
+        opt.observe(grad_norm=norm)
+        opt.step()
+
+    return guarded_step
 
 
 def ruled_providers(precision: str) -> list[Provider]:
