@@ -209,6 +209,7 @@ class Lion(Optimizer):
         self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
 
     def add_param_group(self, param_group: dict) -> None:
+        """Append a param group, whose settings are checked as the first ones were."""
         values.param_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]

@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import subprocess
@@ -14,6 +15,11 @@ if not torch.cuda.is_available():
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of spawned workers
 torch.set_num_threads(1)  # several ranks share the cores
 hypothesis.settings.load_profile("ci")  # the same examples everywhere, and no deadline: the machine may be busy
+
+
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # what has been imported need not be looked through after every test
 
 
 @pytest.fixture(scope="session")

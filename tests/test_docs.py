@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import lion_dist
+from lion_dist import checkpoint
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 RUNNABLE = ("quick-start.md", "precision.md")
@@ -133,3 +136,20 @@ def test_the_faq_explains_messages_that_the_code_has():
     parts = message_parts()
     assert len(parts) > 40
     assert [part for part in parts if part not in code] == []
+
+
+def public_names() -> list[tuple[str, object]]:
+    found = [(name, getattr(module, name)) for module in (lion_dist, checkpoint) for name in module.__all__]
+    methods = [
+        (f"{name}.{key}", value)
+        for name, kind in found
+        if isinstance(kind, type)
+        for key, value in vars(kind).items()
+        if not key.startswith("_") and callable(value)
+    ]
+    return found + methods
+
+
+@pytest.mark.parametrize(("name", "value"), public_names(), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_public_name_is_described_in_the_reference(name, value):
+    assert value.__doc__ and not value.__doc__.startswith(f"{getattr(value, '__name__', '')}("), name

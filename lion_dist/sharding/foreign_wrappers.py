@@ -47,11 +47,15 @@ def find_wrapper(params: Iterable[Parameter], module: nn.Module | None) -> str |
 
 
 def _find_around(params: set[Parameter]) -> str | None:
-    for candidate in gc.get_objects():
-        kind = type(candidate)  # not isinstance(), which asks lazy proxies for their class
-        if issubclass(kind, nn.Module) and (name := wrapper_name(kind)) is not None:
-            if not params.isdisjoint(candidate.parameters()):
-                return name
+    objects = gc.get_objects()
+    # The types first, in C: a large job has a million objects, and a Python loop over them takes 0.1 s. type(), not
+    # isinstance(), which asks lazy proxies for their class.
+    kinds = {kind: wrapper_name(kind) for kind in set(map(type, objects)) if issubclass(kind, nn.Module)}
+    wrappers = {kind: name for kind, name in kinds.items() if name is not None}
+    for candidate in objects if wrappers else ():
+        name = wrappers.get(type(candidate))
+        if name is not None and not params.isdisjoint(candidate.parameters()):
+            return name
     return None
 
 

@@ -16,6 +16,7 @@ from lion_dist import cli
 from lion_dist.cli import collective_check
 from lion_dist.cli.findings import OK, Finding
 from lion_dist.kernels import compiled_library, cpu_native
+from tests.kernels.test_compiled_library import put_in_place_of
 from tests.seeds import fuzz_seed
 
 LLAMA = {
@@ -222,7 +223,7 @@ def the_line(printed: str, what: str) -> str:
 def test_doctor_with_a_damaged_cache_repairs_it(doctor, tmp_path, capsys):
     doctor()
     (kept,) = (tmp_path / "cache" / "lion_dist").iterdir()
-    kept.write_bytes(b"\x7fELF damaged")
+    put_in_place_of(kept, b"\x7fELF damaged")
     forget()
     capsys.readouterr()
     doctor()
