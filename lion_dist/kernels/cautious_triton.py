@@ -115,7 +115,7 @@ def count_aligned(tensors, grads, scalars: StepScalars, *, grad_scale: Tensor | 
         "PIECE": piece,
         "VECTOR": shape.vector,
     }
-    variant = "count", block, grads[0].dtype, grad_scale is None
+    variant = "count", block, grads[0].dtype, None if grad_scale is None else grad_scale.dtype
     with launch_on(tensors.device):
         table = address_table(tensors, block)
         arguments |= table.arguments(grads)
