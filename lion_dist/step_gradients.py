@@ -17,6 +17,7 @@ from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.phases import PhaseClock
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
+from lion_dist.spike_guard import SpikeGuard, SpikeWatch, mean_over_ranks
 from lion_dist.step_choices import Factors, StepChoices
 
 _requires_grad = operator.attrgetter("requires_grad")
@@ -29,6 +30,7 @@ class StepGradients:
         param_groups: returns the optimizer's.
         loss_scale: returns that of a GradScaler around ``step()`` that has not unscaled.
         judge: keeps what all ranks know about the gradients, and what they are multiplied by.
+        spikes: of ``skip_spikes``; None: no step is skipped for one.
         before_reducing: called before the gradients that are left are reduced.
         used_in_backward: backward updates with each gradient as it comes, and none is left to ask about.
         adopt: gives buckets to parameters (and their groups) that take gradients now.
@@ -42,6 +44,7 @@ class StepGradients:
         module: nn.Module | None,
         scheduler: GradScheduler,
         judge: Judge,
+        spikes: SpikeWatch | None,
         stream: CommStream,
         clock: PhaseClock,
         before_reducing: Callable[[], None],
@@ -50,7 +53,7 @@ class StepGradients:
         used_in_backward: bool,
     ):
         self._params, self._param_groups, self._loss_scale = params, param_groups, loss_scale
-        self._module, self._scheduler, self.judge = module, scheduler, judge
+        self._module, self._scheduler, self.judge, self.spikes = module, scheduler, judge, spikes
         self._stream, self._clock = stream, clock
         self._before_reducing, self._adopt = before_reducing, adopt
         self._used_in_backward = used_in_backward
@@ -106,6 +109,22 @@ class StepGradients:
             self._decide()
             self._stream.release()
         return self.judge.verdict
+
+    def verdict(self, skip: Tensor | None) -> Verdict:
+        """The checked gradients' verdict, which skips also where ``skip`` ([] on the device) is not 0, and spikes."""
+        if self.spikes is not None:
+            _, loss = self.spikes.take_given()
+            loss = (
+                None
+                if loss is None
+                else mean_over_ranks(loss.to(self.spikes.state.device), self._params.groups_for({}))
+            )
+            skip = self.spikes.verdict(self.judge.norm(self._loss_scale()), loss, skip)
+        return self.judge.skip_unusable(skip)
+
+    @property
+    def guard(self) -> SpikeGuard | None:
+        return None if self.spikes is None else self.spikes.guard
 
     def _decide(self) -> None:
         with self._clock.phase("norm"):
