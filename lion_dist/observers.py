@@ -6,6 +6,7 @@ Both are imported when they are first asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,11 +20,15 @@ from lion_dist.sharding.buffers import CommStream
 from lion_dist.sharding.process_groups import ShardGroups
 from lion_dist.update_terms import UpdateTerms
 
+if TYPE_CHECKING:
+    from lion_dist.composed.axes import ModelAxes
+
 
 class StepObservers:
     """Asked before and after a step, and before each launch.
 
     Args:
+        parts: the ranks that hold other parts of the model, whose metrics count too.
         copies: returns what all ranks must hold alike, as ``ReplicaCheck`` takes it.
 
     Attributes:
@@ -36,11 +41,13 @@ class StepObservers:
         stream: CommStream,
         device: torch.device,
         *,
+        parts: ModelAxes | None = None,
         metrics_every: int,
         check_replicas_every: int,
         copies: Callable[[], tuple],
     ):
         self._groups, self._stream, self._device, self._copies = groups, stream, device, copies
+        self._parts = parts
         self.metrics_every, self._check_replicas_every = metrics_every, check_replicas_every
         self._meter, self._replica_check = make_meter(metrics_every, device), None
         self.clock = self._meter.clock
@@ -53,7 +60,7 @@ class StepObservers:
 
     def before_update(self, batch: ShardBatch, active: Tensor | None, terms: UpdateTerms) -> None:
         """``batch`` is about to be updated. Each element is measured once, by the first replica."""
-        if not self._meter.is_measuring or not batch.owning or batch.groups.replicate_rank:
+        if not self._meter.is_measuring or not batch.owning or batch.groups.replicate_rank or not batch.is_counted:
             return
         from lion_dist.metrics.statistics import measure
 
@@ -68,7 +75,8 @@ class StepObservers:
         refuse_unmeasured(self._meter)
         from lion_dist.metrics.step_metrics import metrics_over_ranks
 
-        return metrics_over_ranks(self._meter, self._groups)
+        ranks = self._groups if self._parts is None else self._parts.all_ranks(self._groups)
+        return metrics_over_ranks(self._meter, ranks)
 
     def check_replicas(self) -> None:
         self._replicas().check(*self._copies())

@@ -8,6 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from lion_dist.config import PrecisionPolicy, ShardingConfig
+from lion_dist.local_shard import local_tensor
 from lion_dist.param_sync import GatherParams
 from lion_dist.shard_state import BucketShard
 from lion_dist.sharded_params import ShardedParams
@@ -46,10 +47,13 @@ class ShardBuilder:
         for param, group in params:
             if not param.requires_grad:
                 self._params.frozen[param] = group
-                self._params.groups_for(group).broadcast(param.data)
+                self._params.groups_for(group).broadcast(local_tensor(param).data)
         trainable = [(p, g) for p, g in params if p.requires_grad]
         keys = [(id(g), p.dtype, self._params.groups_for(g)) for p, g in trainable]
-        numels = [p.numel() for p, _ in trainable]
+        numels = [local_tensor(p).numel() for p, _ in trainable]
+        if self._params.parts is not None:  # alike along tensor-parallel ranks, whose parts may be uneven
+            keys = [(*key, *self._params.parts.bucket_key(p)) for key, (p, _) in zip(keys, trainable, strict=True)]
+            numels = [self._params.parts.largest_numel(p) for p, _ in trainable]
         ranks = self._params.groups.shard_world_size
         bucket_numel = self._sharding.bucket_numel or choose_bucket_numel(sum(numels), ranks)
         shards = []
@@ -76,7 +80,11 @@ class ShardBuilder:
             row_major=self._precision.is_stochastic(dtype),
         )
         groups.broadcast(bucket.flat_params)
-        return BucketShard(bucket, group, self._precision, [self._params.index_starts[p] for p in params])
+        parts = self._params.parts
+        places = None if parts is None else [parts.place(p) for p in params]
+        cut_group = None if parts is None else parts.cut_group(params[0])
+        starts = [self._params.index_starts[p] for p in params]
+        return BucketShard(bucket, group, self._precision, starts, places, cut_group)
 
     def _pool_of(self, wire: torch.dtype, groups: ShardGroups, device: torch.device) -> GradBufferPool:
         if groups not in self._peer_memories:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,10 @@ from lion_dist.step_guard import StepGuard, refuse_bare_capture, refuse_blind_sc
 from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
 from lion_dist.update_terms import GroupScalars, UpdateTerms
 
+if TYPE_CHECKING:
+    from lion_dist.composed.axes import ModelAxes
+    from lion_dist.composed.model_parallel import ModelParallel
+
 logger = logging.getLogger(__name__)
 
 
@@ -74,6 +79,7 @@ class ShardedLion(ShardedOptimizer):
             rank's, its forward waits for each module's parameters only, and parameters get their names.
         process_group: the ranks that train this model: None for all, a ProcessGroup, a 1-D DeviceMesh, or a 2-D
             one (replicate, shard).
+        model_parallel: the ranks that hold other parts of it (tensor and pipeline parallel), see ``docs/composed.md``.
         sharding: ZeRO stage, bucket size, what is on the wire.
         metrics_every: measure every n-th step, for :meth:`metrics`; 0 measures nothing and costs nothing.
 
@@ -96,6 +102,7 @@ class ShardedLion(ShardedOptimizer):
         *,
         module: nn.Module | None = None,
         process_group: ProcessGroup | DeviceMesh | None = None,
+        model_parallel: ModelParallel | None = None,
         sharding: ShardingConfig = ShardingConfig(),
         precision: PrecisionPolicy = PrecisionPolicy(),
         cautious: bool = False,
@@ -123,7 +130,7 @@ class ShardedLion(ShardedOptimizer):
         corrected = self.rule.corrected_weight_decay
         self._scalars = GroupScalars(decoupling_lr(lr, decoupled_weight_decay), corrected)
         self._progress = Progress()
-        self._params = ShardedParams(module, resolve_groups(process_group), self.precision)
+        self._params = ShardedParams(module, resolve_groups(process_group), self.precision, _model_axes(model_parallel))
         self._builder: ShardBuilder | None = None  # until all param groups have been checked
         super().__init__(values.params(params), defaults)
         self._guard = StepGuard(self._params, module)
@@ -139,6 +146,7 @@ class ShardedLion(ShardedOptimizer):
             self.groups,
             stream,
             device,
+            parts=self._params.parts,
             metrics_every=metrics_every,
             check_replicas_every=sharding.check_replicas_every,
             copies=lambda: copies_of(self._params, self.buckets),
@@ -146,7 +154,7 @@ class ShardedLion(ShardedOptimizer):
         hooks = None if module is None else ForwardHooks(module)
         self._full_params = FullParams(self.shards, hooks, self._make_param_sync(backend))
         self._order = UpdateOrder(device, one_by_one=sharding.update_in_backward)
-        self._states = StateAccess(self._settled_state, self.groups)
+        self._states = StateAccess(self._settled_state, self.groups, self._params.parts)
         divisor = self.groups.num_ranks if sharding.average else 1
         self._gradients = StepGradients(
             self._params,
@@ -154,7 +162,7 @@ class ShardedLion(ShardedOptimizer):
             lambda: self._loss_scale,
             module,
             self.grad_scheduler,
-            Judge(self.groups, device, divisor, choose_sum_of_squares(backend)),
+            Judge(self.groups, device, divisor, choose_sum_of_squares(backend), self._params.parts),
             None if skip_spikes is None else SpikeWatch(skip_spikes, device, backend),
             stream,
             self._observers.clock,
@@ -177,14 +185,18 @@ class ShardedLion(ShardedOptimizer):
     @explained("the construction of ShardedLion")
     def _take_own_groups(self) -> ShardGroups:
         self._params.own_groups = OwnGroups(self, self._progress)
+        if self._params.parts is not None:
+            self._params.parts.take_own_groups(self._params.own_groups)
         return self._params.groups_for({})
 
     @explained("the construction of ShardedLion")
     def _build(self, groups: list[dict]) -> None:
         self._check_agreement(groups)
+        self._params.number_over_parts()
         for tensor in self._params.others_in_module():
             self.groups.broadcast(tensor)
         self._add_buckets([(p, g) for g in groups for p in g["params"]])
+        self._params.check_copies(groups)
         if self.groups.is_first:
             logger.info("%s", self._builder.description(self.shards))
         self._guard.note_params(groups)
@@ -216,6 +228,7 @@ class ShardedLion(ShardedOptimizer):
         self._params.add(group)
         if is_built:
             self._add_buckets([(p, group) for p in group["params"]])
+            self._params.check_copies([group])
             self._guard.note_params(self.param_groups)
 
     def _check_agreement(self, groups: list[dict]) -> None:
@@ -223,8 +236,14 @@ class ShardedLion(ShardedOptimizer):
         torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
         entries = [("torch", (torch_release,))]
         entries += [("ShardedLion", tuple(map(str, (self.sharding, self.precision, *options))))]
+        described = self._params.described(groups)
         for axis in self.groups.axes:
-            check_ranks_agree(entries + self._params.described(groups), axis)
+            check_ranks_agree(entries + described, axis)
+        if self._params.parts is not None:
+            self._params.parts.check_agreement(entries, described)
+        for group in groups:
+            for axis in self._params.groups_for(group).axes if group.get("process_group") is not None else ():
+                check_ranks_agree(self._params.described([group], with_names=True), axis)
 
     def _add_buckets(self, params: list[tuple[Parameter, dict]]) -> None:
         """Buckets for ``params`` and their param groups, on all ranks together."""
@@ -337,6 +356,16 @@ class ShardedLion(ShardedOptimizer):
     def _before_reducing(self) -> None:
         self._guard.refuse_new_wrappers()
         self._full_params.finish_sync()  # a step without a forward since the last
+
+
+def _model_axes(model_parallel: ModelParallel | None) -> ModelAxes | None:
+    if model_parallel is None:
+        return None
+    from lion_dist.composed.axes import ModelAxes
+    from lion_dist.composed.model_parallel import ModelParallel
+
+    remedy = "Pass lion_dist.ModelParallel(tensor=mesh['tp'], pipeline=mesh['pp']), for example."
+    return ModelAxes(values.instance("model_parallel", model_parallel, ModelParallel, remedy))
 
 
 def _refuse_together(sharding: ShardingConfig, rule: StepRule, metrics_every: int, guard: SpikeGuard | None) -> None:

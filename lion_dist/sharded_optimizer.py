@@ -21,7 +21,7 @@ from lion_dist.shard_builder import ShardBuilder
 from lion_dist.shard_state import BucketShard
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.process_groups import Progress, ShardGroups, explained
+from lion_dist.sharding.process_groups import Progress, RankGroups, ShardGroups, explained
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.spike_guard import not_guarded
 from lion_dist.state_access import StateAccess
@@ -294,6 +294,18 @@ class ShardedOptimizer(Optimizer):
         total["params"] += sum(p.nbytes for p in self._params.frozen)
         total["grads"] += self._builder.pooled_nbytes
         return total
+
+    # ---- what checkpoints ask for
+
+    def tied_names(self) -> dict[Parameter, str]:
+        """Of parameters that an earlier pipeline stage has too, the name there."""
+        return {} if self._params.parts is None else self._params.parts.tied_names
+
+    def holders(self, param: Parameter | None = None, groups: ShardGroups | None = None) -> RankGroups:
+        """The ranks that hold parts or copies of ``param``, whose param group is on ``groups``; None: of any other
+        parameter of the module."""
+        groups = self.groups if groups is None else groups
+        return groups if self._params.parts is None else self._params.parts.holders(param, groups)
 
     # ---- state_dict: this rank's part in torch's format (``state_dicts.py``), or on one rank the whole
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,12 +12,16 @@ from lion_dist.sharding.process_groups import ShardGroups
 from lion_dist.spike_guard import SpikeWatch
 from lion_dist.state_dicts import LiveState, LoadPlan
 
+if TYPE_CHECKING:
+    from lion_dist.composed.axes import ModelAxes
+
 
 class StateAccess:
     """``settled`` returns the live state, with parameters whole and main params that follow them."""
 
-    def __init__(self, settled: Callable[[], LiveState], groups: ShardGroups):
-        self._settled, self._groups = settled, groups
+    def __init__(self, settled: Callable[[], LiveState], groups: ShardGroups, parts: ModelAxes | None = None):
+        self._settled, self._parts = settled, parts
+        self._groups = groups if parts is None else parts.alike(groups)
         self._consolidated: Consolidated | None = None
 
     def forget_consolidated(self) -> None:
@@ -42,6 +47,12 @@ class StateAccess:
 
     @torch.no_grad()
     def consolidate(self, to: int) -> None:
+        if self._parts is not None and self._parts.pipeline is not None:
+            raise RuntimeError(
+                "consolidate_state_dict() gathers the state of one model, and each pipeline stage has another part of "
+                "it, with parameters numbered from 0. Save with lion_dist.checkpoint, which goes by name and holds all "
+                "stages."
+            )
         check_rank(to, self._groups)
         live = self._settled()
         self._consolidated = None

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist.grad_placement import local_grads_like
+from lion_dist.local_shard import local_tensor, local_tensors
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import CommStream, GradBuffer, GradBufferPool, gaps_of, views_of
 from lion_dist.sharding.collective_error import CollectiveError
@@ -71,8 +73,12 @@ _PARAM_TRANSITIONS = {
 def _move_in(param: Parameter, place: Tensor) -> None:
     """``place`` is a view of the flat buffer. The storage made here is the parameter's alone: share_memory_() moves a
     storage elsewhere, and whatever else had it would move along."""
-    place.copy_(param.clone() if param.data_ptr() == place.data_ptr() else param)  # the same memory, transposed
-    param.data = with_own_storage(place)
+    local = local_tensor(param)
+    place.copy_(local.clone() if local.data_ptr() == place.data_ptr() else local)  # the same memory, transposed
+    if local is param:
+        param.data = with_own_storage(place)
+    else:
+        param._local_tensor = with_own_storage(place)
 
 
 class Bucket:
@@ -103,19 +109,20 @@ class Bucket:
         row_major: bool = False,
     ):
         self.params, self.names, self.groups = list(params), list(names), groups
-        self.layout = BucketLayout(tuple(p.numel() for p in params), groups.shard_world_size)
+        local = local_tensors(params)
+        self.layout = BucketLayout(tuple(p.numel() for p in local), groups.shard_world_size)
         self.slices = self.layout.slices(groups.shard_rank)
         self.pool, self.ordered_sum, self.stream, self.clock = pool, ordered_sum, stream, clock
         pool.fit(self.layout.numel)
-        self.shapes = [p.shape for p in self.params]
-        self.formats = [MemoryFormat.row_major(p.shape) if row_major else MemoryFormat.of(p) for p in params]
+        self.shapes = [p.shape for p in local]
+        self.formats = [MemoryFormat.row_major(p.shape) if row_major else MemoryFormat.of(p) for p in local]
 
         self._shared_params = zeros(self.layout.numel, params[0].dtype, params[0].device, pool.peer_memory)
         self.flat_params = self._shared_params.flat
         self._places = views_of(self.flat_params, self.layout, self.formats)
         for param, place in zip(params, self._places, strict=True):
             _move_in(param, place)
-        self._addresses, self._strides = list(map(Tensor.data_ptr, params)), list(map(Tensor.stride, params))
+        self._addresses, self._strides = self._addresses_and_strides()
         start, stop = self.layout.shard_range(groups.shard_rank)
         self.param_shard = self.flat_params[start:stop]
 
@@ -182,10 +189,6 @@ class Bucket:
                 return False
         return True
 
-    def names_without_grads(self) -> list[str]:
-        """Of parameters that take no gradients any more."""
-        return [name for param, name in zip(self.params, self.names, strict=True) if not param.requires_grad]
-
     @in_phase("grad_sync")
     def start_grad_sync(self) -> None:
         """Start the reduce-scatter of the gradients there are (zeros for the others), and forget them.
@@ -195,7 +198,7 @@ class Bucket:
         if self.grad_state is GradState.SYNCING:
             self.complete_reduction()
             self._refuse_interrupted()
-        grads = list(map(_grad, self.params))
+        grads = self._local_grads()
         self.check_grads(grads)
         adds_up = self.grad_state is GradState.REDUCED
         self._set_grad_state(GradState.SYNCING)
@@ -261,7 +264,7 @@ class Bucket:
 
         Autograd gives a gradient its parameter's shape; ``.grad.data`` takes any, and copying would broadcast it.
         """
-        grads = list(map(_grad, self.params)) if grads is None else grads
+        grads = self._local_grads() if grads is None else grads
         present = [grad for grad in grads if grad is not None]
         if list(map(_shape, present)) == self.shapes and set(map(_layout, present)) == {torch.strided}:
             return
@@ -404,13 +407,21 @@ class Bucket:
             self.stream.join(self._param_mark, self._param_stream)  # whoever asks first may be on a stream of its own
         self._set_param_state(ParamState.FULL)
 
+    def _local_grads(self) -> list[Tensor | None]:
+        """What of each parameter's gradient belongs to this rank (that of a DTensor may have to be summed first)."""
+        return local_grads_like(list(map(_grad, self.params)), self.params)
+
+    def _addresses_and_strides(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        local = local_tensors(self.params)
+        return list(map(Tensor.data_ptr, local)), list(map(Tensor.stride, local))
+
     def moved_params(self) -> list[int]:
         """Positions of the parameters that were given other memory or strides since (``param.data = ...``)."""
-        addresses, strides = list(map(Tensor.data_ptr, self.params)), list(map(Tensor.stride, self.params))
+        addresses, strides = self._addresses_and_strides()
         if addresses == self._addresses and strides == self._strides:
             return []
         now, then = zip(addresses, strides, strict=True), zip(self._addresses, self._strides, strict=True)
-        return [i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b and self.params[i].numel()]
+        return [i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b and self.shapes[i].numel()]
 
     def gather_again(self) -> None:
         """Make ``flat_params`` full whatever it holds: an exception may have ended an update or a gather."""
@@ -427,9 +438,10 @@ class Bucket:
         """
         for i in moved:
             param, place = self.params[i], self._places[i]
-            if (param.dtype, param.device, param.shape) != (place.dtype, place.device, place.shape):
+            local = local_tensor(param)
+            if (param.dtype, param.device, local.shape) != (place.dtype, place.device, place.shape):
                 raise RuntimeError(
-                    f"parameter {self.names[i]!r} is {param.dtype} {tuple(param.shape)} on {param.device} now and was "
+                    f"parameter {self.names[i]!r} is {param.dtype} {tuple(local.shape)} on {param.device} now and was "
                     f"{place.dtype} {tuple(place.shape)} on {place.device} when ShardedLion was made. Convert or move "
                     "the model first, and construct the optimizer after."
                 )

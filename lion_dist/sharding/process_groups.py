@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,17 @@ def explained(call: str) -> Callable[[Callable[Concatenate[Any, P], R]], Callabl
         return within
 
     return decorate
+
+
+class RankGroups(Protocol):
+    """Ranks along some axes."""
+
+    @property
+    def axes(self) -> tuple[ProcessGroup, ...]:
+        """The groups with more than one rank."""
+
+    @property
+    def num_ranks(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""Where the tensor that a rank holds of a parameter lies in the whole parameter, and which rank counts it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import Parameter
+
+from lion_dist.local_shard import LocalShard, Place, local_tensor
+
+
+@dataclass(frozen=True)
+class ModelPlace(Place):
+    """The box of a whole parameter that every data-parallel rank here holds.
+
+    Attributes:
+        is_cut: other ranks hold other boxes of it.
+        is_tied: another pipeline stage holds it too.
+        is_counted: of the ranks that hold this box, this one adds it to norms and counts.
+    """
+
+    is_cut: bool = False
+    is_tied: bool = False
+    is_counted: bool = True
+
+    @classmethod
+    def of_whole(cls, param: Parameter) -> ModelPlace:
+        return cls(param.shape, (0,) * param.ndim)
+
+    @classmethod
+    def of_dtensor(cls, param: Parameter) -> ModelPlace:
+        shard = LocalShard.of(param)
+        (box,) = shard.boxes
+        return cls(param.shape, box.offsets, is_cut=bool(shard.axes))
+
+    @classmethod
+    def of_part(cls, param: Parameter, dim: int, rank: int, num_ranks: int) -> ModelPlace:
+        """``param`` is the ``rank``-th of ``num_ranks`` equal parts along ``dim``."""
+        shape, offsets = list(param.shape), [0] * param.ndim
+        offsets[dim] = rank * shape[dim]
+        shape[dim] *= num_ranks
+        return cls(torch.Size(shape), tuple(offsets), is_cut=True)
+
+
+def checksum(param: Parameter) -> tuple[int, int]:
+    """Of every bit of the tensor here; waits for the device."""
+    local = local_tensor(param).detach().contiguous().view(-1)
+    words = local.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.itemsize]).long()
+    weights = torch.arange(words.numel(), device=words.device) % 8191 + 1
+    return int(words.sum()), int((words * weights).sum())
