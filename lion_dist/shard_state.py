@@ -18,10 +18,9 @@ from lion_dist.main_params import init_main_param, sync_main_param_
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.memory_format import MemoryFormat
+from lion_dist.sharding.process_groups import ProcessGroup
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from lion_dist.composed.places import ModelPlace
 
 

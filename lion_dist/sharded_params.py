@@ -15,6 +15,7 @@ from lion_dist.config import PrecisionPolicy
 from lion_dist.hyperparameters import check_hyperparameters
 from lion_dist.local_shard import LocalShard, local_tensor
 from lion_dist.param_checks import check_param
+from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.memory_checks import check_memory
 from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.own_groups import OwnGroups
@@ -30,6 +31,7 @@ class ShardedParams:
     Args:
         module: gives parameters their names; None: they are numbered.
         groups: the ranks of parameters whose param group has no ``process_group`` of its own.
+        choices: of the optimizer, which have to be the same on all ranks.
         parts: the ranks that hold other parts of the model; None: there are none.
 
     Attributes:
@@ -45,9 +47,10 @@ class ShardedParams:
         module: nn.Module | None,
         groups: ShardGroups,
         precision: PrecisionPolicy,
+        choices: tuple = (),
         parts: ModelAxes | None = None,
     ):
-        self.groups, self.precision, self.parts = groups, precision, parts
+        self.groups, self.precision, self._choices, self.parts = groups, precision, choices, parts
         self.module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
         self.module = module
         self.names: dict[Parameter, str] = {}
@@ -171,7 +174,20 @@ class ShardedParams:
         """A name that is the same on all ranks: experts of several groups of ranks may have names of their own."""
         return self._labels.get(param) or self.names[param]
 
-    def described(self, groups: list[dict], *, with_names: bool = False) -> list[tuple[str, tuple]]:
+    def check_agreement(self, groups: list[dict]) -> None:
+        """Raise ValueError on every rank unless ``groups`` and the optimizer's choices are the same on all."""
+        torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
+        entries = [("torch", (torch_release,)), ("ShardedLion", tuple(map(str, self._choices)))]
+        described = self._described(groups)
+        for axis in self.groups_for({}).axes:
+            check_ranks_agree(entries + described, axis)
+        if self.parts is not None:
+            self.parts.check_agreement(entries, described)
+        for group in groups:
+            for axis in self.groups_for(group).axes if group.get("process_group") is not None else ():
+                check_ranks_agree(self._described([group], with_names=True), axis)
+
+    def _described(self, groups: list[dict], *, with_names: bool = False) -> list[tuple[str, tuple]]:
         """What has to be the same on all ranks, as entries for ``check_ranks_agree``.
 
         ``with_names``: on the ranks of the groups' own ``process_group``, names count there too.

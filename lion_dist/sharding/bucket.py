@@ -27,7 +27,7 @@ from lion_dist.sharding.collective_error import CollectiveError
 from lion_dist.sharding.collectives import Finish, nothing
 from lion_dist.sharding.grad_push import GradPush
 from lion_dist.sharding.layout import BucketLayout
-from lion_dist.sharding.memory_format import MemoryFormat, with_own_storage
+from lion_dist.sharding.memory_format import MemoryFormat, move_in
 from lion_dist.sharding.peer_memory import zeros
 from lion_dist.sharding.phases import NO_CLOCK, PhaseClock, in_phase
 from lion_dist.sharding.process_groups import ShardGroups
@@ -67,18 +67,6 @@ _PARAM_TRANSITIONS = {
     (ParamState.STALE, ParamState.GATHERING),
     (ParamState.GATHERING, ParamState.STALE),  # of a capture that failed
 }
-
-
-@torch.no_grad()
-def _move_in(param: Parameter, place: Tensor) -> None:
-    """``place`` is a view of the flat buffer. The storage made here is the parameter's alone: share_memory_() moves a
-    storage elsewhere, and whatever else had it would move along."""
-    local = local_tensor(param)
-    place.copy_(local.clone() if local.data_ptr() == place.data_ptr() else local)  # the same memory, transposed
-    if local is param:
-        param.data = with_own_storage(place)
-    else:
-        param._local_tensor = with_own_storage(place)
 
 
 class Bucket:
@@ -121,7 +109,7 @@ class Bucket:
         self.flat_params = self._shared_params.flat
         self._places = views_of(self.flat_params, self.layout, self.formats)
         for param, place in zip(params, self._places, strict=True):
-            _move_in(param, place)
+            move_in(param, place)
         self._addresses, self._strides = self._addresses_and_strides()
         start, stop = self.layout.shard_range(groups.shard_rank)
         self.param_shard = self.flat_params[start:stop]
@@ -445,7 +433,7 @@ class Bucket:
                     f"{place.dtype} {tuple(place.shape)} on {place.device} when ShardedLion was made. Convert or move "
                     "the model first, and construct the optimizer after."
                 )
-            _move_in(param, place)
+            move_in(param, place)
 
     def place_of(self, position: int) -> Tensor:
         """The memory in ``flat_params`` that is that of ``params[position]``."""
