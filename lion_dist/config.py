@@ -117,6 +117,9 @@ class ShardingConfig:
             memory at once. So it must be where ranks would wait for each other: where some ranks take another branch,
             in a model that has collectives of its own inside backward (a loss that compares with other ranks'
             examples), or in one of several models with a ShardedLion each in one backward pass.
+        overlap_param_sync: given ``module``, True: ``step()`` returns while parameters are on their way, and the next
+            forward waits for each where it needs it. False: ``step()`` returns with all parameters whole, for code that
+            holds references to them (norms of weights in a log, averages of weights); nothing hides the gather then.
         check_replicas_every: in every so-manieth step, compare checksums of all ranks' parameters, without waiting; a
             difference is raised by the next step (``ShardedLion.check_replicas``). 0: never.
     """
@@ -130,6 +133,7 @@ class ShardingConfig:
     peer_memory: bool | None = None
     update_in_backward: bool = False
     wait_in_backward: bool = True
+    overlap_param_sync: bool = True
     check_replicas_every: int = 0
 
     def __post_init__(self):
@@ -152,6 +156,7 @@ class ShardingConfig:
             peer_memory=values.flag("peer_memory", self.peer_memory, optional=True),
             update_in_backward=values.flag("update_in_backward", self.update_in_backward),
             wait_in_backward=values.flag("wait_in_backward", self.wait_in_backward),
+            overlap_param_sync=values.flag("overlap_param_sync", self.overlap_param_sync),
             check_replicas_every=check_interval("check_replicas_every", self.check_replicas_every),
         )
         if self.bucket_numel is not None:

@@ -47,6 +47,7 @@ from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.backward_updates import BackwardUpdates
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
+from lion_dist.sharding.ddp_takeover import refuse_untakable, take_over, unwrapped
 from lion_dist.sharding.foreign_wrappers import refuse_late_grads, refuse_sharded_since, refuse_wrapped
 from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
@@ -85,7 +86,8 @@ class ShardedLion(Optimizer):
             ``weight_decay`` and ``process_group`` (the ranks that share that group's parameters: experts).
         lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision, cautious: as :class:`~lion_dist.Lion`.
         module: the model that owns the parameters. Given, its parameters and buffers are made equal to the first
-            rank's, its forward waits for each module's parameters only, and parameters get their names.
+            rank's, its forward waits for each module's parameters only, and parameters get their names. A
+            DistributedDataParallel gives up its reducer for this optimizer (``sharding/ddp_takeover.py``).
         process_group: the ranks that train this model: None for all, a ProcessGroup, a 1-D DeviceMesh, or a 2-D
             one (replicate, shard).
         sharding: ZeRO stage, bucket size, what is on the wire.
@@ -93,8 +95,8 @@ class ShardedLion(Optimizer):
 
     An unused parameter (no gradient on any rank) is left as it was. A rank without a batch calls ``step()`` all the
     same and takes part with zeros. Between ``step()`` and the next forward, reading parameters through the module waits
-    for them; a reference held elsewhere needs :meth:`finish_param_sync` first (see "the hazard" in
-    ``sharding/forward_hooks.py``).
+    for them; a reference held elsewhere needs :meth:`finish_param_sync` first, or
+    ``ShardingConfig(overlap_param_sync=False)`` (see "the hazard" in ``sharding/forward_hooks.py``).
     """
 
     _step_supports_amp_scaling = True  # the verdict and the factor stay on the device
@@ -127,6 +129,9 @@ class ShardedLion(Optimizer):
                 "update_in_backward=True updates a bucket before the other buckets' gradients are there. cautious=True "
                 "(statistics over whole tensors) and metrics_every (over a whole step) need update_in_backward=False."
             )
+        module, ddp = unwrapped(module)
+        if ddp is not None and process_group is None:
+            process_group = ddp.process_group
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._progress = Progress()
         self.groups = resolve_groups(process_group)  # until ranks communicate; then of the optimizer's own
@@ -153,9 +158,13 @@ class ShardedLion(Optimizer):
         self._is_built = False
         self._factors: Factors | None = None  # that the last step has used
         super().__init__(values.params(params), defaults)
-        refuse_wrapped(self._params.names, module)
+        refuse_wrapped(self._params.names, module, replaced=ddp)
+        if ddp is not None:
+            refuse_untakable(ddp, self._params.names, self.groups.num_ranks)
         refuse_sparse_gradients(self._params.names, module)
         self._build(self.param_groups)
+        if ddp is not None:
+            take_over(ddp, self.grad_scheduler)
 
     # ---- construction
 
@@ -413,10 +422,7 @@ class ShardedLion(Optimizer):
         self._updating.clear()
         self._counters += verdict.outcome
         self._end_step()
-        if self.forward_hooks is None:
-            self.finish_param_sync()
-        else:
-            self.forward_hooks.finish_outside()
+        self._finish_step_params()
         self._meter.end_step(verdict.skip, self._counters)
         return loss
 
@@ -479,7 +485,11 @@ class ShardedLion(Optimizer):
         else:
             self._counters += torch.stack([skip == 0, skip != 0])
         self._end_step()
-        if self.forward_hooks is None:
+        self._finish_step_params()
+
+    def _finish_step_params(self) -> None:
+        """Whatever no forward will wait for is whole when ``step()`` returns."""
+        if self.forward_hooks is None or not self.sharding.overlap_param_sync:
             self.finish_param_sync()
         else:
             self.forward_hooks.finish_outside()
