@@ -5,8 +5,8 @@ its buckets (one more copy of all gradients), is given up for good when the opti
 of DDP: ``forward`` moves inputs to the device, makes buffers the first rank's as before, and calls the module;
 ``no_sync()`` and ``require_backward_grad_sync`` decide about the optimizer's gradients.
 
-``find_unused_parameters``, ``static_graph`` and ``gradient_as_bucket_view`` are settings of the reducer and mean nothing
-afterwards: an unused parameter is never an error. What the optimizer cannot take over is refused by name.
+``find_unused_parameters``, ``static_graph`` and ``gradient_as_bucket_view`` are settings of the reducer and mean
+nothing afterwards: an unused parameter is never an error. What the optimizer cannot take over is refused by name.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ SHARDED = {"FlatParameter": "FullyShardedDataParallel", "DTensor": "fully_shard"
 REPLACED = "DDPWithoutReducer"  # a DistributedDataParallel that has left its gradients to a sharded optimizer
 REMEDY = (
     "Pass the bare module and call it, not the wrapper: ShardedLion reduces the gradients itself, and makes replicas "
-    "equal when it is constructed. A DistributedDataParallel (not a subclass) may stay where it comes before the optimizer, as "
-    "ShardedLion(ddp.parameters(), module=ddp), which replaces its reducer. With FSDP, fully_shard or DeepSpeed use "
-    "lion_dist.Lion."
+    "equal when it is constructed. A DistributedDataParallel (not a subclass) may stay where it comes before the "
+    "optimizer, as ShardedLion(ddp.parameters(), module=ddp), which replaces its reducer. With FSDP, fully_shard or "
+    "DeepSpeed use lion_dist.Lion."
 )
 
 _grad = operator.attrgetter("grad")
