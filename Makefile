@@ -12,13 +12,16 @@ PROGRAM ?= launch/train.py
 OUT ?= runs/sharded
 # Passed on to the program, for example: make train ARGS="--steps 50 --precision bf16"
 ARGS ?=
+# Processes that run tests side by side, each with ranks of its own: more than cores, because ranks wait for each other.
+WORKERS ?= 3
 # Passed on to pytest, for example: make test PYTEST_ARGS="-k clip"
 PYTEST_ARGS ?=
 
 INSTALLED := $(VENV)/.installed
+SIDE_BY_SIDE := -n $(WORKERS) --dist worksteal --durations 10
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: help env train lint test test-all clean
+.PHONY: help env train lint test test-all docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -40,12 +43,17 @@ lint: $(INSTALLED) ## ruff, and the contract on imports
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
 
-test: lint ## lint and the quick tests (PYTEST_ARGS)
-	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+test: lint ## lint and the quick tests (WORKERS, PYTEST_ARGS)
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m "not slow" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 # pytest exits with 5 when no test is marked slow.
-test-all: $(INSTALLED) ## the slow tests (PYTEST_ARGS)
-	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]
+test-all: $(INSTALLED) ## the slow tests (WORKERS, PYTEST_ARGS)
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m slow $(SIDE_BY_SIDE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+docs: $(INSTALLED) ## the API reference of the public names, from their docstrings, in build/api/index.html
+	$(VENV)/bin/python -m pdoc --docformat google --no-search -o build/api \
+		lion_dist lion_dist.checkpoint lion_dist.integrations.deepspeed
+	@echo "written: build/api/index.html"
 
 clean: ## remove the environment, build products and caches; runs/ is kept
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache

@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
-from lion_dist.sharding.boxes import Box, boxes_of_range  # noqa: E402
+from lion_dist.boxes import Box, boxes_of_range  # noqa: E402
 from lion_dist.sharding.layout import BucketLayout  # noqa: E402
 
 SHAPE = (6, 10)

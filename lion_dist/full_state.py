@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from lion_dist.bucket_shard import BucketShard
+from lion_dist.boxes import BoxedTensor, Part, read_box
+from lion_dist.shard_state import BucketShard
 from lion_dist.sharding import collectives
-from lion_dist.sharding.boxes import BoxedTensor, Part, read_box
 from lion_dist.sharding.buffers import views_of
 from lion_dist.sharding.process_groups import ShardGroups
 from lion_dist.state_dicts import LiveState
@@ -59,6 +59,7 @@ class Consolidated:
             _warn_of_own_groups(live)
             indexed = {i: state[param] for i, param in enumerate(live.params) if param in state}
             whole = {"state": indexed, "param_groups": live.whole_groups(), "counters": live.counters.cpu().clone()}
+            whole |= {key: value.cpu().clone() for key, value in live.guard().items()}
         return cls(to, whole, _moment_of(live.param_groups, live.shards))
 
     def is_of(self, param_groups: Sequence[dict], shards: Sequence[BucketShard]) -> bool:
@@ -125,7 +126,7 @@ def _whole_tensors(shard: BucketShard) -> Iterator[tuple[Parameter, str, Tensor]
     for kind, part in (("exp_avg", shard.exp_avg), ("main_param", shard.main_param)):
         if part is None:
             continue
-        part = part.view(torch.bfloat16) if part.dtype == torch.int16 else part  # as in engine_state.py
+        part = part.view(torch.bfloat16) if part.dtype == torch.int16 else part  # as in main_params.py
         flat = part.new_empty(bucket.layout.numel)
         flat[start:stop] = part
         collectives.all_gather(flat, flat[start:stop], group)()

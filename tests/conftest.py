@@ -1,4 +1,10 @@
+import gc
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -11,6 +17,11 @@ torch.set_num_threads(1)  # several ranks share the cores
 hypothesis.settings.load_profile("ci")  # the same examples everywhere, and no deadline: the machine may be busy
 
 
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # what has been imported need not be looked through after every test
+
+
 @pytest.fixture(scope="session")
 def gloo():
     """``gloo.run(world_size, function, *args)``: see ``gloo_workers.py``. Processes start when first needed."""
@@ -19,3 +30,20 @@ def gloo():
     pool = GlooPool()
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="module")
+def compiled_by(tmp_path_factory) -> Callable[[str], dict[str, dict[str, int]]]:
+    """``compiled_by("tests.kernels.compile_ahead")`` is what ``python -m tests.kernels.compile_ahead`` prints: for each
+    kernel its instructions, and how many of each. No GPU is needed."""
+
+    def run(module: str) -> dict[str, dict[str, int]]:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+        command = [sys.executable, "-m", module]
+        root = Path(__file__).parents[1]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run

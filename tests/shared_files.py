@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from lion_dist import sharded_optimizer
+from lion_dist import shard_builder
 from lion_dist.sharding import collectives
 from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory
 
@@ -39,7 +39,7 @@ class SharedFiles(PeerMemory):
 @contextlib.contextmanager
 def shared_files() -> Iterator[None]:
     """``ShardedLion``s made within have peer memory."""
-    folders, connect = [], sharded_optimizer.connect
+    folders, connect = [], shard_builder.connect
 
     def connect_by_files(group, _device, _wanted):
         if group is None:
@@ -48,11 +48,11 @@ def shared_files() -> Iterator[None]:
         folders.append(collectives.gather_objects(folder, group)[0])
         return SharedFiles(group, Path(folders[-1]))
 
-    sharded_optimizer.connect = connect_by_files
+    shard_builder.connect = connect_by_files
     try:
         yield
     finally:
-        sharded_optimizer.connect = connect
+        shard_builder.connect = connect
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays until it is not
 

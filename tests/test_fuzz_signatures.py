@@ -27,8 +27,8 @@ from lion_dist.checkpoint.consolidated import consolidate, import_consolidated
 from lion_dist.checkpoint.contents import read_contents
 from lion_dist.integrations.deepspeed import DeepSpeedLion
 from lion_dist.integrations.deepspeed_config import LION_KEYS, PRECISION_KEYS, read_optimizer_section, read_params
-from lion_dist.model_shapes import preset, read_shapes
-from lion_dist.planning import EnginePlan, Job, activation_bytes, plan
+from lion_dist.planning.estimates import EnginePlan, Job, activation_bytes, plan
+from lion_dist.planning.model_shapes import preset, read_shapes
 from tests.seeds import fuzz_seed
 
 SECONDS = 5.0  # for the random part of each target

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lion_dist.model_families import ALIASES, FAMILIES, decoder_shapes, family_shapes, gpt2_shapes
-from lion_dist.model_shapes import PRESETS, read_shapes
+from lion_dist.planning.model_families import ALIASES, FAMILIES, decoder_shapes, family_shapes, gpt2_shapes
+from lion_dist.planning.model_shapes import PRESETS, read_shapes
 
 PUBLISHED = {
     "gpt2": 124_439_808,

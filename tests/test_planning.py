@@ -15,10 +15,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from lion_dist import Lion, ShardedLion, ShardingConfig, model_shapes, planning
+from lion_dist import Lion, ShardedLion, ShardingConfig
 from lion_dist.benchmarks.llama import Llama
-from lion_dist.model_shapes import ModelShapes, preset, read_shapes, shapes_of
-from lion_dist.planning import PRECISIONS, Job, plan
+from lion_dist.planning import estimates, model_shapes
+from lion_dist.planning.estimates import PRECISIONS, Job, plan
+from lion_dist.planning.model_shapes import ModelShapes, preset, read_shapes, shapes_of
 from lion_dist.sharding import collectives
 from lion_dist.sharding.layout import ALIGNMENT
 
@@ -310,8 +311,8 @@ def test_a_plan_of_70_b_parameters_on_4096_ranks_covers_every_element():
 )
 def test_padding_of_a_plan_is_less_than_a_shard_of_alignment_a_bucket(rows, ranks, stage):
     model = ModelShapes("any", "test", tuple((f"layers.{i}.w", (n, 8)) for i, n in enumerate(rows)), 8, len(rows), 1)
-    memory, _ = planning.plan_sharded(model, PRECISIONS["bf16-split"], Job(ranks), stage=stage)
-    buckets = len(planning.bucket_layouts(model, ranks, None))
+    memory, _ = estimates.plan_sharded(model, PRECISIONS["bf16-split"], Job(ranks), stage=stage)
+    buckets = len(estimates.bucket_layouts(model, ranks, None))
     most = model.numel + (len(rows) + buckets * ranks) * ALIGNMENT
     assert 2 * model.numel <= memory["params"] <= 2 * most
     assert memory["exp_avg"] == memory["main_params"] == memory["params"] // ranks

@@ -55,9 +55,7 @@ def train_through(move: str, dtype: torch.dtype, main_params: str, with_module: 
     """Halved in the middle, ShardedLion goes on as Lion does, whose parameters may lie anywhere."""
     models = make_model(dtype), make_model(dtype)
     policy = PrecisionPolicy(main_params=main_params)
-    opt = ShardedLion(
-        models[0].parameters(), lr=1e-2, module=models[0] if with_module else None, precision=policy
-    )
+    opt = ShardedLion(models[0].parameters(), lr=1e-2, module=models[0] if with_module else None, precision=policy)
     lion = Lion(models[1].parameters(), lr=1e-2, precision=policy)
     for number in range(4):
         if number == 2:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig, checkpoint
-from lion_dist.sharding.boxes import boxes_over
+from lion_dist.boxes import boxes_over
 from lion_dist.sharding.memory_format import MemoryFormat, is_dense, overlaps_itself
 from tests.models import GivenGradients
 from tests.oracle import Oracle, assert_same_on_all_ranks, assert_same_params, assert_same_state

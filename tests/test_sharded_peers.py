@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from lion_dist import ShardedLion, ShardingConfig
 from lion_dist.sharding import collectives
-from tests import test_sharded_coded as coded
 from tests import test_sharded_update_in_backward as in_backward
+from tests.coded_sync import test_sharded_coded as coded
 from tests.models import GivenGradients
 from tests.shared_files import over_shared_files
 from tests.test_sharded_accumulation import run_out_of_batches, run_out_of_batches_inside_no_sync, skip_all_batches

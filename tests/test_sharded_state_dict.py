@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lion_dist import Lion, ShardedLion, ShardingConfig, this_ranks_part
-from lion_dist.sharding.boxes import BoxedTensor
+from lion_dist.boxes import BoxedTensor
 from tests.full_states import bits, build, same_params, train, trained
 from tests.models import make_model, mlp
 
@@ -79,7 +79,7 @@ def a_file_for_each_rank(path: str) -> None:
     assert all(map(torch.equal, tensors[0][state:], before[0][state:])) and tensors[1] == before[1]
 
 
-def test_a_file_for_each_rank_loads_by_bits(gloo, tmp_path):
+def test_a_file_for_each_rank_loads_bit_identically(gloo, tmp_path):
     gloo.run(2, a_file_for_each_rank, str(tmp_path / "o.pt"))
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig, checkpoint, values
-from lion_dist.model_shapes import read_shapes
-from lion_dist.planning import Job, activation_bytes, plan
+from lion_dist.planning.estimates import Job, activation_bytes, plan
+from lion_dist.planning.model_shapes import read_shapes
 
 NAN = float("nan")
 
@@ -183,7 +183,7 @@ def test_keep_last_refuses(count, tmp_path):
         ({"a": torch.ones(2)}, r"extra\['a'\] must be a JSON value, got a tensor of shape \(2,\) .*Pass .item"),
         ({"a": {"b": [1, np.int64(3)]}}, r"extra\['a'\]\['b'\]\[1\] must be a JSON value, got .*Pass .item"),
         ({"a": {1, 2}}, r"extra\['a'\] must be a JSON value, got {1, 2} \(set\). Convert it"),
-        ({"a": model_of}, r"extra\['a'\] must be a JSON value"),
+        ({"a": len}, r"extra\['a'\] must be a JSON value"),
         ({(1, 2): 3}, r"extra has the key \(1, 2\), but keys in JSON are strings"),
         (3, "extra must be a Mapping, got 3. Pass a dict"),
     ],

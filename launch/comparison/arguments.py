@@ -26,9 +26,7 @@ AT_LEAST = {
 
 def parse_arguments(description: str) -> argparse.Namespace:
     """Raises ValueError for a flag that the chosen engine would ignore."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--engine", choices=list(ENGINES), default="sharded", help="how the ranks share the work")
     add("--data", help="a text file or a folder of them; None: the Python standard library's source")
@@ -45,22 +43,41 @@ def parse_arguments(description: str) -> argparse.Namespace:
     add("--warmup", type=int, default=20, help="steps of linear warmup; a cosine to a tenth of --lr follows")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     add("--precision", choices=list(DTYPES), default="fp32", help="dtype of the parameters")
-    add("--main-params", choices=["auto", "fp32", "split", "none"],
-        help="of bf16, with any engine but deepspeed; None: auto")
+    add(
+        "--main-params",
+        choices=["auto", "fp32", "split", "none"],
+        help="of bf16, with any engine but deepspeed; None: auto",
+    )
     add("--momentum-dtype", choices=list(DTYPES), help="None: as the parameters")
     add("--zero-stage", type=int, help="1 or 2 of --engine sharded, 0 to 3 of --engine deepspeed; None: 2")
-    add("--param-sync", choices=["gather", "coded"],
-        help="of --engine sharded: parameters, or update codes; None: gather")
-    add("--replicate", type=_count_or_nodes, default=1,
-        help="shard inside so many replicas and average across them: a number, or 'nodes' for one a node")
+    add(
+        "--param-sync",
+        choices=["gather", "coded"],
+        help="of --engine sharded: parameters, or update codes; None: gather",
+    )
+    add(
+        "--replicate",
+        type=_count_or_nodes,
+        default=1,
+        help="shard inside so many replicas and average across them: a number, or 'nodes' for one a node",
+    )
     add("--deepspeed-config", help="of --engine deepspeed; None: launch/deepspeed/zeroN.json")
     add("--seed", type=int, default=0, help="of the initial weights and the batches")
     add("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end, and when a signal asks")
     add("--keep-last", type=int, default=0, help="checkpoints to keep, older ones are removed; 0: all")
-    add("--resume", nargs="?", const="last", choices=["last", "auto"],
-        help="go on from the newest whole checkpoint in --out; 'auto': or begin, where there is none")
-    add("--log-every", type=int, default=5,
-        help="steps between reads of the loss, which wait for the device; also how soon a signal is acted on")
+    add(
+        "--resume",
+        nargs="?",
+        const="last",
+        choices=["last", "auto"],
+        help="go on from the newest whole checkpoint in --out; 'auto': or begin, where there is none",
+    )
+    add(
+        "--log-every",
+        type=int,
+        default=5,
+        help="steps between reads of the loss, which wait for the device; also how soon a signal is acted on",
+    )
     add("--metrics-every", type=int, default=0, help="steps between the optimizer's metrics (docs/metrics.md); 0: none")
     add("--peak-tflops", type=float, help="of one device, for MFU; None: of known GPUs in bf16, else no MFU")
     add("--timeout", type=float, default=600, help="seconds that a rank waits for the others before it gives up")

@@ -22,9 +22,7 @@ class PlainEngine:
     def __init__(self, model: nn.Module, args: Namespace, policy: PrecisionPolicy, device: torch.device):
         self.model = model  # names its parameters for checkpoints and checks
         self.forward = model  # what the training loop calls
-        self.optimizer = Lion(
-            param_groups(model, args), lr=args.lr, precision=policy, metrics_every=args.metrics_every
-        )
+        self.optimizer = Lion(param_groups(model, args), lr=args.lr, precision=policy, metrics_every=args.metrics_every)
 
     def accumulate(self) -> AbstractContextManager:
         """Around every micro-batch but the last: gradients stay on this rank."""

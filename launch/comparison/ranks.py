@@ -68,9 +68,7 @@ def replicas_mesh(replicas: int, device: torch.device, timeout: timedelta) -> De
     # init_device_mesh would make groups with torch's own time-out, 30 minutes on gloo.
     shard, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
     replicate, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
-    return DeviceMesh.from_group(
-        [replicate, shard], device.type, mesh=ranks, mesh_dim_names=("replicate", "shard")
-    )
+    return DeviceMesh.from_group([replicate, shard], device.type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def check_same_start(args: Namespace, text: str) -> None:

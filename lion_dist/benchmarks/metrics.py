@@ -20,7 +20,7 @@ from lion_dist import Lion
 from lion_dist.benchmarks.report import Rows, version_of
 from lion_dist.benchmarks.timing import Timing, free_gpu_memory, time_on_cpu, time_on_gpu
 from lion_dist.benchmarks.update import BETAS, LR, PRECISIONS, WEIGHT_DECAY, llama_shapes, make_params
-from lion_dist.sharding.replicas import CHUNK, Holding, Piece, make_weights
+from lion_dist.replica_check import CHUNK, Holding, Piece, make_weights
 
 STEPS = 50  # in a row; a multiple of every interval
 INTERVALS = (0, 1, 50)

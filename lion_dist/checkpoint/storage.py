@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from lion_dist.boxes import BoxedTensor
 from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.manifest import Progress, open_regular
 from lion_dist.checkpoint.metadata import read_metadata
-from lion_dist.sharding.boxes import BoxedTensor
 
 # ---- writing
 

@@ -1,15 +1,16 @@
-"""``lion-dist plot``: the curves of several runs of ``launch/train.py`` in one picture."""
+"""``lion-dist plot``: the curves of several runs in one picture."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
+import statistics
 from pathlib import Path
 
-from lion_dist import values
 from lion_dist.cli.errors import UsageError
+from lion_dist.cli.run_logs import read_rows
+from lion_dist.reporting import figure_into
 
 # What has a panel when any run logged it: {column: (label, logarithmic axis)}; the first four always have.
 PANELS = {
@@ -28,16 +29,19 @@ PANELS = {
 }
 ALWAYS = 4
 COLUMNS = 3
+STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 
 def add_parser(verbs) -> None:
     parser = verbs.add_parser(
         "plot",
         help="loss, norms, learning rate and throughput of several runs, into one PNG",
-        description="Draws metrics.jsonl of several runs of launch/train.py into one PNG, one line a run.",
+        description="Draws several runs into one PNG, one line a run: metrics.jsonl of the programs in launch/, with "
+        "the held-out losses of summary.json, or trainer_state.json of a Hugging Face Trainer.",
         epilog="Example: lion-dist plot runs/sharded runs/ddp --out runs.png",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder with metrics.jsonl (--out of a run)")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, with its log")
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="draw the loss as a mean of N logged values")
     parser.add_argument("--out", type=Path, default=Path("runs.png"), help="the picture (runs.png)")
     parser.set_defaults(run=run)
 
@@ -47,10 +51,12 @@ def run(args) -> int:
         raise UsageError("plot needs matplotlib, which is not installed: pip install matplotlib")
     if args.out.suffix != ".png":
         raise UsageError(f"--out {args.out} must end in .png")
-    rows = {name: read_rows(folder) for name, folder in _names(args.runs).items()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(rows, args.out)
-    steps = ", ".join(f"{name} {len(found)} steps" for name, found in rows.items())
+    if args.smooth < 1:
+        raise UsageError(f"--smooth must be at least 1, got {args.smooth}. Pass how many values a mean is of.")
+    rows = {name: read_rows(folder, (*PANELS, "held_out_loss")) for name, folder in _names(args.runs).items()}
+    draw(rows, args.out, args.smooth)
+    counts = {name: sum("held_out_loss" not in row for row in found) for name, found in rows.items()}
+    steps = ", ".join(f"{name} {count} steps" for name, count in counts.items())
     print(f"{args.out}: {steps}")
     return 0
 
@@ -61,80 +67,78 @@ def _names(folders: list[Path]) -> dict[str, Path]:
     return {str(f) if names.count(n) > 1 else n: f for f, n in zip(folders, names, strict=True)}
 
 
-def read_rows(folder: Path) -> list[dict]:
-    """The whole lines of ``folder/metrics.jsonl``; half a line at the end, of a run that is going on, is left out.
-
-    Raises:
-        UsageError: no such folder or file, no whole line, or a line that is not JSON with a step.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder. Pass the --out folder of a run of launch/train.py.")
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        inside = sorted(child.parent.name for child in folder.glob("*/metrics.jsonl"))
-        hint = (
-            f"Did you mean {', '.join(str(folder / name) for name in inside)}?"
-            if inside
-            else ("launch/train.py writes it into its --out folder.")
-        )
-        raise UsageError(f"{folder} has no metrics.jsonl. {hint}")
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}, line {number} is not JSON ({error}). Delete the line, or the run.") from None
-        if not isinstance(row, dict) or "step" not in row:
-            raise UsageError(f'{path}, line {number} has no "step": it is not of launch/train.py.')
-        for column in ("step", *PANELS):
-            if not _can_be_drawn(row.get(column), may_miss=column != "step"):
-                raise UsageError(
-                    f'{path}, line {number}: "{column}" must be a number, got {values.shown(row[column])}. Delete the '
-                    "line, or the run."
-                )
-        rows.append(row)
-    if not rows:
-        raise UsageError(f"{path} has no line yet: the run has not come to its first --log-every steps.")
-    return rows
-
-
-def _can_be_drawn(value: object, *, may_miss: bool) -> bool:
-    """Whether a column is a number within what axes reach, or a gap: null, NaN, infinity."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return may_miss
-    number = values.as_number(value)
-    return number is not None and abs(number) <= values.FP32_MAX
-
-
 def panels_of(rows: dict[str, list[dict]]) -> list[str]:
     """The columns to draw: the first four, and the others that some run has."""
     logged = {key for found in rows.values() for row in found for key in row}
     return [name for i, name in enumerate(PANELS) if i < ALWAYS or name in logged]
 
 
-def draw(rows: dict[str, list[dict]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(rows: dict[str, list[dict]], path: Path, smooth: int = 1) -> None:
+    """One panel a column, one line a run. ``smooth``: how many logged values the line of a loss is the mean of."""
     panels = panels_of(rows)
     labels = {name: name.encode(errors="backslashreplace").decode().replace("$", r"\$") for name in rows}
     lines = -(-len(panels) // COLUMNS)
-    figure, grid = plt.subplots(lines, COLUMNS, figsize=(5 * COLUMNS, 3 * lines), layout="constrained", squeeze=False)
-    for axes, panel in zip(grid.flat, panels, strict=False):
-        label, logarithmic = PANELS[panel]
-        for name, found in rows.items():
-            points = [(row["step"], row[panel]) for row in found if row.get(panel) is not None]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1, alpha=0.8, label=labels[name])
-        if logarithmic and any(line.get_ydata().max(initial=0) > 0 for line in axes.lines if len(line.get_ydata())):
-            axes.set_yscale("log")
-        axes.set(xlabel="step", ylabel=label)
-        axes.grid(alpha=0.3)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    grid.flat[0].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure_into(path, lines, COLUMNS, size=(5 * COLUMNS, 3 * lines)) as (figure, grid):
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            for i, (name, found) in enumerate(rows.items()):
+                _draw_run(axes, found, panel, i, len(rows), labels[name], smooth)
+            _set_axes(axes, panel)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        if len(rows) == 1:
+            ((name, found),) = rows.items()
+            figure.suptitle(f"{labels[name]}: {title_of(found)}")
+        grid.flat[0].legend()
+
+
+def _draw_run(axes, found: list[dict], panel: str, i: int, runs: int, label: str, smooth: int) -> None:
+    """Later lines are thinner and broken: where two runs agree to the bit, both are seen."""
+    color, style = f"C{i % 10}", {"linewidth": 1.2 + 1.6 * (runs - 1 - i) / runs, "linestyle": STYLES[i % len(STYLES)]}
+    steps, logged = _points(found, panel)
+    if panel == "loss":
+        if smooth > 1 and logged:
+            axes.plot(steps, logged, linewidth=0.6, alpha=0.3, color=color)
+            logged = running_mean(logged, smooth)
+        held_out = _points(found, "held_out_loss")
+        if held_out[0]:
+            axes.plot(*held_out, "o", markersize=5, color=color, label=f"{label}, held out")
+    axes.plot(steps, logged, color=color, label=label, **style)
+
+
+def _points(found: list[dict], column: str) -> tuple[list[float], list[float]]:
+    points = [(row["step"], row[column]) for row in found if row.get(column) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def running_mean(logged: list[float], count: int) -> list[float]:
+    """The mean of each value and up to ``count - 1`` before it; those that are not finite do not count."""
+    means = []
+    for i in range(len(logged)):
+        part = [x for x in logged[max(0, i + 1 - count) : i + 1] if math.isfinite(x)]
+        means.append(sum(part) / len(part) if part else math.nan)
+    return means
+
+
+def _set_axes(axes, panel: str) -> None:
+    label, logarithmic = PANELS[panel]
+    drawn = [y for line in axes.lines for y in line.get_ydata() if math.isfinite(y)]
+    if logarithmic and max(drawn, default=0) > 0:
+        axes.set_yscale("log")
+    elif drawn and min(drawn) == max(drawn):  # an axis around a constant would show a millionth of it
+        axes.set_ylim(*sorted((0.0, 1.2 * drawn[0])) if drawn[0] else (0.0, 1.0))
+    axes.set(xlabel="step", ylabel=label)
+
+
+def title_of(found: list[dict]) -> str:
+    """What was run, in a line: steps, losses, throughput."""
+    steps, losses = _points(found, "loss")
+    _, held_out = _points(found, "held_out_loss")
+    _, rates = _points(found, "tokens_per_s")
+    parts = [f"{max(row['step'] for row in found):g} steps"]
+    if losses:
+        parts.append(f"loss {losses[0]:.4g} to {losses[-1]:.4g}")
+    if held_out:
+        parts.append(f"held out {held_out[-1]:.4g}")
+    if rates:
+        parts.append(f"{statistics.median(rates):,.0f} tokens/s")
+    return ", ".join(parts)

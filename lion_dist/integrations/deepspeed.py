@@ -33,7 +33,7 @@ from torch import Tensor
 from lion_dist import values
 from lion_dist.integrations.deepspeed_config import PRECISION_KEYS, read_optimizer_section, read_params
 from lion_dist.kernels.update import LionTensors
-from lion_dist.optimizer import Lion
+from lion_dist.lion import Lion
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +264,12 @@ def _keep_lion(accelerator_module) -> Callable:
             decoupled_weight_decay=optimizer._decoupled_from is not None,
             use_triton=optimizer.use_triton,
             **{key: getattr(optimizer.precision, key) for key in PRECISION_KEYS},
-            **({"cautious": True} if optimizer.cautious else {}),  # is refused, with the reason
+            cautious_wd=optimizer.rule.cautious_wd,
+            corrected_weight_decay=optimizer.rule.corrected_weight_decay,
+            maximize=optimizer.rule.maximize,
+            # These are refused, with the reason.
+            **({"cautious": True} if optimizer.rule.is_cautious else {}),
+            **({"skip_spikes": True} if optimizer.skip_spikes is not None else {}),
         )
 
     return map_lion_to_deepspeed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,12 +35,16 @@ class Progress:
         self.is_lost = True
 
 
-def explained(call: str) -> Callable[[Callable], Callable]:
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def explained(call: str) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[Concatenate[Any, P], R]]:
     """Decorates a method of an object that has a ``_progress``: errors of collectives inside name ``call``."""
 
-    def decorate(method: Callable) -> Callable:
+    def decorate(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
         @functools.wraps(method)
-        def within(self, *args, **kwargs):
+        def within(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return method(self, *args, **kwargs)
             except CollectiveError as error:

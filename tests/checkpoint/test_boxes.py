@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lion_dist.sharding.boxes import (
+from lion_dist.boxes import (
     Box,
     BoxedTensor,
     Part,

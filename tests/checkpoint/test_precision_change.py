@@ -56,8 +56,7 @@ def test_what_keeps_fp32_precision_moves_exactly_and_goes_on_with_the_same_bits(
         checkpoint.load(tmp_path / "c", model=other, optimizer=other_optimizer)
     for _ in range(2):
         assert all(
-            torch.equal(a, b)
-            for a, b in zip(values(model, optimizer), values(other, other_optimizer), strict=True)
+            torch.equal(a, b) for a, b in zip(values(model, optimizer), values(other, other_optimizer), strict=True)
         )
         train(model, optimizer, range(4, 8))
         train(other, other_optimizer, range(4, 8))

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from lion_dist import ShardedLion, ShardingConfig, checkpoint
+from lion_dist import ShardedLion, ShardingConfig, boxes, checkpoint
+from lion_dist.boxes import Box, BoxedTensor, boxes_over
 from lion_dist.checkpoint.metadata import read_metadata
-from lion_dist.sharding import boxes
-from lion_dist.sharding.boxes import Box, BoxedTensor, boxes_over
 from lion_dist.sharding.layout import BucketLayout, pack_into_buckets
 from tests import gloo_workers
 from tests.checkpoint.engines import POLICIES, assert_same_tensors, engine, new_model, tensors_in, train

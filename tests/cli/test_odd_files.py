@@ -16,6 +16,7 @@ from lion_dist import cli
 from lion_dist.cli import collective_check
 from lion_dist.cli.findings import OK, Finding
 from lion_dist.kernels import compiled_library, cpu_native
+from tests.kernels.test_compiled_library import put_in_place_of
 from tests.seeds import fuzz_seed
 
 LLAMA = {
@@ -84,7 +85,7 @@ def test_plan_of_a_config_with_an_odd_value_ends_or_says_one_line(name, installe
     if installed:
         pytest.importorskip("transformers")
     else:
-        monkeypatch.setattr("lion_dist.model_shapes.importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("lion_dist.planning.model_shapes.importlib.util.find_spec", lambda name: None)
     path = tmp_path / "config.json"
     for value in ODD_VALUES:
         path.write_text(json.dumps(LLAMA | {name: value}))
@@ -222,7 +223,7 @@ def the_line(printed: str, what: str) -> str:
 def test_doctor_with_a_damaged_cache_repairs_it(doctor, tmp_path, capsys):
     doctor()
     (kept,) = (tmp_path / "cache" / "lion_dist").iterdir()
-    kept.write_bytes(b"\x7fELF damaged")
+    put_in_place_of(kept, b"\x7fELF damaged")
     forget()
     capsys.readouterr()
     doctor()

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lion_dist import cli
-from lion_dist.planning import PRECISIONS
+from lion_dist.planning.estimates import PRECISIONS
 
 GIB = 2**30
 
@@ -161,7 +161,7 @@ def test_a_size_that_makes_no_sense_is_named_with_its_value(
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LLAMA | {name: value}))
     if not installed:
-        monkeypatch.setattr("lion_dist.model_shapes.importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("lion_dist.planning.model_shapes.importlib.util.find_spec", lambda name: None)
     assert cli.main(["plan", "--params", str(path), "--ranks", "2"]) == 2
     error = capsys.readouterr().err
     assert f'"{name}" must be a whole number of at least 1, got {shown}. Correct it, or pass a preset' in error
@@ -193,6 +193,6 @@ def test_sizes_of_a_model_that_also_sees_are_those_of_its_text_part(tmp_path, ca
 def test_without_transformers_other_models_are_refused(tmp_path, monkeypatch, capsys):
     path = tmp_path / "config.json"
     path.write_text('{"model_type": "qwen2"}')
-    monkeypatch.setattr("lion_dist.model_shapes.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("lion_dist.planning.model_shapes.importlib.util.find_spec", lambda name: None)
     assert cli.main(["plan", "--params", str(path), "--ranks", "2"]) == 2
     assert "pip install transformers" in capsys.readouterr().err

@@ -210,9 +210,9 @@ def test_step_hooks_run_once_a_step():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"decoupled_weight_decay": "false"}, '"decoupled_weight_decay" must be True or False, got \'false\''),
+        ({"decoupled_weight_decay": "false"}, "\"decoupled_weight_decay\" must be True or False, got 'false'"),
         ({"decoupled_weight_decay": 0}, '"decoupled_weight_decay" must be True or False, got 0'),
-        ({"use_triton": "true"}, '"use_triton" must be True, False or None, got \'true\''),
+        ({"use_triton": "true"}, "\"use_triton\" must be True, False or None, got 'true'"),
         ({"lr": True}, '"lr" must be a number, got True'),
         ({"lr": None}, '"lr" must be a number, got None'),
         ({"lr": 1e300}, '"lr" must be finite and at least 0, got 1e+300'),
@@ -237,7 +237,7 @@ def test_json_values_of_the_wrong_kind_are_refused(params, message):
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, '"offload_optimizer" must be an object, got "cpu"'),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": "false"},
-            '"zero_force_ds_cpu_optimizer" must be True or False, got \'false\'',
+            "\"zero_force_ds_cpu_optimizer\" must be True or False, got 'false'",
         ),
     ],
     ids=str,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lion_dist.model_shapes import ModelShapes, shapes_of
-from lion_dist.planning import Job, plan
+from lion_dist.planning.estimates import Job, plan
+from lion_dist.planning.model_shapes import ModelShapes, shapes_of
 from tests.models import mlp
 
 pytest.importorskip("deepspeed")

@@ -1,6 +1,6 @@
 """FSDP2 and FSDP1 over NCCL on one GPU, a group of one rank: the Triton kernel on the engines' own shards.
 
-    python -m pytest -m gpu tests/integrations/test_fsdp_gpu.py
+python -m pytest -m gpu tests/integrations/test_fsdp_gpu.py
 """
 
 import copy
@@ -149,18 +149,14 @@ def test_whole_state_dict_goes_through_nccl(mesh):
     with torch.no_grad():
         for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
             mine.to_local().copy_(theirs.to_local())
-    set_optimizer_state_dict(
-        other, other_opt, copy.deepcopy(state), options=StateDictOptions(full_state_dict=True)
-    )
+    set_optimizer_state_dict(other, other_opt, copy.deepcopy(state), options=StateDictOptions(full_state_dict=True))
     twin.assert_equal(other, other_opt)
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
 def test_fsdp1_trains_saves_and_loads(mesh, use_orig_params):
     def make_fsdp1() -> tuple[FullyShardedDataParallel, Lion]:
-        model = FullyShardedDataParallel(
-            Net(BF16), device_id=torch.device("cuda", 0), use_orig_params=use_orig_params
-        )
+        model = FullyShardedDataParallel(Net(BF16), device_id=torch.device("cuda", 0), use_orig_params=use_orig_params)
         return model, Lion(model.parameters(), **SETTINGS, precision=PrecisionPolicy("split"))
 
     def step(model, opt, number: int) -> None:

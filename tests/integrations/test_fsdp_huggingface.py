@@ -32,7 +32,7 @@ def train(program: str, out: Path, *resume: str) -> dict:
 
 
 def assert_trained(found: dict, wrapper: str, ranks_that_share_state: int) -> None:
-    assert found["optimizer"] == "lion_dist.optimizer.Lion"
+    assert found["optimizer"] == "lion_dist.lion.Lion"
     assert found["wrapper"] == wrapper
     assert found["state"] == ["exp_avg torch.bfloat16", "main_param torch.int16"]
     assert found["losses"][-1] < found["losses"][0] - 0.5

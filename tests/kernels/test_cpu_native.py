@@ -52,7 +52,7 @@ def test_without_a_compiler_pytorch_takes_over_and_says_so(fresh_library, monkey
 
 def test_a_compiler_that_fails_is_named(fresh_library, monkeypatch):
     broken = fresh_library / "broken-cc"
-    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho cannot do that >&2; exit 1\n")
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho cannot do that >&2; exit 1\n')
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
     with pytest.warns(UserWarning, match="broken-cc did not compile it .cannot do that"):

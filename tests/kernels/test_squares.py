@@ -24,9 +24,7 @@ def expected(tensors):
 def test_equals_the_sum_in_fp64(kinds, misaligned, seed):
     generator = torch.Generator().manual_seed(seed)
     skipped = int(misaligned)  # elements, so that no access of 16 bytes is aligned
-    tensors = [
-        torch.randn(numel + skipped, generator=generator).to(DEVICE, dtype)[skipped:] for numel, dtype in kinds
-    ]
+    tensors = [torch.randn(numel + skipped, generator=generator).to(DEVICE, dtype)[skipped:] for numel, dtype in kinds]
     found = SumOfSquares()(tensors)
     assert found.dtype == torch.float64 and found.shape == ()
     torch.testing.assert_close(found.cpu(), expected(t.cpu() for t in tensors), rtol=1e-13, atol=0)

@@ -1,0 +1,248 @@
+"""Does Lion train as well when workers exchange one small integer a weight every H steps? Paired runs on one device.
+
+    python launch/rounds_study.py --seeds 0 1 2 --out runs/rounds         # one process per GPU, other seeds each
+    python launch/rounds_study.py --report --out runs/rounds              # the table and the picture
+
+A study that was cut off goes on where it stopped: runs whose result is in --out are not repeated.
+
+A round: K workers start from the same weights `start` and take H steps of Lion at one learning rate, each on its own
+K-th of the batch. Worker i moves every weight by lr times an integer k_i in [-H, H], because a step of Lion moves it by
+-lr, 0 or +lr and weight decay waits for the round's end. Inside the round its weights are `start + lr * k_i`. At the
+round's end all workers take
+
+    start = start * (1 - lr * weight_decay)^H + outer step, which is made of the mean of the integers k_i.
+
+The learning rate of a round is the mean of the schedule over its steps.
+
+The workers of one run are computed together, as one batched model (torch.func): the same arithmetic for each, and one
+launch for all. Clipping is per worker, as each would do it alone. Every arm of a seed sees the same batches.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad_and_value, vmap
+
+from comparison.evaluation import held_out_windows
+from precision_study import T_95
+from train import Transformer, global_batch, lr_factor, read_corpus
+
+BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        workers, steps: K and H. One worker with H = 1 is synchronous Lion.
+        outer: "mean" adds lr times the mean of the integers; "nesterov" is DiLoCo's outer optimizer on it (arXiv
+            2311.08105); "sign" moves by the sign of the mean, as far on average as the mean does.
+        momentum: at a round's end each worker's is "kept", "averaged" over the workers, or "reset" to zero.
+        alone: a single worker that sees 1/K of the batch and never meets the others.
+    """
+
+    workers: int = 4
+    steps: int = 30
+    outer: str = "mean"
+    momentum: str = "averaged"
+    alone: bool = False
+
+    def __str__(self):
+        if self.alone:
+            return f"alone on 1/{self.workers} of the batch"
+        if (self.workers, self.steps) == (1, 1):
+            return "synchronous"
+        return f"K = {self.workers}, H = {self.steps}, {self.outer}, momentum {self.momentum}"
+
+
+BASELINE = Arm(1, 1, momentum="kept")
+ARMS = [
+    *(BASELINE, Arm(), Arm(momentum="kept"), Arm(momentum="reset"), Arm(outer="nesterov"), Arm(outer="sign")),
+    *(Arm(steps=10), Arm(steps=100), Arm(workers=2), Arm(workers=8), Arm(workers=1, momentum="kept")),
+    *(Arm(workers=count, steps=1, momentum="kept", alone=True) for count in (4, 8)),
+]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/rounds"))
+    add("--report", action="store_true", help="read the results in --out instead of training")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--arms", type=int, nargs="+", default=range(len(ARMS)), help="which, by their place in ARMS")
+    add("--data", help="as launch/train.py's")
+    add("--layers", type=int, default=8)
+    add("--dim", type=int, default=512)
+    add("--heads", type=int, default=8)
+    add("--seq-len", type=int, default=512)
+    add("--batch-size", type=int, default=32, help="windows a step over all workers")
+    add("--steps", type=int, default=2000)
+    add("--lr", type=float, default=3e-4)
+    add("--weight-decay", type=float, default=0.3)
+    add("--warmup", type=int, default=100)
+    add("--outer-lr", type=float, default=0.7, help="of Nesterov's outer step")
+    add("--outer-momentum", type=float, default=0.9, help="of Nesterov's outer step")
+    add("--held-out", type=int, default=1024, help="windows that the final loss is measured on")
+    add("--no-compile", action="store_true")
+    return parser.parse_args()
+
+
+class Workers:
+    """K workers of one run. ``start``: fp32, one tensor a parameter; ``counts``, ``momenta``: [K, ...] of each."""
+
+    def __init__(self, model: Transformer, arm: Arm, args: argparse.Namespace):
+        self.model, self.arm, self.args = model, arm, args
+        self.count = 1 if arm.alone else arm.workers
+        self.start = {name: p.detach().float() for name, p in model.named_parameters()}
+        stacked = {name: p.new_zeros(self.count, *p.shape) for name, p in self.start.items()}
+        self.counts = stacked
+        self.momenta = {name: torch.zeros_like(x) for name, x in stacked.items()}
+        self.velocity = {name: torch.zeros_like(p) for name, p in self.start.items()}
+        loss_of_one = lambda params, windows: functional_call(model, params, (windows,))  # noqa: E731
+        self._gradients_of_all = vmap(grad_and_value(loss_of_one))
+        self.step = self._step if args.no_compile else torch.compile(self._step)
+
+    def _step(self, windows: Tensor, lr: Tensor) -> Tensor:
+        """One step of every worker on ``windows`` [K, batch, seq_len + 1]; ``lr``: []. Returns the mean loss."""
+        # Weights are rounded once, from where the round began.
+        params = {name: (p + lr * self.counts[name]).bfloat16() for name, p in self.start.items()}
+        grads, losses = self._gradients_of_all(params, windows)
+        squares = sum(grad.float().flatten(1).square().sum(dim=1) for grad in grads.values())
+        factors = (1.0 / squares.sqrt()).clamp(max=1.0)  # [K]: each worker clips its own norm to 1
+        for name, grad in grads.items():
+            momentum = self.momenta[name]
+            grad = grad.float() * factors.view(-1, *[1] * (grad.dim() - 1))
+            self.counts[name].sub_(torch.sign(momentum * BETAS[0] + grad * (1 - BETAS[0])))
+            momentum.mul_(BETAS[1]).add_(grad * (1 - BETAS[1]))
+        return losses.mean()
+
+    def end_round(self, lr: float, steps: int) -> None:
+        """Weight decay, then the outer step; all workers go on from the same weights."""
+        for name, start in self.start.items():
+            counts = self.counts[name]
+            if start.dim() == 2:
+                start.mul_((1.0 - lr * self.args.weight_decay) ** steps)
+            start.add_(self._outer_step(name, lr * counts.mean(dim=0)))
+            counts.zero_()
+            if self.arm.momentum == "averaged":
+                self.momenta[name].copy_(self.momenta[name].mean(dim=0, keepdim=True).expand_as(counts))
+            elif self.arm.momentum == "reset":
+                self.momenta[name].zero_()
+
+    def _outer_step(self, name: str, mean: Tensor) -> Tensor:
+        if self.arm.outer == "mean":
+            return mean
+        if self.arm.outer == "sign":
+            return mean.sign() * mean.abs().mean()
+        velocity = self.velocity[name].mul_(self.args.outer_momentum).add_(mean)
+        return self.args.outer_lr * (mean + self.args.outer_momentum * velocity)
+
+
+def run(args: argparse.Namespace, text: tuple[Tensor, Tensor], seed: int, arm: Arm, device: torch.device) -> dict:
+    torch.manual_seed(seed)
+    model = Transformer(args.layers, args.dim, args.heads).to(device, torch.bfloat16)
+    workers, losses, started = Workers(model, arm, args), [], time.perf_counter()
+    rows = args.batch_size // arm.workers
+    in_round, lr = 0, 0.0
+    for step in range(args.steps):
+        if in_round == 0:  # a schedule moves between rounds: the mean of what it gives to the steps of this one
+            ahead = range(step, min(step + arm.steps, args.steps))
+            lr = args.lr * statistics.mean(lr_factor(i, args.warmup, args.steps) for i in ahead)
+        windows = global_batch(text[0], args.batch_size, args.seq_len, seed, step)
+        windows = windows[: rows * workers.count].view(workers.count, rows, -1).to(device, non_blocking=True)
+        loss = workers.step(windows, torch.tensor(lr, device=device))
+        in_round += 1
+        if in_round == arm.steps or step == args.steps - 1:
+            workers.end_round(lr, in_round)
+            in_round = 0
+        if step % 20 == 0:
+            losses.append(loss)
+    final = held_out_loss(args, workers, text[1], device)
+    return {
+        "held_out": final,
+        "losses": torch.stack(losses).tolist(),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+@torch.no_grad()
+def held_out_loss(args: argparse.Namespace, workers: Workers, text: Tensor, device: torch.device) -> float:
+    params = {name: p.bfloat16() for name, p in workers.start.items()}
+    windows = held_out_windows(text, args.held_out, args.seq_len).to(device)
+    parts = [functional_call(workers.model, params, (part,)) for part in windows.split(args.batch_size)]
+    return torch.stack(parts).double().mean().item()
+
+
+def train(args: argparse.Namespace) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    text = read_corpus(args.data, args.seq_len)
+    numel = sum(p.numel() for p in Transformer(args.layers, args.dim, args.heads).parameters())
+    print(f"{numel / 1e6:.1f} M parameters, {text[0].numel() / 1e6:.1f} MB of text, seeds {args.seeds}")
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "report", "seeds", "arms")}
+    path = args.out / f"seeds-{'-'.join(map(str, args.seeds))}.jsonl"
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    with path.open("a") as file:
+        for seed in args.seeds:
+            for arm in (ARMS[i] for i in args.arms):
+                if any((row["seed"], row["arm"]) == (seed, str(arm)) for row in done):
+                    continue
+                result = run(args, text, seed, arm, device)
+                row = {"arm": str(arm), "seed": seed, "numel": numel, "torch": torch.__version__, "machine": machine}
+                file.write(json.dumps(row | settings | result) + "\n")
+                file.flush()
+                print(f"seed {seed}  {result['held_out']:.4f}  {result['seconds']:5.1f} s  {arm}", flush=True)
+
+
+def summarize(rows: list[dict]) -> list[dict]:
+    """Per arm: the mean held-out loss, and the mean paired difference to synchronous Lion with its 95% interval."""
+    table = []
+    baseline = {row["seed"]: row["held_out"] for row in rows if row["arm"] == str(BASELINE)}
+    for arm in map(str, ARMS):
+        results = {row["seed"]: row["held_out"] for row in rows if row["arm"] == arm}
+        differences = [loss - baseline[seed] for seed, loss in results.items() if seed in baseline]
+        if not results:
+            continue
+        row = {"arm": arm, "runs": len(results), "held_out": statistics.mean(results.values())}
+        if arm != str(BASELINE) and differences:
+            row["difference"] = statistics.mean(differences)
+            if len(differences) > 1:
+                spread = statistics.stdev(differences) / math.sqrt(len(differences))
+                row["half_interval"] = T_95[len(differences) - 1] * spread
+        table.append(row)
+    return table
+
+
+def report(args: argparse.Namespace) -> None:
+    rows = [json.loads(line) for path in sorted(args.out.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    first, table = rows[0], summarize(rows)
+    print(
+        f"{first['numel'] / 1e6:.1f} M parameters in bf16, {first['steps']} steps of "
+        f"{first['batch_size'] * first['seq_len']:,} bytes over all workers, {first['machine']}, "
+        f"torch {first['torch']}\n"
+    )
+    print(
+        "| | runs | held-out loss, nats per byte | paired difference to synchronous, 95% interval |\n|---|---|---|---|"
+    )
+    for row in table:
+        change = "" if "difference" not in row else f"{row['difference']:+.4f}"
+        change += f" ± {row['half_interval']:.4f}" if "half_interval" in row else ""
+        print(f"| {row['arm']} | {row['runs']} | {row['held_out']:.4f} | {change} |")
+
+
+def main() -> None:
+    args = parse_arguments()
+    report(args) if args.report else train(args)
+
+
+if __name__ == "__main__":
+    main()

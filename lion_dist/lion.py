@@ -1,0 +1,465 @@
+"""``Lion``: a ``torch.optim.Optimizer`` over whatever tensors are local to this rank.
+
+Plain parameters, the local shards of DTensors (FSDP2, tensor parallel), FSDP1's flat parameters, DeepSpeed's flat
+partitions: Lion is elementwise, so the engine decides what is local and this class updates it. It never asks DTensor
+to dispatch an operation in ``step()``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from lion_dist import values
+from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
+from lion_dist.cautious import cautious_lrs_of_whole_tensors, refuse_hidden_boundaries
+from lion_dist.config import PrecisionPolicy, check_interval, check_policy
+from lion_dist.hyperparameters import (
+    HyperparameterWatch,
+    check_hyperparameters,
+    decoupling_lr,
+    effective_weight_decay,
+    warn_if_decay_vanishes,
+)
+from lion_dist.kernels.reference import StepScalars, skip_unusable
+from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
+from lion_dist.lion_spikes import judge_spikes, refuse_hidden_ranks
+from lion_dist.local_shard import LocalShard, check_memory, flat, local_tensor, share_axes
+from lion_dist.main_params import collective_safe_state, init_main_param
+from lion_dist.meters import NO_METER, make_meter, refuse_unmeasured
+from lion_dist.param_checks import check_grad, check_no_overlap, check_param
+from lion_dist.spike_guard import SpikeGuard, SpikeWatch, check_guard, not_guarded
+from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
+from lion_dist.unused_params import NoGradientWarning
+from lion_dist.update_batch import STATE_KEYS, GlobalIndex, KnownBatches, OwnWrites, UpdateBatch
+
+_grad = operator.attrgetter("grad")
+
+
+class Lion(Optimizer):
+    """Lion (arXiv 2302.06675), a drop-in for lion-pytorch's class.
+
+    Args:
+        params: parameters, param groups or (name, parameter) pairs.
+        lr: learning rate, a float or a 0-d tensor on the parameters' device; Lion wants 3 to 10 times less than AdamW.
+        betas: of the update's interpolation and of the momentum; each in [0, 1).
+        weight_decay: decoupled from the gradient as in AdamW: weights shrink by ``lr * weight_decay`` a step.
+        use_triton: None uses the Triton kernel where it can run; True insists on it; False forbids it.
+        decoupled_weight_decay: lion-pytorch's: divide ``weight_decay`` by the initial lr.
+        precision: dtypes and rounding of the state.
+        cautious: step only where update and gradient agree in sign, and further there (arXiv 2411.16085). It reads
+            gradients and momentum twice, and needs whole tensors: FSDP1's flat parameters are refused.
+        cautious_factor: lion-pytorch's: what a step elsewhere is multiplied by, 0 to 1. None: 0 with ``cautious``.
+            Given, the step is cautious; 1 is the plain step.
+        cautious_wd: decay only where the step and the parameter have the same sign (arXiv 2510.12402).
+        corrected_weight_decay: weights shrink by ``weight_decay * lr**2 / max_lr`` a step (arXiv 2512.08217), where
+            ``max_lr`` is the group's key of that name: its first learning rate, unless given or set by a scheduler.
+            With ``decoupled_weight_decay`` that weight decay is divided by the initial lr first.
+        maximize: follow the gradient upwards.
+        foreach, fused, capturable, differentiable: torch.optim's. The first three ask for what a step is anyway; the
+            last is refused.
+        skip_spikes: skip a step whose gradient norm, over all parameters and ranks, is far above those before
+            (``SpikeGuard``); a loss or a norm of the program's own is judged too (:meth:`observe`). FSDP1's flat
+            parameters are refused.
+        metrics_every: measure every n-th step, for :meth:`metrics`; 0 measures nothing and costs nothing.
+
+    State of a parameter: ``exp_avg`` (its shape, fp32 or bf16); with main params ``main_param`` (fp32, or the int16
+    remainder); with stochastic rounding ``step`` ([] int64). It is created when a gradient first comes.
+
+    The *global element index* (``sharding/layout.py``) counts elements of full tensors in the order of
+    ``param_groups``. Bits of stochastic rounding are independent of sharding for plain tensors and for DTensors
+    sharded on dim 0.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        use_triton: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        *,
+        precision: PrecisionPolicy = PrecisionPolicy(),
+        cautious: bool = False,
+        cautious_factor: float | None = None,
+        cautious_wd: bool = False,
+        corrected_weight_decay: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        skip_spikes: SpikeGuard | None = None,
+        metrics_every: int = 0,
+    ):
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        check_hyperparameters(defaults)
+        check_torch_options(foreach, fused, capturable, differentiable)
+        self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
+        self.precision, self.skip_spikes = check_policy(precision), check_guard(skip_spikes)
+        self._spikes: SpikeWatch | None = None  # until the first step, when parameters are where they will stay
+        self.use_triton = values.flag("use_triton", use_triton, optional=True)
+        self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
+        self._no_gradients = NoGradientWarning()
+        self._index: GlobalIndex | None = None  # of the known batches; None: no random bits were drawn
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
+        self.metrics_every = check_interval("metrics_every", metrics_every)
+        self._meter = NO_METER  # until the first step, when parameters are where they will stay
+        self._known_batches: dict[int, KnownBatches] = {}  # by id of the param group, from the last step
+        self._own_writes = OwnWrites()
+        super().__init__(values.params(params), defaults)
+
+    shares_verdict = False  # lion_dist.GradScaler: every rank that holds a shard knows of every other's overflow
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """GradScaler hands over grad_scale and found_inf as device tensors, and nothing waits for the device.
+
+        Not under FSDP1: its ShardedGradScaler lets the ranks agree only where the scaler itself unscales.
+        """
+        return not any(LocalShard.of(param).is_flat for group in self.param_groups for param in group["params"])
+
+    def __getstate__(self) -> dict:
+        """To copy or pickle: torch's own keeps defaults, state and param groups only."""
+        kept = ("precision", "rule", "skip_spikes", "_spikes", "use_triton", "_decoupled_from", "metrics_every")
+        return super().__getstate__() | {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict) -> None:
+        # Present when load_state_dict() calls this; absent in a copy.
+        fresh = {"_known_batches": {}, "_own_writes": OwnWrites(), "_meter": NO_METER, "_index": None}
+        for name, value in (fresh | {"_no_gradients": NoGradientWarning()}).items():
+            self.__dict__.setdefault(name, value)
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch's __setstate__ adds it; a fresh optimizer has no such key
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Append a param group, whose settings are checked as the first ones were."""
+        values.param_group(param_group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group, self._decoupled_from)
+            if self.rule.corrected_weight_decay:
+                note_max_lr(group)
+            names = group.get("param_names", [f"parameter {i} of the group" for i in range(len(group["params"]))])
+            for name, param in zip(names, group["params"], strict=True):
+                check_param(param, name)
+                self.precision.main_params_for(param.dtype)
+                if self.rule.is_cautious:
+                    refuse_hidden_boundaries(param, name)
+                if self.skip_spikes is not None:
+                    refuse_hidden_ranks(param, name)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch._disable_dynamo  # compiled, it updated nothing in the second step after add_param_group()
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None):
+        """One step for every parameter that has a gradient. Returns what ``closure`` returned.
+
+        Raises:
+            ValueError: a param group holds an lr, betas or weight_decay that cannot be used; nothing is changed.
+        """
+        values.closure(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._hyperparameters.check(self.param_groups)
+        grad_scale, skip = self._scaling()
+        self._follow_moved_params()
+        # Whatever may be refused is refused here, before anything is changed.
+        found = [(group, *batch) for group in self.param_groups for batch in self._batches(group)]
+        backends = [choose_backend(batch.tensors.device, self.use_triton) for _, batch, _ in found]
+        scalars = [self._scalars(group) for group, _, _ in found]
+        skip = skip_unusable(skip, scalars)
+        if self.skip_spikes is not None:
+            skip = judge_spikes(self._spike_watch(), found, grad_scale, skip)
+        if self._no_gradients.is_waiting:
+            self._note_gradients(bool(found))
+        self._make_meter()
+        self._meter.begin_step()
+        with self._meter.clock.phase("update"):
+            for (_, batch, grads), backend, of_group in zip(found, backends, scalars, strict=True):
+                self._update(batch, grads, of_group, backend, grad_scale, skip)
+        self._meter.end_step(skip)
+        return loss
+
+    @property
+    def spike_window(self) -> Tensor | None:
+        """[2 * window + 5] fp64 on the device, live: the state of ``skip_spikes``."""
+        return None if self.skip_spikes is None else self._spike_watch().state
+
+    def observe(self, loss: Tensor | None = None, grad_norm: Tensor | None = None) -> None:
+        """Hand over what ``skip_spikes`` is to judge the next step by, beside the gradients or instead of them.
+
+        Args:
+            loss: of the step, a tensor on the device; the same on all ranks that share parameters (their mean, say).
+            grad_norm: in place of the one that the step computes itself: what ``clip_grad_norm_`` has returned, for
+                the gradients that it leaves have no spikes.
+        """
+        if self.skip_spikes is None:
+            raise not_guarded()
+        self._spike_watch().observe(loss, grad_norm)
+
+    def _spike_watch(self) -> SpikeWatch:
+        if self._spikes is None:
+            device = local_tensor(next(p for group in self.param_groups for p in group["params"])).device
+            self._spikes = SpikeWatch(self.skip_spikes, device, choose_backend(device, self.use_triton))
+        return self._spikes
+
+    def _scalars(self, group: dict) -> StepScalars:
+        weight_decay = effective_weight_decay(group, self._decoupled_from, self.rule.corrected_weight_decay)
+        warn_if_decay_vanishes(group["lr"], weight_decay)
+        return StepScalars.from_group(group["lr"], group["betas"], weight_decay)
+
+    def _note_gradients(self, any_gradients: bool) -> None:
+        rates = [group["lr"] for group in self.param_groups]
+        if not any(isinstance(lr, Tensor) or lr for lr in rates):
+            return  # torch.distributed.checkpoint makes state by such a step, with gradients of its own
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any_gradients or any(is_lazy(p) or local_tensor(p).numel() for p in params):  # else no part to train here
+            self._no_gradients.note_step(any_gradients)
+
+    def _update(
+        self, batch: UpdateBatch, grads: Sequence[Tensor], scalars: StepScalars, backend: str, grad_scale, skip
+    ) -> None:
+        params, tensors = batch.params, batch.tensors
+        batch.follow_outside_writes()
+        if skip is not None:
+            skip = skip.to(tensors.device, non_blocking=True)  # where groups lie on several devices
+        grad_scale = self.rule.signed(grad_scale, tensors.device)
+        arguments = {
+            "grad_scale": grad_scale,
+            "seed": self.precision.seed,
+            "cautious_wd": self.rule.cautious_wd,
+            "backend": backend,
+        }
+        if self.rule.is_cautious:
+            arguments["cautious_lrs"] = cautious_lrs_of_whole_tensors(
+                batch, grads, scalars, self.rule.cautious_factor, grad_scale, backend
+            )
+        if self._meter.is_measuring:
+            from lion_dist.metrics.step_metrics import measure_batch
+
+            with self._meter.clock.phase("measure"):
+                measure_batch(self._meter, params, tensors, grads, scalars, **arguments)
+        # Unchecked: each batch has accepted or made its gradients.
+        lion_update_(tensors, grads, scalars, skip=skip, check=False, **arguments)
+        batch.end_update()
+
+    def _make_meter(self) -> None:
+        if self._meter is NO_METER and self.metrics_every:
+            first = next(p for group in self.param_groups for p in group["params"])
+            self._meter = make_meter(self.metrics_every, local_tensor(first).device)
+
+    @torch.no_grad()
+    def metrics(self, process_group: ProcessGroup | None = None) -> dict:
+        """What the last measured step did; ``docs/metrics.md`` defines every key.
+
+        It waits for the device. Over DTensors (FSDP2, tensor parallel) all ranks call it together: sums over shards are
+        exchanged, one short message a mesh axis. Before the first measured step ``step`` is 0 and the rest NaN.
+
+        Args:
+            process_group: the ranks among which an engine cuts what this optimizer sees as plain tensors (FSDP1's and
+                DeepSpeed's flat partitions); None: plain tensors are whole here.
+
+        Raises:
+            RuntimeError: ``metrics_every`` is 0.
+        """
+        remedy = "Pass the group among whose ranks an engine cuts the parameters."
+        values.instance("process_group", process_group, ProcessGroup, remedy, optional=True)
+        self._make_meter()
+        refuse_unmeasured(self._meter)
+        from lion_dist.metrics.step_metrics import metrics_of_rank
+
+        params = [p for group in self.param_groups for p in group["params"]]
+        spikes = {} if self.skip_spikes is None else self._spike_watch().report()
+        return metrics_of_rank(self._meter, params, process_group) | spikes
+
+    def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return what GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
+        scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not isinstance(skip, Tensor):  # without any gradient torch's GradScaler sums an empty list: the int 0
+            skip = None
+        if skip is not None and not self.shares_verdict:
+            params = [p for group in self.param_groups for p in group["params"]]
+            if not share_axes(p if p.grad is None else p.grad for p in params):
+                raise RuntimeError(
+                    "torch's GradScaler asks only the ranks that share the first gradient whether one overflowed, and "
+                    "these parameters are sharded over different axes: ranks would skip different steps. "
+                    "Use lion_dist.GradScaler."
+                )
+        return None if scale is None else scale.double().reciprocal().float(), skip
+
+    def _batches(self, group: dict) -> list[tuple[UpdateBatch, Sequence[Tensor]]]:
+        """The group's parameters that have a gradient, in batches of like tensors (one launch each), and gradients."""
+        params = group["params"]
+        grads = list(map(_grad, params))
+        types = set(map(type, grads))
+        if type(None) in types:
+            types.discard(type(None))
+            params, grads = [p for p in params if p.grad is not None], [g for g in grads if g is not None]
+        known = self._known_batches.get(id(group))
+        if known is None or not known.holds(params):
+            if known is not None:
+                self._own_writes.take_over(known.batches)
+            known = KnownBatches(params)
+        grads = known.placements.local_grads(grads, types)
+        matched = known.match(grads, self.state)
+        if matched is None:
+            self._own_writes.take_over(known.batches)
+            self._create_states()  # all at once: a group's state that comes later would outdate this group's batches
+            matched = self._sort_into_batches(params, grads)
+            known.set_batches([batch for batch, _ in matched], self.state)
+            self._known_batches[id(group)] = known
+        return matched
+
+    def _create_states(self) -> None:
+        """Make the state of every parameter with a gradient. State that a user put there, or of a parameter that has
+        changed dtype or device, is made to fit."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                check_memory(local_tensor(param), "a parameter")
+                state = self.state_of(param)
+                if not fits(param, state, self.precision.state_dtypes(param.dtype)):
+                    self.state[param] = self._adopt_state(param, state)
+
+    def _follow_moved_params(self) -> None:
+        """Global indices count all parameters: where one was swapped, added or removed, those behind it moved."""
+        if self._index is None or self._index.holds_for(self.param_groups):
+            return
+        for known in self._known_batches.values():
+            self._own_writes.take_over(known.batches)
+        self._known_batches.clear()
+        self._index = None
+
+    def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]):
+        alike: dict[tuple, list[int]] = {}
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            check_grad(param, grad)
+            check_no_overlap(param, "a parameter")
+            alike.setdefault((grad.device, param.dtype, grad.dtype), []).append(i)
+        result = []
+        for (_, _, grad_dtype), positions in alike.items():
+            members = [params[i] for i in positions]
+            states = [self.state_of(p) for p in members]
+            tensors = self._flatten(members)
+            batch = UpdateBatch(positions, members, states, tensors, grad_dtype, self._own_writes)
+            result.append((batch, [grads[i].contiguous() for i in positions]))
+        return result
+
+    def _flatten(self, params: list[Tensor]) -> LionTensors:
+        states = [self.state_of(p) for p in params]
+        columns = {key: [flat(s[key]) for s in states] for key in STATE_KEYS[:2] if key in states[0]}
+        index = steps = None
+        if "step" in states[0]:
+            if self._index is None:
+                self._index = GlobalIndex(self.param_groups)
+            index, steps = self._index, torch.stack([s["step"] for s in states])
+            for state, step in zip(states, steps.unbind(), strict=True):  # views: one addition counts all
+                state["step"] = step
+        return LionTensors(
+            params=[flat(p) for p in params],
+            exp_avgs=columns["exp_avg"],
+            mains=columns.get("main_param"),
+            index_starts=None if index is None else [index.of(p) for p in params],
+            steps=steps,
+            stochastic_momentum=self.precision.momentum_rounding == "stochastic"
+            and states[0]["exp_avg"].dtype == torch.bfloat16,
+        )
+
+    def _fresh_state(self, param: Tensor) -> dict[str, Tensor]:
+        precision, dtype = self.precision, param.dtype
+        exp_avg = torch.zeros_like(
+            param, dtype=precision.momentum_dtype_for(dtype), memory_format=torch.contiguous_format
+        )
+        state = {"exp_avg": exp_avg}
+        main = init_main_param(param, precision.main_params_for(dtype))
+        if main is not None:
+            state["main_param"] = main.contiguous()
+            self._own_writes.note(param)
+        if precision.is_stochastic(dtype):
+            state["step"] = torch.zeros((), dtype=torch.int64, device=local_tensor(param).device)
+        return state
+
+    def state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """The state of ``param``, created if there is none yet."""
+        if not self.state[param]:
+            self.state[param] = self._fresh_state(param)
+        return self.state[param]
+
+    # ---- state_dict, in the shape of torch's and lion-pytorch's
+
+    def state_dict(self) -> dict:
+        """Return torch's form; main params of parameters that FSDP shards are as ``main_params.py`` describes.
+
+        State of a parameter that is in no group any more is left out; it is there again when the parameter is.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        present = set(params)
+        orphans = {p: self.state.pop(p) for p in list(self.state) if isinstance(p, Tensor) and p not in present}
+        try:
+            result = super().state_dict()
+        finally:
+            self.state.update(orphans)
+        state = {
+            k: collective_safe_state(params[k], v) if isinstance(k, int) else v for k, v in result["state"].items()
+        }
+        guard = {} if self.skip_spikes is None else {"spike_guard": self.spike_window}
+        return {**result, "state": state} | guard
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a ``state_dict`` of this class, of lion-pytorch's Lion, or of any other that keeps ``exp_avg``.
+
+        ``exp_avg`` takes the configured dtype (with a warning where the file's differs), main params are made from
+        the parameters where the file has none, and missing group keys are filled in. Load the model first.
+        """
+        values.state_dict(state_dict)
+        states: dict[Tensor, dict] = {}
+        window: dict[str, Tensor | None] = {}
+
+        def adopt(_self, state_dict: dict) -> dict:  # after a user's own hooks, which may have changed it
+            groups = adopt_groups(state_dict["param_groups"], self.param_groups, self.defaults, self._decoupled_from)
+            saved_ids = [i for group in groups for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            saved = state_dict["state"]
+            pairs = zip(saved_ids, params, strict=False)  # torch says so when there are more or fewer
+            states.update({param: self._adopt_state(param, saved[i]) for i, param in pairs if i in saved})
+            if self.skip_spikes is not None:
+                window["saved"] = self._spike_watch().checked(state_dict.get("spike_guard"))
+            return {**state_dict, "state": {}, "param_groups": groups}
+
+        def take_over(_self) -> None:  # before a user's own hooks, which may look at it
+            self.state.update(states)
+            self._known_batches.clear()
+            if self._spikes is not None:
+                self._spikes.load(window["saved"])
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(adopt),
+            self.register_load_state_dict_post_hook(take_over, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _adopt_state(self, param: Tensor, saved: dict) -> dict[str, Tensor]:
+        state = adopt_state(param, saved, self._fresh_state(param))
+        # The parameter may have been changed from outside just before the save. The next step lets fp32 main params
+        # follow it; not now, for the model may be loaded after its optimizer.
+        self._own_writes.forget(param)
+        return state

@@ -1,0 +1,1 @@
+"""What a job will hold and send, before it runs."""
