@@ -34,6 +34,12 @@ class DDPWithoutReducer(DistributedDataParallel):
 
     _grad_scheduler: weakref.ref[GradScheduler]
 
+    @property
+    def syncs_buffers(self) -> bool:
+        """Whether ``forward`` makes buffers the first rank's."""
+        is_on = getattr(self, "forward_sync_buffers", None)  # broadcast_buffers until torch 2.12
+        return bool(self.modules_buffers) and bool(self.broadcast_buffers if is_on is None else is_on)
+
     def forward(self, *inputs, **kwargs):
         """Call the module as DDP does; gradients are the optimizer's."""
         scheduler = self._grad_scheduler()
@@ -78,6 +84,15 @@ class DDPWithoutReducer(DistributedDataParallel):
     def __reduce_ex__(self, _protocol):
         """A copy is an ordinary DDP with a reducer of its own, as a copied module is an ordinary module."""
         return copyreg.__newobj__, (DistributedDataParallel,), self.__getstate__()
+
+
+_wrapper_of: weakref.WeakKeyDictionary[GradScheduler, weakref.ref[DDPWithoutReducer]] = weakref.WeakKeyDictionary()
+
+
+def wrapper_of(scheduler: GradScheduler) -> DDPWithoutReducer | None:
+    """The wrapper whose reducer ``scheduler`` has replaced."""
+    found = _wrapper_of.get(scheduler)
+    return None if found is None else found()
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,7 @@ class Takeover:
             ddp.__class__ = DDPWithoutReducer
             scheduler.in_no_sync = not required
         vars(ddp)["_grad_scheduler"] = weakref.ref(scheduler)
+        _wrapper_of[scheduler] = weakref.ref(ddp)
 
 
 def _what_else(ddp: DistributedDataParallel) -> dict[str, bool]:

@@ -21,7 +21,7 @@ from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig
 PACKAGE = Path(lion_dist.__file__).parent
 ROOT = PACKAGE.parent
 # Beside the core: each can be deleted without a change in another (test_rooms.py).
-BESIDE = ("metrics", "replica_check.py", "coded_sync", "ddp_takeover.py")
+BESIDE = ("metrics", "replica_check.py", "coded_sync", "ddp_takeover.py", "uneven_inputs.py")
 ROOMS = (*BESIDE, "checkpoint", "integrations", "planning", "cli", "benchmarks")
 SHOWN_BY_PROGRAMS = "reporting.py"  # by cli/, benchmarks/ and launch/; the core does without
 
@@ -61,6 +61,7 @@ NAMERS_OF_TORCH_DISTRIBUTED = {
     "sharding/peer_memory.py",
     "sharding/process_groups.py",
     "sharding/step_agreement.py",
+    "uneven_inputs.py",  # torch's Join
 }
 COLLECTIVES = frozenset(
     "all_reduce reduce reduce_scatter reduce_scatter_tensor reduce_scatter_single all_gather all_gather_single "

@@ -154,7 +154,8 @@ def _with_adamw(rows: dict[str, list[dict]], precision: str) -> list[dict]:
     found = rows[precision]
     if any("AdamW" in row["engine"] for row in found):
         return found
-    return found + [row | {"engine": f"{row['engine']}, fp32"} for row in rows["fp32"] if "AdamW" in row["engine"]]
+    others = [row for row in rows["fp32"] if "AdamW" in row["engine"]]
+    return found + [row if "compute" in row["engine"] else row | {"engine": f"{row['engine']}, fp32"} for row in others]
 
 
 def _detailed_table(rows: list[dict], args) -> str:
