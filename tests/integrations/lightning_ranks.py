@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lion_dist import Lion, ShardedLion
+from lion_dist import Lion, ShardedLion, ShardingConfig
 from lion_dist.integrations.lightning import GradNorm, ShardedLionStrategy
 
 
@@ -47,12 +47,15 @@ class Regression(pl.LightningModule):
         optimizer: "Lion", "ShardedLion", or another class's name of torch.optim.
     """
 
+    sharding = ShardingConfig()
+
     def __init__(self, optimizer: str, manual: bool = False):
         super().__init__()
         torch.manual_seed(0)
         self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 1)
         self.kind, self.automatic_optimization = optimizer, not manual
         self.norms: list[float] = []
+        self.kept: list[bool] = []  # after each backward, whether gradients stay on this rank
 
     def loss(self, batch: Tensor) -> Tensor:
         return (self.head(torch.tanh(self.body(batch))).float() - batch.float().sum(-1, keepdim=True)).square().mean()
@@ -72,7 +75,7 @@ class Regression(pl.LightningModule):
 
     def configure_optimizers(self):
         if self.kind == "ShardedLion":
-            opt = ShardedLion(self.parameters(), lr=1e-2, weight_decay=0.1, module=self)
+            opt = ShardedLion(self.parameters(), lr=1e-2, weight_decay=0.1, module=self, sharding=self.sharding)
         elif self.kind == "Lion":
             opt = Lion(self.parameters(), lr=1e-2, weight_decay=0.1)
         else:
@@ -85,6 +88,9 @@ class Regression(pl.LightningModule):
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
         else:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_after_backward(self) -> None:
+        self.kept.append(self.body.weight.grad is not None)
 
     def on_before_optimizer_step(self, optimizer) -> None:
         if isinstance(optimizer, ShardedLion):
@@ -101,6 +107,31 @@ class Forwarding(Regression):
 
     def loss(self, batch: Tensor) -> Tensor:
         return (self(batch).float() - batch.float().sum(-1, keepdim=True)).square().mean()
+
+
+class StageOne(Regression):
+    """Keeps the gradients of a micro-batch on its rank."""
+
+    sharding = ShardingConfig(zero_stage=1)
+
+
+class Watching(Regression):
+    """Notes in each step whether the head's parameters were whole when the body had computed."""
+
+    sharding = ShardingConfig(bucket_numel=144)  # a bucket for each layer
+
+    def configure_optimizers(self):
+        optimizers, schedules = super().configure_optimizers()
+        head = next(b for b in optimizers[0].buckets if any(p is self.head.weight for p in b.params))
+        self.body.register_forward_hook(lambda *_: self.kept.append(head.param_state.name == "FULL"))
+        return optimizers, schedules
+
+    def on_after_backward(self) -> None:
+        """Only the body is watched."""
+
+
+class WatchingForward(Watching, Forwarding):
+    """The same with a forward of its own."""
 
 
 def batches(count: int, of_ranks: int) -> DataLoader:
@@ -132,8 +163,8 @@ def trainer_for(strategy: pl.strategies.Strategy, steps: int, scaler=None, **set
 def fit(
     sharded: bool,
     steps: int = 4,
-    *,
     module: type[Regression] = Regression,
+    *,
     manual: bool = False,
     save: Path | None = None,
     resume: Path | None = None,
@@ -162,4 +193,5 @@ def fit(
         "params": {name: param.detach().clone() for name, param in model.named_parameters()},
         "shown": shown,
         "norms": model.norms,
+        "kept": model.kept,
     }

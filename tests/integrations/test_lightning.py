@@ -11,7 +11,16 @@ pytest.importorskip("lightning.pytorch")
 
 from lion_dist import GradScaler, ShardedLion  # noqa: E402
 from lion_dist.integrations.lightning import ShardedLionStrategy  # noqa: E402
-from tests.integrations.lightning_ranks import Forwarding, Regression, batches, fit, trainer_for  # noqa: E402
+from tests.integrations.lightning_ranks import (
+    Forwarding,
+    Regression,
+    StageOne,
+    Watching,
+    WatchingForward,
+    batches,
+    fit,
+    trainer_for,
+)  # noqa: E402
 
 CASES = {
     "plain": {},
@@ -41,6 +50,23 @@ def compare(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_bit_equal_to_lightnings_ddp_with_lion(gloo, case):
     gloo.run(2, compare, case)
+
+
+def accumulate_on_ranks() -> None:
+    settings = {"module": StageOne, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    theirs, ours = (fit(sharded, **settings) for sharded in (False, True))
+    assert_same(ours["params"], theirs["params"])
+    assert ours["kept"] == [True, False] * 4
+
+
+def test_micro_batches_stay_on_their_rank_in_stage_1(gloo):
+    gloo.run(2, accumulate_on_ranks)
+
+
+@pytest.mark.parametrize("module", [Watching, WatchingForward])
+def test_a_layer_computes_while_the_next_ones_parameters_arrive(gloo, module):
+    for found in gloo.run(2, fit, True, 4, module):
+        assert found["kept"] == [True, False, False, False]  # nothing is in flight in the first
 
 
 def clip_scaled() -> None:
