@@ -70,7 +70,8 @@ class ShardedLion(ShardedOptimizer):
         lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision, and from cautious to skip_spikes: as
             :class:`~lion_dist.Lion`.
         module: the model that owns the parameters. Given, its parameters and buffers are made equal to the first
-            rank's, its forward waits for each module's parameters only, and parameters get their names.
+            rank's, its forward waits for each module's parameters only, and parameters get their names. A
+            DistributedDataParallel gives up its reducer for this optimizer (``ddp_takeover.py``).
         process_group: the ranks that train this model: None for all, a ProcessGroup, a 1-D DeviceMesh, or a 2-D
             one (replicate, shard).
         sharding: ZeRO stage, bucket size, what is on the wire.
@@ -78,8 +79,8 @@ class ShardedLion(ShardedOptimizer):
 
     An unused parameter (no gradient on any rank) is left as it was. A rank without a batch calls ``step()`` all the
     same and takes part with zeros. Between ``step()`` and the next forward, reading parameters through the module waits
-    for them; a reference held elsewhere needs :meth:`finish_param_sync` first (see "the hazard" in
-    ``sharding/forward_hooks.py``).
+    for them; a reference held elsewhere needs :meth:`finish_param_sync` first, or
+    ``ShardingConfig(overlap_param_sync=False)`` (see "the hazard" in ``sharding/forward_hooks.py``).
     """
 
     _step_supports_amp_scaling = True  # the verdict and the factor stay on the device
@@ -120,13 +121,16 @@ class ShardedLion(ShardedOptimizer):
         values.instance("module", module, nn.Module, "Pass the model that owns the parameters.", optional=True)
         _refuse_together(sharding, self.rule, metrics_every, skip_spikes)
         corrected = self.rule.corrected_weight_decay
+        taken = _takeover_of(module)
+        if taken is not None:
+            module, process_group = taken.ddp.module, process_group or taken.ddp.process_group
         self._scalars = GroupScalars(decoupling_lr(lr, decoupled_weight_decay), corrected)
         self._progress = Progress()
         choices = self.sharding, self.precision, self._scalars.decoupled_from, self.rule, skip_spikes, metrics_every
         self._params = ShardedParams(module, resolve_groups(process_group), self.precision, choices)
         self._builder: ShardBuilder | None = None  # until all param groups have been checked
         super().__init__(values.params(params), defaults)
-        self._guard = StepGuard(self._params, module)
+        self._guard = StepGuard(self._params, module, taken)
         device = self._params.first_device()
         # All user input has been checked: from here on ranks communicate, and tensors change.
         self.groups = self._meet_ranks()
@@ -171,6 +175,8 @@ class ShardedLion(ShardedOptimizer):
             )
         self._builder = ShardBuilder(self._params, self.precision, sharding, stream, self._observers.clock, backend)
         self._build(self.param_groups)
+        if taken is not None:
+            taken.take_over(self.grad_scheduler)
 
     # ---- construction
 
@@ -321,6 +327,8 @@ class ShardedLion(ShardedOptimizer):
         self._progress.step += 1
         self._forget_step()
         self._full_params.finish_step()
+        if not self.sharding.overlap_param_sync:
+            self._full_params.finish_sync()
 
     def _forget_step(self) -> None:
         if self._in_backward is not None:
@@ -330,6 +338,15 @@ class ShardedLion(ShardedOptimizer):
     def _before_reducing(self) -> None:
         self._guard.refuse_new_wrappers()
         self._full_params.finish_sync()  # a step without a forward since the last
+
+
+def _takeover_of(module: nn.Module | None):
+    """What replaces the reducer of a DistributedDataParallel; None for any other module."""
+    if not isinstance(module, nn.parallel.DistributedDataParallel):
+        return None
+    from lion_dist.ddp_takeover import Takeover
+
+    return Takeover.of(module)
 
 
 def _refuse_together(sharding: ShardingConfig, rule: StepRule, metrics_every: int, guard: SpikeGuard | None) -> None:

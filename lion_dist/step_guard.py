@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from lion_dist.sharding.foreign_wrappers import refuse_sharded_since, refuse_wra
 from lion_dist.state_dicts import refuse_emptied
 from lion_dist.unused_params import NoGradientWarning
 
+if TYPE_CHECKING:
+    from lion_dist.ddp_takeover import Takeover
+
 
 class StepGuard:
     """Refuses models that somebody else reduces or replaces, and steps that would do something else than they say.
@@ -21,8 +25,10 @@ class StepGuard:
         no_gradients: warns of an optimizer that trains nothing.
     """
 
-    def __init__(self, params: ShardedParams, module: nn.Module | None):
-        refuse_wrapped(params.names, module)
+    def __init__(self, params: ShardedParams, module: nn.Module | None, taken: Takeover | None):
+        refuse_wrapped(params.names, module, None if taken is None else taken.ddp)
+        if taken is not None:
+            taken.check(params.names, params.groups.num_ranks)
         refuse_sparse_gradients(params.names, module)
         self.no_gradients = NoGradientWarning()
         self._params, self._module = params, module
