@@ -35,7 +35,6 @@ from lion_dist.shard_builder import ShardBuilder
 from lion_dist.shard_state import BucketShard, ShardBatch, UpdateOrder
 from lion_dist.sharded_optimizer import ShardedOptimizer
 from lion_dist.sharded_params import ShardedParams
-from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.buffers import CommStream
 from lion_dist.sharding.foreign_wrappers import refuse_wrapped
 from lion_dist.sharding.forward_hooks import ForwardHooks
@@ -123,13 +122,14 @@ class ShardedLion(ShardedOptimizer):
         corrected = self.rule.corrected_weight_decay
         self._scalars = GroupScalars(decoupling_lr(lr, decoupled_weight_decay), corrected)
         self._progress = Progress()
-        self._params = ShardedParams(module, resolve_groups(process_group), self.precision)
+        choices = self.sharding, self.precision, self._scalars.decoupled_from, self.rule, skip_spikes, metrics_every
+        self._params = ShardedParams(module, resolve_groups(process_group), self.precision, choices)
         self._builder: ShardBuilder | None = None  # until all param groups have been checked
         super().__init__(values.params(params), defaults)
         self._guard = StepGuard(self._params, module)
         device = self._params.first_device()
         # All user input has been checked: from here on ranks communicate, and tensors change.
-        self.groups = self._take_own_groups()
+        self.groups = self._meet_ranks()
         backend = choose_backend(device, use_triton)
         stream = CommStream(device, bounded=sharding.wait_in_backward)
         self.shards: list[BucketShard] = []
@@ -175,13 +175,14 @@ class ShardedLion(ShardedOptimizer):
     # ---- construction
 
     @explained("the construction of ShardedLion")
-    def _take_own_groups(self) -> ShardGroups:
+    def _meet_ranks(self) -> ShardGroups:
         self._params.own_groups = OwnGroups(self, self._progress)
-        return self._params.groups_for({})
+        groups = self._params.groups_for({})
+        self._params.check_agreement(self.param_groups)  # before anything is hooked up or changed
+        return groups
 
     @explained("the construction of ShardedLion")
     def _build(self, groups: list[dict]) -> None:
-        self._check_agreement(groups)
         for tensor in self._params.others_in_module():
             self.groups.broadcast(tensor)
         self._add_buckets([(p, g) for g in groups for p in g["params"]])
@@ -209,7 +210,7 @@ class ShardedLion(ShardedOptimizer):
             GradScheduler.refuse_others(group["params"], self._params.names_of(group))
             if is_built:
                 refuse_wrapped(group["params"], None)
-                self._check_agreement([group])
+                self._params.check_agreement([group])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -217,14 +218,6 @@ class ShardedLion(ShardedOptimizer):
         if is_built:
             self._add_buckets([(p, group) for p in group["params"]])
             self._guard.note_params(self.param_groups)
-
-    def _check_agreement(self, groups: list[dict]) -> None:
-        options = self._scalars.decoupled_from, self.rule, self._gradients.guard, self.metrics_every
-        torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
-        entries = [("torch", (torch_release,))]
-        entries += [("ShardedLion", tuple(map(str, (self.sharding, self.precision, *options))))]
-        for axis in self.groups.axes:
-            check_ranks_agree(entries + self._params.described(groups), axis)
 
     def _add_buckets(self, params: list[tuple[Parameter, dict]]) -> None:
         """Buckets for ``params`` and their param groups, on all ranks together."""

@@ -14,6 +14,7 @@ from lion_dist.config import PrecisionPolicy
 from lion_dist.hyperparameters import check_hyperparameters
 from lion_dist.local_shard import LocalShard
 from lion_dist.param_checks import check_param
+from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.memory_checks import check_memory
 from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.own_groups import OwnGroups
@@ -26,6 +27,7 @@ class ShardedParams:
     Args:
         module: gives parameters their names; None: they are numbered.
         groups: the ranks of parameters whose param group has no ``process_group`` of its own.
+        choices: of the optimizer, which have to be the same on all ranks.
 
     Attributes:
         names: of the optimizer's parameters; they need not be the module's.
@@ -35,8 +37,8 @@ class ShardedParams:
         index_starts: the global element index of each parameter's first element (``sharding/layout.py``).
     """
 
-    def __init__(self, module: nn.Module | None, groups: ShardGroups, precision: PrecisionPolicy):
-        self.groups, self.precision = groups, precision
+    def __init__(self, module: nn.Module | None, groups: ShardGroups, precision: PrecisionPolicy, choices: tuple = ()):
+        self.groups, self.precision, self._choices = groups, precision, choices
         self.module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
         self.module = module
         self.names: dict[Parameter, str] = {}
@@ -132,7 +134,14 @@ class ShardedParams:
             self.index_starts[param] = self._numel
             self._numel += param.numel()
 
-    def described(self, groups: list[dict]) -> list[tuple[str, tuple]]:
+    def check_agreement(self, groups: list[dict]) -> None:
+        """Raise ValueError on every rank unless ``groups`` and the optimizer's choices are the same on all."""
+        torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
+        entries = [("torch", (torch_release,)), ("ShardedLion", tuple(map(str, self._choices)))]
+        for axis in self.groups_for({}).axes:
+            check_ranks_agree(entries + self._described(groups), axis)
+
+    def _described(self, groups: list[dict]) -> list[tuple[str, tuple]]:
         """What has to be the same on all ranks, as entries for ``check_ranks_agree``."""
         entries = []
         for i, group in enumerate(groups):

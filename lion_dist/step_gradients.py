@@ -17,7 +17,7 @@ from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.phases import PhaseClock
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.sharding.verdict import Judge, Verdict
-from lion_dist.spike_guard import SpikeGuard, SpikeWatch, mean_over_ranks
+from lion_dist.spike_guard import SpikeWatch, mean_over_ranks
 from lion_dist.step_choices import Factors, StepChoices
 
 _requires_grad = operator.attrgetter("requires_grad")
@@ -121,10 +121,6 @@ class StepGradients:
             )
             skip = self.spikes.verdict(self.judge.norm(self._loss_scale()), loss, skip)
         return self.judge.skip_unusable(skip)
-
-    @property
-    def guard(self) -> SpikeGuard | None:
-        return None if self.spikes is None else self.spikes.guard
 
     def _decide(self) -> None:
         with self._clock.phase("norm"):

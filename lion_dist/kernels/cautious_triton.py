@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lion_dist.kernels import triton_launch
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.triton_kernels import (
     EXP_AVG,
@@ -23,7 +24,6 @@ from lion_dist.kernels.triton_kernels import (
     _pointers,
 )
 from lion_dist.kernels.triton_launch import (
-    SEARCH_STRIDE,
     TL_DTYPES,
     LaunchShape,
     address_table,
@@ -110,7 +110,7 @@ def count_aligned(tensors, grads, scalars: StepScalars, *, grad_scale: Tensor | 
         "counts": counts,
         "EXP_AVG_DTYPE": TL_DTYPES[tensors.exp_avgs[0].dtype],
         "GRAD_DTYPE": TL_DTYPES[grads[0].dtype],
-        "STRIDE": SEARCH_STRIDE,
+        "STRIDE": triton_launch.SEARCH_STRIDE,  # what the table was built with
         "BLOCK": block,
         "PIECE": piece,
         "VECTOR": shape.vector,

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lion_dist.kernels import triton_launch
 from lion_dist.kernels.triton_kernels import INTERPRETED, _find_tensor, _load_fp32, _pointers
 from lion_dist.kernels.triton_launch import (
     INTERPRETER_BLOCK,
-    SEARCH_STRIDE,
     TL_DTYPES,
     addresses_in_capture,
     blocks_of,
@@ -102,7 +102,7 @@ class SumOfSquares:
                     *tables.sizes,
                     sums,
                     DTYPE=TL_DTYPES[dtype],
-                    STRIDE=SEARCH_STRIDE,
+                    STRIDE=triton_launch.SEARCH_STRIDE,
                     BLOCK=block,
                     PIECE=piece,
                     num_warps=NUM_WARPS,  # (fused multiply-add changes nothing: the square of an fp32 is exact in fp64)
