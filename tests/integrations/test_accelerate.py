@@ -160,6 +160,18 @@ def test_a_state_loads_on_another_number_of_ranks(gloo, tmp_path):
     assert differing(gloo.run(1, load_alone, str(tmp_path))[0], expected) == []
 
 
+def save_with_buffers(folder: str) -> float:
+    with launched():
+        run = Run()
+        run.model.register_buffer("mark", torch.tensor(float(dist.get_rank())))
+        run.accelerator.save_state(folder)
+        return float(run.model.mark)
+
+
+def test_buffers_are_the_first_ranks_when_a_state_is_saved(gloo, tmp_path):
+    assert gloo.run(2, save_with_buffers, str(tmp_path)) == [0.0, 0.0]
+
+
 # ---- refused
 
 
@@ -182,7 +194,7 @@ def refuse(what: str) -> str:
         optimizer = ShardedLion(trained, module=None if what == "no module" else model, process_group=group)
         with pytest.raises((TypeError, ValueError, RuntimeError)) as raised:
             if what == "apart":
-                accelerator.prepare(model)
+                _wrapped = accelerator.prepare(model)
                 accelerator.prepare(optimizer)
             if what == "adopt":
                 ShardedAccelerator.adopt(type("Mine", (Accelerator,), {})(cpu=True))

@@ -297,6 +297,18 @@ def test_the_best_model_is_loaded_at_the_end(gloo, tmp_path, lora):
     gloo.run(2, keep_the_best, str(tmp_path), lora)
 
 
+def evaluate_with_buffers(folder: str) -> float:
+    with launched():
+        trainer, _ = train(folder)
+        trainer.model.register_buffer("mark", torch.tensor(float(dist.get_rank())))
+        trainer.evaluate()
+        return float(trainer.model.mark)
+
+
+def test_buffers_are_the_first_ranks_when_the_model_is_evaluated(gloo, tmp_path):
+    assert gloo.run(2, evaluate_with_buffers, str(tmp_path)) == [0.0, 0.0]
+
+
 # ---- where the settings come from, and what is refused
 
 
