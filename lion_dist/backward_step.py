@@ -80,7 +80,7 @@ class BackwardStep:
             raise RuntimeError("step() inside no_sync(): the step's last backward pass has to run outside of it")
         if loss_scale is not None:
             raise RuntimeError("a GradScaler judges gradients before the update: use update_in_backward=False with it")
-        begun, agreement = self._updates.begun, self._gradients.judge.agreement
+        begun, agreement = self._updates.begun, self._gradients.gradient_check.agreement
         refuse_late_grads({p: self._params.names[p] for bucket in begun for p in bucket.params}, module)
         if warning.is_waiting:
             warning.note_step(bool(begun) or any(param.grad is not None for param in self._params.names))

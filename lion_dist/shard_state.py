@@ -20,7 +20,7 @@ from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.memory_format import MemoryFormat
 
 
-class BucketShard:
+class ShardState:
     """This rank's optimizer state of one bucket.
 
     Args:
@@ -157,7 +157,7 @@ class ShardBatch:
         tensors: all their slices, or None when this rank owns only padding of them.
     """
 
-    def __init__(self, shards: Sequence[BucketShard]):
+    def __init__(self, shards: Sequence[ShardState]):
         self.shards, self.group, self.groups = list(shards), shards[0].group, shards[0].bucket.groups
         self.owning = [shard for shard in shards if shard.tensors is not None]
         self.tensors = None
@@ -197,7 +197,7 @@ class UpdateOrder:
         self._device, self._one_by_one = device, one_by_one
         self._slice_params: Tensor | None = None  # [slices of all shards] int64: the parameter of each, among all
 
-    def add(self, shards: Sequence[BucketShard]) -> None:
+    def add(self, shards: Sequence[ShardState]) -> None:
         self.batches += [ShardBatch([shard]) for shard in shards] if self._one_by_one else make_batches(shards)
         shards = [shard for batch in self.batches for shard in batch.shards]
         firsts = itertools.accumulate((len(shard.bucket.params) for shard in shards), initial=0)
@@ -214,7 +214,7 @@ class UpdateOrder:
         return next(batch for batch in self.batches if batch.shards[0].bucket is bucket)
 
 
-def make_batches(shards: Sequence[BucketShard]) -> list[ShardBatch]:
+def make_batches(shards: Sequence[ShardState]) -> list[ShardBatch]:
     """Batches of 1, 4, 16, ... shards in order: few launches, and the first parameters leave after one bucket's update.
 
     (A launch takes 0.2 to 0.4 ms of the host within a step. One a bucket were 8 ms a step with 38 buckets on an H200.)
@@ -228,6 +228,6 @@ def make_batches(shards: Sequence[BucketShard]) -> list[ShardBatch]:
     return batches
 
 
-def _launch_key(shard: BucketShard) -> tuple:
+def _launch_key(shard: ShardState) -> tuple:
     bucket = shard.bucket
     return id(shard.group), bucket.groups, bucket.pool.dtype, shard.exp_avg.dtype, bucket.param_shard.dtype

@@ -25,7 +25,7 @@ from lion_dist.adopted_state import adopt_groups
 from lion_dist.boxes import Box, BoxedTensor, can_read, read_box
 from lion_dist.local_shard import local_tensor
 from lion_dist.main_params import main_param_as
-from lion_dist.shard_state import BucketShard
+from lion_dist.shard_state import ShardState
 
 OWN_KEYS = ("params", "param_names", "process_group")  # of param groups: a loaded state does not change them
 
@@ -41,7 +41,7 @@ class LiveState:
     """
 
     param_groups: list[dict]
-    shards: Sequence[BucketShard]
+    shards: Sequence[ShardState]
     names: Mapping[Parameter, str]
     counters: Tensor
     decoupled_from: float | None
@@ -51,7 +51,7 @@ class LiveState:
         """In the order in which a state dict counts them."""
         return [param for group in self.param_groups for param in group["params"]]
 
-    def by_param(self, boxed_for: Callable[[BucketShard], Callable[..., BoxedTensor]]) -> dict[Parameter, dict]:
+    def by_param(self, boxed_for: Callable[[ShardState], Callable[..., BoxedTensor]]) -> dict[Parameter, dict]:
         """The state of each parameter, in order; ``{}`` of a frozen one that was never trained."""
         found = {param: kinds for shard in self.shards for param, kinds in shard.state(boxed_for(shard)).items()}
         for param in self.params:
@@ -162,7 +162,7 @@ class _Copy:
         self.target.copy_(main_param_as(self.target.dtype, source, self.param) if self.kind == "main_param" else source)
 
 
-def _copies_of(shard: BucketShard, saved: Mapping[Parameter, dict[str, Tensor]]) -> Iterator[_Copy]:
+def _copies_of(shard: ShardState, saved: Mapping[Parameter, dict[str, Tensor]]) -> Iterator[_Copy]:
     """What this rank's part of the bucket needs.
 
     Raises:
@@ -184,7 +184,7 @@ def _copies_of(shard: BucketShard, saved: Mapping[Parameter, dict[str, Tensor]])
             yield _Copy(kind, box, target, value.boxes.get(box, value.tensor), source)
 
 
-def _other_part(what: str, source: BoxedTensor, shard: BucketShard) -> str:
+def _other_part(what: str, source: BoxedTensor, shard: ShardState) -> str:
     groups = shard.bucket.groups
     here = f"this is rank {groups.shard_rank} of {groups.shard_world_size}"
     if source.part is None:

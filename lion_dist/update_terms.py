@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lion_dist.hyperparameters import HyperparameterWatch, effective_weight_decay, warn_if_decay_vanishes
 from lion_dist.kernels.reference import StepScalars, cautious_lr
-from lion_dist.shard_state import BucketShard, ShardBatch
+from lion_dist.shard_state import ShardBatch, ShardState
 from lion_dist.sharding import collectives
 from lion_dist.sharding.process_groups import ShardGroups
 
@@ -59,7 +59,7 @@ class UpdateTerms:
     skip: Tensor | None
     seed: int
     backend: str
-    cautious_lrs: dict[BucketShard, Tensor] = field(default_factory=dict)
+    cautious_lrs: dict[ShardState, Tensor] = field(default_factory=dict)
 
     def of(self, batch: ShardBatch) -> StepScalars:
         return self.scalars[id(batch.group)]
@@ -77,10 +77,10 @@ class UpdateTerms:
 
 
 def cautious_lrs(
-    shards: Sequence[BucketShard], scalars: Mapping[int, StepScalars], grad_scale: Tensor
-) -> dict[BucketShard, Tensor]:
+    shards: Sequence[ShardState], scalars: Mapping[int, StepScalars], grad_scale: Tensor
+) -> dict[ShardState, Tensor]:
     """[slices] fp32 for each shard, from counts over whole parameters: one small all-reduce a group of ranks."""
-    by_groups: dict[ShardGroups, list[BucketShard]] = {}
+    by_groups: dict[ShardGroups, list[ShardState]] = {}
     for shard in shards:
         by_groups.setdefault(shard.bucket.groups, []).append(shard)
     lrs = {}
