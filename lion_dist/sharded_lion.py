@@ -24,7 +24,6 @@ from lion_dist import values
 from lion_dist.backward_step import BackwardStep
 from lion_dist.config import PrecisionPolicy, ShardingConfig, check_interval, check_policy, check_sharding
 from lion_dist.full_params import FullParams
-from lion_dist.full_state import maker_of_parts
 from lion_dist.hyperparameters import check_hyperparameters, decoupling_lr
 from lion_dist.kernels.reference import skip_unusable
 from lion_dist.kernels.update import choose_backend
@@ -42,7 +41,8 @@ from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained, resolve_groups
 from lion_dist.sharding.scheduler import GradScheduler
-from lion_dist.state_access import StateAccess
+from lion_dist.state_dict.access import StateAccess
+from lion_dist.state_dict.full_state import maker_of_parts
 from lion_dist.step_gradients import StepGradients, choose_sum_of_squares
 from lion_dist.step_guard import StepGuard, refuse_bare_capture, refuse_blind_scaler
 from lion_dist.update_terms import GroupScalars, UpdateTerms, cautious_lrs
@@ -110,7 +110,7 @@ class ShardedLion(ShardedOptimizer):
         self._params = ShardedParams(module, resolve_groups(process_group), self.precision)
         self._builder: ShardBuilder | None = None  # until all param groups have been checked
         super().__init__(values.params(params), defaults)
-        self._guard = StepGuard(self._params, module)
+        self._guard = StepGuard(self._params)
         device = self._params.first_device()
         # All user input has been checked: from here on ranks communicate, and tensors change.
         self.groups = self._take_own_groups()
@@ -136,7 +136,6 @@ class ShardedLion(ShardedOptimizer):
             self._params,
             lambda: self.param_groups,
             lambda: self._loss_scale,
-            module,
             self.grad_scheduler,
             GradientCheck(self.groups, device, divisor, choose_sum_of_squares(backend)),
             stream,
@@ -288,7 +287,7 @@ class ShardedLion(ShardedOptimizer):
         self._full_params.param_sync.after_update(buckets)
 
     def _finish_backward_step(self) -> None:
-        self._in_backward.finish(self._loss_scale, self._params.module, self._guard.no_gradients)
+        self._in_backward.finish(self._loss_scale, self._guard.no_gradients)
         skip = skip_unusable(None, self._scalars.of(self.param_groups).values())
         if skip is None:
             self._counters[0] += 1

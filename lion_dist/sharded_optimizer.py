@@ -23,8 +23,8 @@ from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained
 from lion_dist.sharding.scheduler import GradScheduler
-from lion_dist.state_access import StateAccess
-from lion_dist.state_dicts import LiveState
+from lion_dist.state_dict.access import StateAccess
+from lion_dist.state_dict.live_state import LiveState
 from lion_dist.step_gradients import StepGradients
 from lion_dist.step_guard import StepGuard
 from lion_dist.update_terms import GroupScalars
@@ -286,7 +286,7 @@ class ShardedOptimizer(Optimizer):
         total["grads"] += self._builder.pooled_nbytes
         return total
 
-    # ---- state_dict: this rank's part in torch's format (``state_dicts.py``), or on one rank the whole
+    # ---- state_dict: this rank's part in torch's format (``state_dict/``), or on one rank the whole
 
     @property
     def counters(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from lion_dist.sharded_params import ShardedParams
@@ -39,7 +39,6 @@ class StepGradients:
         params: ShardedParams,
         param_groups: Callable[[], Sequence[dict]],
         loss_scale: Callable[[], Tensor | None],
-        module: nn.Module | None,
         scheduler: GradScheduler,
         gradient_check: GradientCheck,
         stream: CommStream,
@@ -50,7 +49,7 @@ class StepGradients:
         used_in_backward: bool,
     ):
         self._params, self._param_groups, self._loss_scale = params, param_groups, loss_scale
-        self._module, self._scheduler, self.gradient_check = module, scheduler, gradient_check
+        self._scheduler, self.gradient_check = scheduler, gradient_check
         self._stream, self._clock = stream, clock
         self._before_reducing, self._adopt = before_reducing, adopt
         self._used_in_backward = used_in_backward
@@ -69,7 +68,7 @@ class StepGradients:
         self.gradient_check.drop_outdated(self._scheduler.version)
         if self.gradient_check.result is None:
             self._reduce_what_is_left()
-        refuse_late_grads(self._params.names, self._module)
+        refuse_late_grads(self._params.names, self._params.module)
 
     def _reduce_what_is_left(self) -> None:
         if self._scheduler.in_no_sync:

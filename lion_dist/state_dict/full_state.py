@@ -25,7 +25,7 @@ from lion_dist.shard_state import ShardState
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import views_of
 from lion_dist.sharding.process_groups import ShardGroups
-from lion_dist.state_dicts import LiveState
+from lion_dist.state_dict.live_state import LiveState
 
 _log = logging.getLogger(__name__)
 
