@@ -22,7 +22,8 @@ FOREIGN_KEYS = frozenset(
     "maximize momentum momentum_decay nesterov ns_coefficients ns_steps adjust_lr_fn rho step_sizes t0 "
     "tolerance_change tolerance_grad".split()
 )
-OF_THE_WHOLE_OPTIMIZER = ("precision", "cautious", "use_triton", "metrics_every")
+OF_THE_WHOLE_OPTIMIZER = ("precision", "cautious", "use_triton", "metrics_every", "corrected_weight_decay", "maximize")
+SEED_KEYS = ("cautious_factor", "cautious_wd")  # in param groups of lion-pytorch's cautious class; the optimizer's here
 
 
 # ---- param groups
@@ -31,14 +32,13 @@ OF_THE_WHOLE_OPTIMIZER = ("precision", "cautious", "use_triton", "metrics_every"
 def check_group(group: Mapping, decoupled_from: float | None) -> None:
     """Raise ValueError if a param group asks for what ``Lion`` would not do."""
     check_hyperparameters(group, decoupled_from)
-    for key, remedy in (
-        ("maximize", "Negate the loss instead"),
-        ("differentiable", "Leave it out: gradients do not flow through a step"),
-    ):
-        if group.get(key):
-            raise ValueError(f"a param group has {key}={group[key]!r}, which Lion does not support. {remedy}.")
-    for key in OF_THE_WHOLE_OPTIMIZER:
-        if key in group:
+    if group.get("differentiable"):
+        raise ValueError(
+            f"a param group has differentiable={group['differentiable']!r}, which Lion does not support. Leave it out: "
+            "gradients do not flow through a step."
+        )
+    for key in (*OF_THE_WHOLE_OPTIMIZER, *SEED_KEYS):
+        if key in group and (group[key] or key != "maximize"):  # groups of torch's optimizers say maximize=False
             raise ValueError(
                 f"a param group has {key}={group[key]!r}, which is a setting of the whole optimizer. "
                 "Pass it to the constructor, or make an optimizer for each setting."
@@ -55,6 +55,7 @@ def adopt_groups(
     result = []
     for i, group in enumerate(saved):
         own = present[i] if i < len(present) else {}  # torch refuses another number of groups
+        group = {key: value for key, value in group.items() if key not in SEED_KEYS}
         known = {key: value for key, value in group.items() if key in own or key not in FOREIGN_KEYS}
         filled = {key: value for key, value in own.items() if key not in ("params", "param_names")}
         check_group(dict(defaults) | filled | dict(group), decoupled_from)

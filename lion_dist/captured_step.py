@@ -146,8 +146,8 @@ class CapturedStep:
 def _constants_of(optimizer: ShardedLion) -> list[tuple]:
     constants = []
     for i, group in enumerate(optimizer.param_groups):
-        for key in ("lr", "weight_decay", "betas"):
-            value = group[key]
+        for key in ("lr", "weight_decay", "betas", "max_lr"):
+            value = group.get(key)
             constants.append((f"{key} of param group {i}", "a tensor" if isinstance(value, Tensor) else value))
         trained = sum(param.requires_grad for param in group["params"])
         constants.append((f"the number of trained parameters of param group {i}", trained))

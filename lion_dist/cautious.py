@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lion_dist.kernels.reference import StepScalars, cautious_lr
-from lion_dist.kernels.update import LionTensors, count_aligned_elements
+from lion_dist.kernels.reference import StepScalars, cautious_lrs
+from lion_dist.kernels.update import count_aligned_elements
 from lion_dist.local_shard import LocalShard
 from lion_dist.sharding import collectives
+from lion_dist.update_batch import UpdateBatch
 
 
 def refuse_hidden_boundaries(param: Tensor, name: str) -> None:
@@ -23,16 +24,21 @@ def refuse_hidden_boundaries(param: Tensor, name: str) -> None:
 
 
 def cautious_lrs_of_whole_tensors(
-    params: Sequence[Tensor], tensors: LionTensors, grads: Sequence[Tensor], scalars: StepScalars, grad_scale
+    batch: UpdateBatch,
+    grads: Sequence[Tensor],
+    scalars: StepScalars,
+    factor: float,  # cautious_factor
+    grad_scale: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    """[T] fp32, from counts over whole tensors: one small all-reduce for each mesh axis that shards them."""
-    counts = count_aligned_elements(tensors, grads, scalars, grad_scale=grad_scale)
-    _sum_over_shards_(counts, params)
-    numels = torch.tensor([p.numel() for p in params]).to(counts.device, non_blocking=True)
-    return cautious_lr(scalars.lr, counts, numels)
+    """[T, 2] fp32, from counts over whole tensors: one small all-reduce for each mesh axis that shards them."""
+    arguments = {"grad_scale": grad_scale, "backend": backend, "check": False}
+    counts = count_aligned_elements(batch.tensors, grads, scalars, **arguments)
+    sum_over_shards_(counts, batch.params)
+    return cautious_lrs(scalars.lr, counts, batch.full_numels, factor)
 
 
-def _sum_over_shards_(counts: Tensor, params: Sequence[Tensor]) -> None:
+def sum_over_shards_(counts: Tensor, params: Sequence[Tensor]) -> None:
     """Sum [T] ``counts`` of local shards, in place, over the ranks that hold the other shards of each DTensor."""
     positions: dict[tuple, list[int]] = {}  # (mesh, axis): of the tensors that it cuts
     for i, param in enumerate(params):

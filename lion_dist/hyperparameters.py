@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from lion_dist import values
+from lion_dist.step_rule import check_max_lr
 
 
 def check_betas(betas: object, name: str = "betas") -> tuple[float, float]:
@@ -50,35 +52,52 @@ def check_hyperparameters(group: Mapping, decoupled_from: float | None = None) -
 class HyperparameterWatch:
     """Checks the param groups at every step, where a scheduler or a program may have put anything.
 
-    It costs three comparisons a group unless something has been replaced since the last step.
+    It costs four comparisons a group unless something has been replaced since the last step.
+
+    Args:
+        corrected: the weight decay is divided by the group's ``max_lr``, which is checked then.
     """
 
-    def __init__(self, decoupled_from: float | None):
-        self._decoupled_from = decoupled_from
+    def __init__(self, decoupled_from: float | None, corrected: bool = False):
+        self._decoupled_from, self._corrected = decoupled_from, corrected
         self._checked: list[tuple] = []
 
     def check(self, groups: Sequence[Mapping]) -> None:
         """Raise ValueError, before a step changes anything, when a group cannot be used."""
-        found = [(group.get("lr"), group.get("weight_decay"), group.get("betas")) for group in groups]
+        keys = ("lr", "weight_decay", "max_lr", "betas")
+        found = [tuple(map(group.get, keys)) for group in groups]
         if len(found) == len(self._checked):
             pairs = zip(found, self._checked, strict=True)
             # By identity: a NaN differs from itself, and comparing tensors would wait. A list may change in place.
-            if all(a is d and b is e and c is f and type(c) is tuple for (a, b, c), (d, e, f) in pairs):
+            if all(all(map(operator.is_, now, before)) and type(now[-1]) is tuple for now, before in pairs):
                 return
         for group in groups:
             check_hyperparameters(group, self._decoupled_from)
+            if self._corrected:
+                check_max_lr(group)
         self._checked = found
 
 
 # ---- weight decay
 
 
-def effective_weight_decay(group: dict, decoupled_from: float | None):
-    """lion-pytorch's ``decoupled_weight_decay``: the decay is divided by the constructor's learning rate."""
-    weight_decay = group["weight_decay"]
-    if decoupled_from is None:
-        return weight_decay
-    return (weight_decay if isinstance(weight_decay, Tensor) else float(weight_decay)) / decoupled_from
+def effective_weight_decay(group: dict, decoupled_from: float | None, corrected: bool = False):
+    """What a step multiplies by lr to have its decay.
+
+    lion-pytorch's ``decoupled_weight_decay``: the decay is divided by the constructor's learning rate. ``corrected``
+    (arXiv 2512.08217): it is multiplied by lr / max_lr, in fp64 on the host or, for tensors, on the device.
+    """
+    weight_decay, lr = group["weight_decay"], group["lr"]
+    if decoupled_from is not None:
+        weight_decay = (weight_decay if isinstance(weight_decay, Tensor) else float(weight_decay)) / decoupled_from
+    if corrected:
+        lr, max_lr, weight_decay = map(_as_fp64, (lr, group["max_lr"], weight_decay))
+        weight_decay = weight_decay * (lr / max_lr)
+    return weight_decay
+
+
+def _as_fp64(value):
+    return value.double().reshape(()) if isinstance(value, Tensor) else float(value)
 
 
 def decoupling_lr(lr, decoupled_weight_decay: bool) -> float | None:

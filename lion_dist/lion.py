@@ -29,10 +29,13 @@ from lion_dist.hyperparameters import (
 )
 from lion_dist.kernels.reference import StepScalars, skip_unusable
 from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
+from lion_dist.lion_spikes import judge_spikes, refuse_hidden_ranks
 from lion_dist.local_shard import LocalShard, check_memory, flat, local_tensor, share_axes
 from lion_dist.main_params import collective_safe_state, init_main_param
 from lion_dist.optional_metrics import NO_METRICS, make_step_metrics, refuse_unmeasured
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
+from lion_dist.spike_guard import SpikeGuard, SpikeWatch, check_guard, not_guarded
+from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
 from lion_dist.unused_params import NoGradientWarning
 from lion_dist.update_batch import STATE_KEYS, GlobalIndex, KnownBatches, OwnWrites, UpdateBatch
 
@@ -52,6 +55,18 @@ class Lion(Optimizer):
         precision: dtypes and rounding of the state.
         cautious: step only where update and gradient agree in sign, and further there (arXiv 2411.16085). It reads
             gradients and momentum twice, and needs whole tensors: FSDP1's flat parameters are refused.
+        cautious_factor: lion-pytorch's: what a step elsewhere is multiplied by, 0 to 1. None: 0 with ``cautious``.
+            Given, the step is cautious; 1 is the plain step.
+        cautious_wd: decay only where the step and the parameter have the same sign (arXiv 2510.12402).
+        corrected_weight_decay: weights shrink by ``weight_decay * lr**2 / max_lr`` a step (arXiv 2512.08217), where
+            ``max_lr`` is the group's key of that name: its first learning rate, unless given or set by a scheduler.
+            With ``decoupled_weight_decay`` that weight decay is divided by the initial lr first.
+        maximize: follow the gradient upwards.
+        foreach, fused, capturable, differentiable: torch.optim's. The first three ask for what a step is anyway; the
+            last is refused.
+        skip_spikes: skip a step whose gradient norm, over all parameters and ranks, is far above those before
+            (``SpikeGuard``); a loss or a norm of the program's own is judged too (:meth:`observe`). FSDP1's flat
+            parameters are refused.
         metrics_every: measure every n-th step, for :meth:`metrics`; 0 measures nothing and costs nothing.
 
     State of a parameter: ``exp_avg`` (its shape, fp32 or bf16); with main params ``main_param`` (fp32, or the int16
@@ -73,16 +88,28 @@ class Lion(Optimizer):
         *,
         precision: PrecisionPolicy = PrecisionPolicy(),
         cautious: bool = False,
+        cautious_factor: float | None = None,
+        cautious_wd: bool = False,
+        corrected_weight_decay: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        skip_spikes: SpikeGuard | None = None,
         metrics_every: int = 0,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
-        self.precision, self.cautious = check_policy(precision), values.flag("cautious", cautious)
+        check_torch_options(foreach, fused, capturable, differentiable)
+        self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
+        self.precision, self.skip_spikes = check_policy(precision), check_guard(skip_spikes)
+        self._spikes: SpikeWatch | None = None  # until the first step, when parameters are where they will stay
         self.use_triton = values.flag("use_triton", use_triton, optional=True)
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._no_gradients = NoGradientWarning()
         self._index: GlobalIndex | None = None  # of the known batches; None: no random bits were drawn
-        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
         self.metrics_every = check_interval("metrics_every", metrics_every)
         self._step_metrics = NO_METRICS  # until the first step, when parameters are where they will stay
         self._known_batches: dict[int, KnownBatches] = {}  # by id of the param group, from the last step
@@ -101,7 +128,7 @@ class Lion(Optimizer):
 
     def __getstate__(self) -> dict:
         """To copy or pickle: torch's own keeps defaults, state and param groups only."""
-        kept = ("precision", "cautious", "use_triton", "_decoupled_from", "metrics_every")
+        kept = ("precision", "rule", "skip_spikes", "_spikes", "use_triton", "_decoupled_from", "metrics_every")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict) -> None:
@@ -111,7 +138,7 @@ class Lion(Optimizer):
             self.__dict__.setdefault(name, value)
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's __setstate__ adds it; a fresh optimizer has no such key
-        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
 
     def add_param_group(self, param_group: dict) -> None:
         """Append a param group, whose settings are checked as the first ones were."""
@@ -120,12 +147,16 @@ class Lion(Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group, self._decoupled_from)
+            if self.rule.corrected_weight_decay:
+                note_max_lr(group)
             names = group.get("param_names", [f"parameter {i} of the group" for i in range(len(group["params"]))])
             for name, param in zip(names, group["params"], strict=True):
                 check_param(param, name)
                 self.precision.main_params_for(param.dtype)
-                if self.cautious:
+                if self.rule.is_cautious:
                     refuse_hidden_boundaries(param, name)
+                if self.skip_spikes is not None:
+                    refuse_hidden_ranks(param, name)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -151,6 +182,8 @@ class Lion(Optimizer):
         backends = [choose_backend(batch.tensors.device, self.use_triton) for _, batch, _ in found]
         scalars = [self._scalars(group) for group, _, _ in found]
         skip = skip_unusable(skip, scalars)
+        if self.skip_spikes is not None:
+            skip = judge_spikes(self._spike_watch(), found, grad_scale, skip)
         if self._no_gradients.is_waiting:
             self._note_gradients(bool(found))
         self._make_step_metrics()
@@ -161,8 +194,31 @@ class Lion(Optimizer):
         self._step_metrics.end_step(skip)
         return loss
 
+    @property
+    def spike_window(self) -> Tensor | None:
+        """[2 * window + 5] fp64 on the device, live: the state of ``skip_spikes``."""
+        return None if self.skip_spikes is None else self._spike_watch().state
+
+    def observe(self, loss: Tensor | None = None, grad_norm: Tensor | None = None) -> None:
+        """Hand over what ``skip_spikes`` is to judge the next step by, beside the gradients or instead of them.
+
+        Args:
+            loss: of the step, a tensor on the device; the same on all ranks that share parameters (their mean, say).
+            grad_norm: in place of the one that the step computes itself: what ``clip_grad_norm_`` has returned, for
+                the gradients that it leaves have no spikes.
+        """
+        if self.skip_spikes is None:
+            raise not_guarded()
+        self._spike_watch().observe(loss, grad_norm)
+
+    def _spike_watch(self) -> SpikeWatch:
+        if self._spikes is None:
+            device = local_tensor(next(p for group in self.param_groups for p in group["params"])).device
+            self._spikes = SpikeWatch(self.skip_spikes, device, choose_backend(device, self.use_triton))
+        return self._spikes
+
     def _scalars(self, group: dict) -> StepScalars:
-        weight_decay = effective_weight_decay(group, self._decoupled_from)
+        weight_decay = effective_weight_decay(group, self._decoupled_from, self.rule.corrected_weight_decay)
         warn_if_decay_vanishes(group["lr"], weight_decay)
         return StepScalars.from_group(group["lr"], group["betas"], weight_decay)
 
@@ -181,15 +237,17 @@ class Lion(Optimizer):
         batch.follow_outside_writes()
         if skip is not None:
             skip = skip.to(tensors.device, non_blocking=True)  # where groups lie on several devices
-        cautious_lrs = None
-        if self.cautious:
-            cautious_lrs = cautious_lrs_of_whole_tensors(params, tensors, grads, scalars, grad_scale)
+        grad_scale = self.rule.signed(grad_scale, tensors.device)
         arguments = {
             "grad_scale": grad_scale,
             "seed": self.precision.seed,
-            "cautious_lrs": cautious_lrs,
+            "cautious_wd": self.rule.cautious_wd,
             "backend": backend,
         }
+        if self.rule.is_cautious:
+            arguments["cautious_lrs"] = cautious_lrs_of_whole_tensors(
+                batch, grads, scalars, self.rule.cautious_factor, grad_scale, backend
+            )
         if self._step_metrics.is_measuring:
             from lion_dist.metrics.step_metrics import measure_batch
 
@@ -225,7 +283,8 @@ class Lion(Optimizer):
         from lion_dist.metrics.step_metrics import metrics_of_rank
 
         params = [p for group in self.param_groups for p in group["params"]]
-        return metrics_of_rank(self._step_metrics, params, process_group)
+        spikes = {} if self.skip_spikes is None else self._spike_watch().report()
+        return metrics_of_rank(self._step_metrics, params, process_group) | spikes
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """Return what GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
@@ -358,7 +417,8 @@ class Lion(Optimizer):
         state = {
             k: collective_safe_state(params[k], v) if isinstance(k, int) else v for k, v in result["state"].items()
         }
-        return {**result, "state": state}
+        guard = {} if self.skip_spikes is None else {"spike_guard": self.spike_window}
+        return {**result, "state": state} | guard
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a ``state_dict`` of this class, of lion-pytorch's Lion, or of any other that keeps ``exp_avg``.
@@ -368,6 +428,7 @@ class Lion(Optimizer):
         """
         values.state_dict(state_dict)
         states: dict[Tensor, dict] = {}
+        window: dict[str, Tensor | None] = {}
 
         def adopt(_self, state_dict: dict) -> dict:  # after a user's own hooks, which may have changed it
             groups = adopt_groups(state_dict["param_groups"], self.param_groups, self.defaults, self._decoupled_from)
@@ -376,11 +437,15 @@ class Lion(Optimizer):
             saved = state_dict["state"]
             pairs = zip(saved_ids, params, strict=False)  # torch says so when there are more or fewer
             states.update({param: self._adopt_state(param, saved[i]) for i, param in pairs if i in saved})
+            if self.skip_spikes is not None:
+                window["saved"] = self._spike_watch().checked(state_dict.get("spike_guard"))
             return {**state_dict, "state": {}, "param_groups": groups}
 
         def take_over(_self) -> None:  # before a user's own hooks, which may look at it
             self.state.update(states)
             self._known_batches.clear()
+            if self._spikes is not None:
+                self._spikes.load(window["saved"])
 
         hooks = [
             self.register_load_state_dict_pre_hook(adopt),

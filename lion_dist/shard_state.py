@@ -11,8 +11,7 @@ from torch.nn import Parameter
 
 from lion_dist.boxes import BoxedTensor
 from lion_dist.config import PrecisionPolicy
-from lion_dist.kernels.reference import StepScalars
-from lion_dist.kernels.update import LionTensors, count_aligned_elements
+from lion_dist.kernels.update import LionTensors
 from lion_dist.local_shard import LocalShard
 from lion_dist.main_params import init_main_param, sync_main_param_
 from lion_dist.sharding import collectives
@@ -83,14 +82,6 @@ class ShardState:
         formats = [(f.shape, f.dims) for f in self.bucket.formats]
         return [LocalShard.of_range(shape, *held[i], dims) for i, (shape, dims) in enumerate(formats)]
 
-    def count_aligned(self, scalars: StepScalars, grad_scale: Tensor) -> Tensor:
-        """[params] int64: of each of the bucket's parameters, the elements here that the cautious step moves."""
-        counts = torch.zeros_like(self.param_numels)
-        if self.tensors is None:
-            return counts
-        aligned = count_aligned_elements(self.tensors, self.grad_slices(), scalars, grad_scale=grad_scale)
-        return counts.index_add_(0, self.slice_params, aligned)
-
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of this rank by kind."""
         return {
@@ -155,12 +146,16 @@ class ShardBatch:
 
     Attributes:
         tensors: all their slices, or None when this rank owns only padding of them.
+        slice_params: [slices] int64 on the device, the position of each slice's parameter among all of the shards'.
+        param_numels: [params] int64 on the device, elements of each whole parameter.
     """
 
     def __init__(self, shards: Sequence[ShardState]):
         self.shards, self.group, self.groups = list(shards), shards[0].group, shards[0].bucket.groups
         self.owning = [shard for shard in shards if shard.tensors is not None]
         self.tensors = None
+        self.param_numels = torch.cat([shard.param_numels for shard in shards])
+        self.slice_params = params_of_slices(shards).to(self.param_numels.device)
         if not self.owning:
             return
         parts = [shard.tensors for shard in self.owning]
@@ -185,6 +180,13 @@ class ShardBatch:
         return sum(len(shard.bucket.slices) for shard in self.shards)
 
 
+def params_of_slices(shards: Sequence[ShardState]) -> Tensor:
+    """[slices of all shards] int64: where each slice's parameter is among those of all buckets."""
+    firsts = itertools.accumulate((len(shard.bucket.params) for shard in shards), initial=0)
+    places = [first + s.param for first, shard in zip(firsts, shards, strict=False) for s in shard.bucket.slices]
+    return torch.tensor(places, dtype=torch.int64)
+
+
 class UpdateOrder:
     """The batches of all shards, in the order in which a step updates them.
 
@@ -200,9 +202,7 @@ class UpdateOrder:
     def add(self, shards: Sequence[ShardState]) -> None:
         self.batches += [ShardBatch([shard]) for shard in shards] if self._one_by_one else make_batches(shards)
         shards = [shard for batch in self.batches for shard in batch.shards]
-        firsts = itertools.accumulate((len(shard.bucket.params) for shard in shards), initial=0)
-        places = [first + s.param for first, shard in zip(firsts, shards, strict=False) for s in shard.bucket.slices]
-        self._slice_params = torch.tensor(places, dtype=torch.int64).to(self._device)
+        self._slice_params = params_of_slices(shards).to(self._device)
 
     def with_used(self, used: Tensor) -> Iterator[tuple[ShardBatch, Tensor]]:
         """Each batch, and of its slices whether the parameter was used: [slices] fp32. ``used``: [params] fp32."""

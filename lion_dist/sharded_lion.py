@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from lion_dist import values
 from lion_dist.backward_step import BackwardStep
+from lion_dist.cautious_steps import cautious_lrs_of_slices
 from lion_dist.config import PrecisionPolicy, ShardingConfig, check_interval, check_policy, check_sharding
 from lion_dist.full_params import FullParams
 from lion_dist.hyperparameters import check_hyperparameters, decoupling_lr
@@ -41,11 +42,13 @@ from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained, resolve_groups
 from lion_dist.sharding.scheduler import GradScheduler
+from lion_dist.spike_guard import SpikeGuard, SpikeWatch, check_guard
 from lion_dist.state_dict.access import StateAccess
 from lion_dist.state_dict.full_state import maker_of_parts
 from lion_dist.step_gradients import StepGradients, choose_sum_of_squares
 from lion_dist.step_guard import StepGuard, refuse_bare_capture, refuse_blind_scaler
-from lion_dist.update_terms import GroupScalars, UpdateTerms, cautious_lrs
+from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
+from lion_dist.update_terms import GroupScalars, UpdateTerms
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +68,8 @@ class ShardedLion(ShardedOptimizer):
     Args:
         params: parameters, (name, parameter) pairs or param groups with their own ``lr``, ``betas``,
             ``weight_decay`` and ``process_group`` (the ranks that share that group's parameters: experts).
-        lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision, cautious: as :class:`~lion_dist.Lion`.
+        lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision, and from cautious to skip_spikes: as
+            :class:`~lion_dist.Lion`.
         module: the model that owns the parameters. Given, its parameters and buffers are made equal to the first
             rank's, its forward waits for each module's parameters only, and parameters get their names.
         process_group: the ranks that train this model: None for all, a ProcessGroup, a 1-D DeviceMesh, or a 2-D
@@ -95,6 +99,15 @@ class ShardedLion(ShardedOptimizer):
         sharding: ShardingConfig = ShardingConfig(),
         precision: PrecisionPolicy = PrecisionPolicy(),
         cautious: bool = False,
+        cautious_factor: float | None = None,
+        cautious_wd: bool = False,
+        corrected_weight_decay: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        skip_spikes: SpikeGuard | None = None,
         metrics_every: int = 0,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
@@ -102,10 +115,13 @@ class ShardedLion(ShardedOptimizer):
         metrics_every = check_interval("metrics_every", metrics_every)
         self.precision, self.sharding = check_policy(precision), check_sharding(sharding)
         use_triton = values.flag("use_triton", use_triton, optional=True)
-        self.cautious = values.flag("cautious", cautious)
+        check_torch_options(foreach, fused, capturable, differentiable)
+        self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
+        check_guard(skip_spikes)
         values.instance("module", module, nn.Module, "Pass the model that owns the parameters.", optional=True)
-        _refuse_together(sharding, self.cautious, metrics_every)
-        self._scalars = GroupScalars(decoupling_lr(lr, decoupled_weight_decay))
+        _refuse_together(sharding, self.rule, metrics_every, skip_spikes)
+        corrected = self.rule.corrected_weight_decay
+        self._scalars = GroupScalars(decoupling_lr(lr, decoupled_weight_decay), corrected)
         self._progress = Progress()
         self._params = ShardedParams(module, resolve_groups(process_group), self.precision)
         self._builder: ShardBuilder | None = None  # until all param groups have been checked
@@ -128,7 +144,7 @@ class ShardedLion(ShardedOptimizer):
             copies=lambda: copies_of(self._params, self.buckets),
         )
         hooks = None if module is None else ForwardHooks(module)
-        self._full_params = FullParams(self.shards, hooks, _make_param_sync(sharding, self.precision, backend))
+        self._full_params = FullParams(self.shards, hooks, self._make_param_sync(backend))
         self._order = UpdateOrder(device, one_by_one=sharding.update_in_backward)
         self._states = StateAccess(self._settled_state, self.groups)
         divisor = self.groups.num_ranks if sharding.average else 1
@@ -138,6 +154,7 @@ class ShardedLion(ShardedOptimizer):
             lambda: self._loss_scale,
             self.grad_scheduler,
             GradientCheck(self.groups, device, divisor, choose_sum_of_squares(backend)),
+            None if skip_spikes is None else SpikeWatch(skip_spikes, device, backend),
             stream,
             self._observers.clock,
             before_reducing=self._before_reducing,
@@ -171,6 +188,13 @@ class ShardedLion(ShardedOptimizer):
             logger.info("%s", self._builder.description(self.shards))
         self._guard.note_params(groups)
 
+    def _make_param_sync(self, backend: str) -> GatherParams:
+        if self.sharding.param_sync != "coded":
+            return GatherParams()
+        from lion_dist.coded_sync.send_codes import SendCodes
+
+        return SendCodes(self.precision, backend, cautious_wd=self.rule.cautious_wd)
+
     @explained("add_param_group()")
     def add_param_group(self, param_group: dict) -> None:
         """Append a param group; its parameters get buckets of their own. All ranks do so together, between steps."""
@@ -178,6 +202,8 @@ class ShardedLion(ShardedOptimizer):
         super().add_param_group(param_group)
         group, is_built = self.param_groups[-1], self._builder is not None
         try:
+            if self.rule.corrected_weight_decay:
+                note_max_lr(group)
             self._params.check(group, next((p for g in self.param_groups for p in g["params"]), None))
             GradScheduler.refuse_others(group["params"], self._params.names_of(group))
             if is_built:
@@ -192,7 +218,7 @@ class ShardedLion(ShardedOptimizer):
             self._guard.note_params(self.param_groups)
 
     def _check_agreement(self, groups: list[dict]) -> None:
-        options = self._scalars.decoupled_from, self.cautious, self.metrics_every
+        options = self._scalars.decoupled_from, self.rule, self._gradients.guard, self.metrics_every
         torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
         entries = [("torch", (torch_release,))]
         entries += [("ShardedLion", tuple(map(str, (self.sharding, self.precision, *options))))]
@@ -228,16 +254,16 @@ class ShardedLion(ShardedOptimizer):
             return loss
         scalars = self._scalars.of(self.param_groups)
         self._gradients.check()
-        checked = self._gradients.gradient_check.skip_unusable(skip_unusable(None, scalars.values()))
+        checked = self._gradients.checked(skip_unusable(None, scalars.values()))
         self._full_params.note_sync_starts()
         if self._guard.no_gradients.is_waiting:
             self._guard.no_gradients.note_step(any(any(bucket.used) for bucket in self.buckets))
         terms = self._terms(checked, scalars)
         self._observers.begin_step()
         self._full_params.follow_outside_writes(self.shards)
-        if self.cautious:
+        if self.rule.is_cautious:
             with self._observers.clock.phase("norm"):
-                terms.cautious_lrs.update(cautious_lrs(self.shards, scalars, terms.grad_scale))
+                terms.lrs.update(cautious_lrs_of_slices(self._order.batches, terms))
         buckets = self.buckets
         self._full_params.begin_updates(buckets)
         with self._observers.clock.phase("update"):
@@ -273,7 +299,8 @@ class ShardedLion(ShardedOptimizer):
         scalars = self._scalars.of(self.param_groups) if scalars is None else scalars
         skip = skip_unusable(None, scalars.values()) if checked is None else checked.skip
         grad_scale = self._gradients.gradient_check.grad_scale(None if checked is None else self._loss_scale)
-        return UpdateTerms(scalars, grad_scale, skip, self.precision.seed, self._builder.backend)
+        grad_scale = self.rule.signed(grad_scale, self._counters.device)
+        return UpdateTerms(scalars, grad_scale, skip, self.rule, self.precision.seed, self._builder.backend)
 
     def _update(self, batch: ShardBatch, active: Tensor | None, terms: UpdateTerms) -> None:
         """Where Lion and ranks meet: this rank's shards of a batch, from gradients that all ranks have summed."""
@@ -311,17 +338,15 @@ class ShardedLion(ShardedOptimizer):
         self._full_params.finish_sync()  # a step without a forward since the last
 
 
-def _refuse_together(sharding: ShardingConfig, cautious: bool, metrics_every: int) -> None:
-    if sharding.update_in_backward and (cautious or metrics_every):
+def _refuse_together(sharding: ShardingConfig, rule: StepRule, metrics_every: int, guard: SpikeGuard | None) -> None:
+    if rule.cautious_factor and sharding.param_sync == "coded":
+        raise ValueError(
+            f'cautious_factor={rule.cautious_factor} takes steps of two sizes, and param_sync="coded" sends '
+            'codes for one. Use cautious_factor=0, or param_sync="gather".'
+        )
+    if sharding.update_in_backward and (rule.is_cautious or metrics_every or guard is not None):
         raise ValueError(
             "update_in_backward=True updates a bucket before the other buckets' gradients are there. cautious=True "
-            "(statistics over whole tensors) and metrics_every (over a whole step) need update_in_backward=False."
+            "(statistics over whole tensors), metrics_every and skip_spikes (over a whole step) need "
+            "update_in_backward=False."
         )
-
-
-def _make_param_sync(sharding: ShardingConfig, precision: PrecisionPolicy, backend: str) -> GatherParams:
-    if sharding.param_sync != "coded":
-        return GatherParams()
-    from lion_dist.coded_sync.send_codes import SendCodes
-
-    return SendCodes(precision, backend)

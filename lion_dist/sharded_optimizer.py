@@ -23,6 +23,7 @@ from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained
 from lion_dist.sharding.scheduler import GradScheduler
+from lion_dist.spike_guard import not_guarded
 from lion_dist.state_dict.access import StateAccess
 from lion_dist.state_dict.live_state import LiveState
 from lion_dist.step_gradients import StepGradients
@@ -103,6 +104,13 @@ class ShardedOptimizer(Optimizer):
         check = self._gradients.gradient_check
         check.inverse_loss_scale, check.scaler_scale = inverse_loss_scale, loss_scale
         return self._gradients.check().skip
+
+    def observe(self, loss: Tensor) -> None:
+        """Hand over the loss of this rank's batch, a tensor on the device: ``skip_spikes`` judges the next step by the
+        mean over all ranks, too, beside the gradient norm. All ranks do so, or none."""
+        if self._gradients.spikes is None:
+            raise not_guarded()
+        self._gradients.spikes.observe(loss)
 
     def set_grad_divisor(self, count: float | Tensor) -> None:
         """Divide this step's summed gradients by ``count`` (say, its tokens over all ranks) instead of the ranks.
@@ -259,7 +267,7 @@ class ShardedOptimizer(Optimizer):
     # ---- what there is
 
     def skipped_steps(self) -> int:
-        """Steps skipped for a gradient that was not finite. Waits for the device."""
+        """Steps skipped, for a gradient that was not finite or for a spike. Waits for the device."""
         return int(self._counters[1])
 
     def taken_steps(self) -> int:
@@ -276,7 +284,8 @@ class ShardedOptimizer(Optimizer):
         Raises:
             RuntimeError: ``metrics_every`` is 0.
         """
-        return self._observers.metrics() | {"skipped_steps": self.skipped_steps()}
+        spikes = {} if self._gradients.spikes is None else self._gradients.spikes.report()
+        return self._observers.metrics() | {"skipped_steps": self.skipped_steps()} | spikes
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes on this rank by kind, counted from the tensors. ``grads``: grad shards and the pooled buffers."""
@@ -294,9 +303,15 @@ class ShardedOptimizer(Optimizer):
         return self._counters
 
     @property
+    def spike_window(self) -> Tensor | None:
+        """[2 * window + 5] fp64 on the device, live: the state of ``skip_spikes``."""
+        return None if self._gradients.spikes is None else self._gradients.spikes.state
+
+    @property
     def _live_state(self) -> LiveState:
-        decoupled_from = self._scalars.decoupled_from
-        return LiveState(self.param_groups, self.shards, self._params.names, self._counters, decoupled_from)
+        counters, decoupled_from = self._counters, self._scalars.decoupled_from
+        names = self._params.names
+        return LiveState(self.param_groups, self.shards, names, counters, decoupled_from, self.spike_window)
 
     def _settled_state(self) -> LiveState:
         """With parameters whole, and main params that follow them."""
@@ -337,7 +352,7 @@ class ShardedOptimizer(Optimizer):
             for hook in self._optimizer_load_state_dict_pre_hooks.values():
                 changed = hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
-        self._states.load(state_dict)
+        self._states.load(state_dict, self._gradients.spikes)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

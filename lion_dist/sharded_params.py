@@ -136,8 +136,8 @@ class ShardedParams:
         """What has to be the same on all ranks, as entries for ``check_ranks_agree``."""
         entries = []
         for i, group in enumerate(groups):
-            settings = [str(_number(group[key])) for key in ("lr", "betas", "weight_decay")]
-            entries.append((f"param group {i}: lr, betas, weight_decay", tuple(settings)))
+            settings = [str(_number(group.get(key))) for key in ("lr", "betas", "weight_decay", "max_lr")]
+            entries.append((f"param group {i}: lr, betas, weight_decay, max_lr", tuple(settings)))
             for name, param in zip(self.names_of(group), group["params"], strict=True):
                 dims = MemoryFormat.of(param).dims  # flat buffers are broadcast and summed as they lie in memory
                 order = () if dims is None else (f"in memory by dimensions {dims}",)

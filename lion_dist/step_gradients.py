@@ -17,6 +17,7 @@ from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
 from lion_dist.sharding.phases import PhaseClock
 from lion_dist.sharding.scheduler import GradScheduler
+from lion_dist.spike_guard import SpikeGuard, SpikeWatch, mean_over_ranks
 from lion_dist.step_choices import Factors, StepChoices
 
 _requires_grad = operator.attrgetter("requires_grad")
@@ -29,6 +30,7 @@ class StepGradients:
         param_groups: returns the optimizer's.
         loss_scale: returns that of a GradScaler around ``step()`` that has not unscaled.
         gradient_check: checks the gradients as a whole and keeps the factor that multiplies them.
+        spikes: of ``skip_spikes``; None: no step is skipped for one.
         before_reducing: called before the gradients that are left are reduced.
         used_in_backward: backward updates with each gradient as it comes, and none is left to ask about.
         adopt: gives buckets to parameters (and their groups) that take gradients now.
@@ -41,6 +43,7 @@ class StepGradients:
         loss_scale: Callable[[], Tensor | None],
         scheduler: GradScheduler,
         gradient_check: GradientCheck,
+        spikes: SpikeWatch | None,
         stream: CommStream,
         clock: PhaseClock,
         before_reducing: Callable[[], None],
@@ -49,7 +52,7 @@ class StepGradients:
         used_in_backward: bool,
     ):
         self._params, self._param_groups, self._loss_scale = params, param_groups, loss_scale
-        self._scheduler, self.gradient_check = scheduler, gradient_check
+        self._scheduler, self.gradient_check, self.spikes = scheduler, gradient_check, spikes
         self._stream, self._clock = stream, clock
         self._before_reducing, self._adopt = before_reducing, adopt
         self._used_in_backward = used_in_backward
@@ -105,6 +108,22 @@ class StepGradients:
             self._run_check()
             self._stream.release()
         return self.gradient_check.result
+
+    def checked(self, skip: Tensor | None) -> CheckResult:
+        """Return the result of the check, which skips also where ``skip`` ([] on the device) is not 0, and spikes."""
+        if self.spikes is not None:
+            _, loss = self.spikes.take_given()
+            loss = (
+                None
+                if loss is None
+                else mean_over_ranks(loss.to(self.spikes.state.device), self._params.groups_for({}))
+            )
+            skip = self.spikes.verdict(self.gradient_check.norm(self._loss_scale()), loss, skip)
+        return self.gradient_check.skip_unusable(skip)
+
+    @property
+    def guard(self) -> SpikeGuard | None:
+        return None if self.spikes is None else self.spikes.guard
 
     def _run_check(self) -> None:
         with self._clock.phase("norm"):

@@ -6,6 +6,7 @@ of looking at one parameter after the other.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -116,6 +117,11 @@ class UpdateBatch:
         # Non-contiguous parameters are updated in a copy, and the copy is made anew at each step. (What is contiguous
         # stays so at its address, unless somebody transposes a square matrix in place: still_holds() looks.)
         self.copied = [(p, copy) for p, copy in zip(local, tensors.params, strict=True) if not p.is_contiguous()]
+
+    @functools.cached_property
+    def full_numels(self) -> Tensor:
+        """[T] int64 on the device: elements of the full parameters, of which this rank may hold shards."""
+        return torch.tensor([param.numel() for param in self.params]).to(self.tensors.device)
 
     def _addresses_of(self, tensors: Iterable[Tensor]) -> list[int]:
         return list(map(Tensor.data_ptr, tensors if self._are_plain else map(local_tensor, tensors)))

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lion_dist import Lion, PrecisionPolicy
+from lion_dist import Lion, PrecisionPolicy, SpikeGuard
 from lion_dist.benchmarks.report import Rows, version_of
 from lion_dist.benchmarks.timing import (
     Timing,
@@ -135,6 +135,10 @@ def lion_pytorch_step(params, variant: str) -> Callable[[], None]:
         from lion_pytorch.foreach import Lion as Peer
 
         return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step
+    if variant == "cautious":
+        from lion_pytorch.cautious_lion import Lion as Peer
+
+        return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step
     from lion_pytorch import Lion as Peer
 
     return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, use_triton=variant == "triton").step
@@ -158,6 +162,55 @@ def deepspeed_step(params) -> Callable[[], None]:
     return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step
 
 
+# What a step may do beyond the plain one, and whether it reads gradient and momentum once more. Each is measured beside
+# the plain step of its precision; ``report_rules`` prints the ratios.
+RULES = {
+    "cautious": ({"cautious": True}, True),
+    "cautious decay": ({"cautious_wd": True}, False),
+    "corrected decay": ({"corrected_weight_decay": True}, False),
+    "maximize": ({"maximize": True}, False),
+    "spike guard": ({"skip_spikes": SpikeGuard()}, False),  # of a norm that is there already, as ShardedLion's is
+    "cautious, both decays": ({"cautious": True, "cautious_wd": True, "corrected_weight_decay": True}, True),
+}
+RULED_PRECISIONS = ("fp32", "bf16 split", "bf16 none")
+
+
+def ruled_step(params: list[nn.Parameter], policy: PrecisionPolicy, rule: str) -> Callable[[], None]:
+    opt = Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, precision=policy, **RULES[rule][0])
+    if opt.skip_spikes is None:
+        return opt.step
+    norm = torch.ones((), device=params[0].device)
+
+    def guarded_step() -> None:
+        opt.observe(grad_norm=norm)
+        opt.step()
+
+    return guarded_step
+
+
+def ruled_providers(precision: str) -> list[Provider]:
+    """``Lion`` with each rule, over the list and (cautious) over one tensor of the same numel."""
+    dtype, policy = PRECISIONS[precision]
+    result = []
+    for rule, (_, counts) in RULES.items():
+        moved = bytes_per_param(dtype, policy) + counts * (dtype.itemsize + policy.momentum_dtype_for(dtype).itemsize)
+        build = lambda params, rule=rule: ruled_step(params, policy, rule)  # noqa: E731
+        result.append(Provider(f"lion_dist list, {rule}", precision, dtype, moved, build))
+        if rule == "cautious":
+            result.append(Provider(f"lion_dist flat, {rule}", precision, dtype, moved, build, flat=True))
+    return result
+
+
+def report_rules(rows: list[dict]) -> None:
+    """The time of every rule as a multiple of the plain step's, of one run, model and precision."""
+    plain = {(r["model"], r["provider"], r["precision"], r["mode"]): r["ms_median"] for r in rows}
+    for r in rows:
+        name, _, rule = r["provider"].partition(", ")
+        base = plain.get((r["model"], name, r["precision"], r["mode"]))
+        if rule in RULES and base:
+            print(f"{r['model']}, {r['precision']}, {r['mode']}: {name}, {rule}: {r['ms_median'] / base:.2f} x plain")
+
+
 def own_providers() -> list[Provider]:
     result = []
     for precision, (dtype, policy) in PRECISIONS.items():
@@ -168,6 +221,8 @@ def own_providers() -> list[Provider]:
         flat = lambda params, policy=policy: flat_step(params, policy)  # noqa: E731
         result.append(Provider("lion_dist flat", precision, dtype, moved, flat, flat=True))
         result.append(Provider("lion_dist list", precision, dtype, moved, make))
+        if precision in RULED_PRECISIONS:
+            result += ruled_providers(precision)
     for precision in ("fp32", "bf16 split"):
         dtype, policy = PRECISIONS[precision]
         build = lambda params, policy=policy: compiled_reference_step(params, policy)  # noqa: E731
@@ -188,6 +243,7 @@ def peer_providers() -> list[Provider]:
         peer("lion-pytorch foreach", pytorch, "bf16", BF16, 10, lion_pytorch_step, variant="foreach"),
         peer("lion-pytorch triton", pytorch, "bf16", BF16, 10, lion_pytorch_step, variant="triton"),
         peer("lion-pytorch triton", pytorch, "fp32", FP32, 20, lion_pytorch_step, variant="triton"),
+        peer("lion-pytorch cautious", pytorch, "bf16", BF16, 14, lion_pytorch_step, variant="cautious"),
         peer("optimi triton", "torch-optimi", "bf16", BF16, 10, optimi_step, kahan_sum=False),
         peer("optimi triton", "torch-optimi", "bf16, Kahan", BF16, 14, optimi_step, kahan_sum=True),
         peer("FlashLion", "flashoptim", "bf16 split", BF16, 14, flash_step, quantize=False, master_weight_bits=32),
@@ -300,8 +356,8 @@ def measure_shard(providers: list[Provider], device: torch.device, repeats: int)
 # Of each column: the heading, the least width, the key in a row and the digits behind the point (None: text).
 COLUMNS = (
     ("model", 11, "model", None),
-    ("provider", 26, "provider", None),
-    ("precision", 31, "precision", None),
+    ("provider", 37, "provider", None),
+    ("precision", 32, "precision", None),
     ("mode", 5, "mode", None),
     ("ms", 8, "ms_median", 4),
     ("p10", 8, "ms_p10", 4),
@@ -341,19 +397,23 @@ def run_on_gpu(args, device: torch.device) -> Iterator[dict]:
 
 
 def run_on_cpu(args, device: torch.device) -> Iterator[dict]:
-    """The CPU path at ``--numel`` fp32 parameters, against lion-pytorch's plain and foreach steps."""
-    makers = {"lion_dist list": lambda params: Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step}
-    if version_of("lion-pytorch"):
-        for variant in ("plain", "foreach"):
+    """The CPU path at ``--numel`` parameters: fp32 against lion-pytorch's plain and foreach steps, and every rule
+    against the plain step of its precision."""
+    peers = ("plain", "foreach", "cautious") if version_of("lion-pytorch") else ()
+    for precision in RULED_PRECISIONS:
+        dtype, policy = PRECISIONS[precision]
+        providers = [p for p in own_providers() if p.name.startswith("lion_dist list") and p.precision == precision]
+        moved = {p.name: p.bytes_per_param for p in providers}
+        makers = {p.name: p.build for p in providers}
+        for variant in peers if dtype == FP32 else ():
+            moved[f"lion-pytorch {variant}"] = 20
             makers[f"lion-pytorch {variant}"] = lambda params, v=variant: lion_pytorch_step(params, v)
-    steps = {name: make(make_params([(args.numel,)], FP32, device)) for name, make in makers.items()}
-    timings = time_on_cpu(steps, args.repeats)
-    for name, timing in timings.items():
-        result = row(f"{args.numel / 1e6:.0f} M", name, "fp32", "eager", 1, 20 * args.numel, timing)
-        yield result | {"version": version_of("lion-dist" if name.startswith("lion_dist") else "lion-pytorch")}
-    own, *others = timings
-    for other in others:
-        print(f"{other} takes {timings[other].median / timings[own].median:.2f} times as long as lion_dist")
+        makers = {name: make for name, make in makers.items() if args.providers in f"{name} {precision}"}
+        steps = {name: make(make_params([(args.numel,)], dtype, device)) for name, make in makers.items()}
+        for name, timing in time_on_cpu(steps, args.repeats).items():
+            numel = args.numel
+            result = row(f"{numel / 1e6:.0f} M", name, precision, "eager", 1, moved[name] * numel, timing)
+            yield result | {"version": version_of("lion-dist" if name.startswith("lion_dist") else "lion-pytorch")}
 
 
 def sweep(device: torch.device, repeats: int, numel: int = 2**29) -> None:
@@ -430,6 +490,7 @@ def main() -> None:
     print(HEADER)
     for result in (run_on_gpu if device.type == "cuda" else run_on_cpu)(args, device):
         show(rows.add(result))
+    report_rules(rows.rows)
     if args.png:
         plot(rows.rows, args.png)
 

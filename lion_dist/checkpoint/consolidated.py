@@ -23,11 +23,11 @@ from lion_dist import values
 from lion_dist.boxes import BoxedTensor
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.errors import CheckpointError
-from lion_dist.checkpoint.fit import GROUP_KEYS, STATE_KEYS, wrong_setting, wrong_state
+from lion_dist.checkpoint.fit import STATE_KEYS, wrong_setting, wrong_state
 from lion_dist.checkpoint.metadata import DTYPES
 from lion_dist.checkpoint.ranks import Ranks, describe
 from lion_dist.checkpoint.save import Snapshot, write
-from lion_dist.checkpoint.sharded_state import boxed
+from lion_dist.checkpoint.sharded_state import GROUP_KEYS, boxed
 from lion_dist.checkpoint.storage import Reader, start_of_data
 
 

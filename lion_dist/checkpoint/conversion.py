@@ -63,6 +63,8 @@ def plan_load(stored: Stored, state: ShardedState) -> LoadPlan:
             _read_scalar(plan, stored, f"optimizer.{name}.step", param.step)
     if state.counters is not None:
         _read_scalar(plan, stored, "counters", state.counters)
+    if state.spike_window is not None:
+        _read_scalar(plan, stored, "spike_guard", state.spike_window)
     return plan
 
 

@@ -6,6 +6,7 @@ The names are those of the unwrapped model, whatever engine holds it::
     optimizer.<name>.exp_avg | main_param     fp32, bf16 or int16, in the parameter's full shape
     optimizer.<name>.step                     [] int64, with stochastic rounding
     counters                                  [2] int64, steps taken and skipped (ShardedLion)
+    spike_guard                               fp64, the window of skip_spikes (``spike_guard.py``)
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from lion_dist.local_shard import LocalShard
 from lion_dist.sharded_lion import ShardedLion
 from lion_dist.sharded_params import clean_name
 from lion_dist.sharding import collectives
+
+GROUP_KEYS = ("lr", "betas", "weight_decay", "initial_lr", "max_lr")  # of a param group, and saved with it
 
 
 @dataclass
@@ -62,6 +65,7 @@ class ShardedState:
     params: dict[str, ShardedParamState]
     buffers: dict[str, BoxedTensor]
     counters: Tensor | None
+    spike_window: Tensor | None
     tied: dict[str, str]
     param_groups: list[dict]
     finish_load: Callable[[], None]
@@ -76,6 +80,8 @@ class ShardedState:
                 named[f"optimizer.{name}.step"] = boxed(param.step)
         if self.counters is not None:
             named["counters"] = boxed(self.counters)
+        if self.spike_window is not None:
+            named["spike_guard"] = boxed(self.spike_window)
         return named
 
 
@@ -106,6 +112,7 @@ def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> ShardedState:
         params,
         {name: boxed(buffer) for name, buffer in _persistent_buffers(model)},
         optimizer.counters if isinstance(optimizer, ShardedLion) else None,
+        optimizer.spike_window,
         _tied_names(model, flats),
         groups,
         finish,
@@ -274,11 +281,10 @@ def _tied_names(model: nn.Module, flats: list[fsdp1.FlatParam]) -> dict[str, str
 def _param_groups(
     optimizer: Lion | ShardedLion, names: dict[Parameter, list[str]], flats: list[fsdp1.FlatParam]
 ) -> list[dict]:
-    keys = ("lr", "betas", "weight_decay", "initial_lr")
     places = {original.name: original.place for flat in flats for original in flat.originals}
     groups = []
     for group in optimizer.param_groups:
-        settings = {key: _plain(group[key]) for key in keys if key in group}
+        settings = {key: _plain(group[key]) for key in GROUP_KEYS if key in group}
         members = [name for p in group["params"] for name in names[p]]
         if all(name in places for name in members):  # flat parameters do not come in the order of the model
             members.sort(key=places.__getitem__)

@@ -160,7 +160,14 @@ def c_compiler() -> list[Finding]:
     remedy = "install gcc or clang, or set CC"
     if torch.cuda.is_available():
         remedy += "; Triton needs one too"
-    return [Finding("CPU step", NOTE, f"PyTorch operations, half as fast: {(said or ['no compiled step'])[0]}", remedy)]
+    return [
+        Finding(
+            "CPU step",
+            NOTE,
+            f"PyTorch operations, two to seven times slower: {(said or ['no compiled step'])[0]}",
+            remedy,
+        )
+    ]
 
 
 def kernels() -> list[Finding]:

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 
 class _Piece(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_float) for name in ("lr", "decay")),
+        *((name, ctypes.c_float) for name in ("lr", "decay", "other_decay")),
         *((name, ctypes.c_int) for name in ("type", "radix", "power", "draws_bits")),
         *((name, ctypes.c_uint32) for name in ("key_1", "key_2")),
     ]
@@ -58,7 +58,8 @@ class _PieceMaker:
     def make(self, piece) -> _Piece:
         codec = self.codec
         kind = (cpu_native.TYPES[codec.dtype], codec.layout.radix, piece.power, codec.draws_bits)
-        return _Piece(*self.rates[piece.row], *kind, *self.keys[piece.row])
+        lr, decay = self.rates[piece.row]
+        return _Piece(lr, decay, 1.0 if codec.cautious_wd else decay, *kind, *self.keys[piece.row])
 
 
 def encode(codec, params: Tensor, count: Tensor) -> None:

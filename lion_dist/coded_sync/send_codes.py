@@ -38,27 +38,31 @@ class SendCodes(GatherParams):
     Args:
         precision: of the optimizer.
         backend: of the update, and of the codes.
+        cautious_wd: of the update's rule.
     """
 
-    def __init__(self, precision: PrecisionPolicy, backend: str):
-        self._precision, self._backend = precision, backend
+    def __init__(self, precision: PrecisionPolicy, backend: str, *, cautious_wd: bool = False):
+        self._precision, self._backend, self._cautious_wd = precision, backend, cautious_wd
         self.codecs: dict[Bucket, ShardCodec] = {}
         self._escapes: dict[Bucket, Tensor] = {}  # [] int32, of this step's buckets
         self._replays: list[_Replay] = []  # of the last step
 
     def add(self, shards: Sequence[ShardState], index_starts: Mapping[Parameter, int]) -> None:
         for shard in shards:
-            self.codecs[shard.bucket] = codec_of(shard, self._precision, index_starts, self._backend)
+            starts = [index_starts[param] for param in shard.bucket.params]
+            self.codecs[shard.bucket] = codec_of(shard, self._precision, starts, self._backend, self._cautious_wd)
 
     def update(self, batch: ShardBatch, active: Tensor | None, terms: UpdateTerms) -> None:
         if batch.groups.shard_group is None:  # of this rank alone: nothing moves
             super().update(batch, active, terms)
             return
-        in_one_launch = terms.backend == "triton" and not terms.cautious_lrs
-        moves = ((active != 0) & (terms.skip == 0)).split([len(shard.bucket.slices) for shard in batch.shards])
-        for shard, moved in zip(batch.shards, moves, strict=True):
-            codec, lrs = self.codecs[shard.bucket], terms.cautious_lrs.get(shard)
-            rates = rates_of(terms.of(batch), moved, lrs)
+        in_one_launch = terms.backend == "triton" and not terms.rule.is_cautious
+        counts, lrs = [len(shard.bucket.slices) for shard in batch.shards], terms.lrs.get(batch)
+        moves = ((active != 0) & (terms.skip == 0)).split(counts)
+        lrs_of_shards = [None] * len(counts) if lrs is None else lrs.split(counts)
+        for shard, moved, lrs_of_shard in zip(batch.shards, moves, lrs_of_shards, strict=True):
+            codec = self.codecs[shard.bucket]
+            rates = rates_of(terms.of(batch), moved, lrs_of_shard)
             codec.begin(*rates, shard.steps, None if in_one_launch else shard.bucket.param_shard)
             if in_one_launch:
                 _update_and_encode(shard, codec, moved, terms, batch)
@@ -141,11 +145,10 @@ class _Replay:
 
 
 def codec_of(
-    shard: ShardState, precision: PrecisionPolicy, index_starts: Mapping[Parameter, int], backend: str
+    shard: ShardState, precision: PrecisionPolicy, starts: Sequence[int], backend: str, cautious_wd: bool
 ) -> ShardCodec:
-    """The codec of one bucket's shard. ``index_starts``: global element indices of parameters' first elements."""
+    """The codec of one bucket's shard. ``starts``: global element indices of the parameters' first elements."""
     bucket = shard.bucket
-    starts = [index_starts[param] for param in bucket.params]
     layout = bucket.layout
     slices = []
     for rank in range(layout.shard_world_size):
@@ -164,6 +167,7 @@ def codec_of(
         bucket.device,
         precision.seed,
         backend,
+        cautious_wd,
     )
 
 
@@ -174,7 +178,7 @@ def rates_of(scalars: StepScalars, moves: Tensor, cautious_lrs: Tensor | None) -
         rate.fill_(value)
     lr, decay = rates
     if cautious_lrs is not None:
-        lr = cautious_lrs
+        lr = cautious_lrs[:, 0]
     return torch.where(moves, lr, 0.0), torch.where(moves, decay, 1.0)
 
 

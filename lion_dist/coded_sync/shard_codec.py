@@ -63,6 +63,7 @@ class ShardCodec:
         shard: which of them is this rank's.
         seed: of the random bits.
         backend: as ``kernels.update.choose_backend`` says.
+        cautious_wd: an element decays only where its step has its sign.
 
     One step: ``begin``; the update (or ``update_and_encode`` in its place); ``encode``; ``message`` when all ranks have
     agreed on the number of escapes; ``replay`` when the messages are there. ``abandon`` when the parameters travel by
@@ -79,6 +80,7 @@ class ShardCodec:
         device: torch.device,
         seed: int,
         backend: str,
+        cautious_wd: bool = False,
     ):
         if shard_numel % GROUP or any(s.start % GROUP for rows in slices for s in rows):
             raise ValueError(f"shards and slices begin on multiples of {GROUP} elements, got shards of {shard_numel}")
@@ -91,6 +93,7 @@ class ShardCodec:
         self.layout: DigitLayout = codes.digits_for(dtype, has_main)
         self.draws_bits = self.layout is TERNARY and dtype == torch.bfloat16
         self.seed, self.device, self.backend, self.escape_step = seed, device, backend, ESCAPE_STEP
+        self.cautious_wd = cautious_wd
         self.rows = max(1, *map(len, slices))
         self.capacity = max(ESCAPE_STEP, shard_numel // ESCAPES_AT_MOST // ESCAPE_STEP * ESCAPE_STEP)
         self._rates_nbytes, self._steps_nbytes = 8 * self.rows, 8 * self.rows * self.draws_bits
@@ -252,7 +255,8 @@ class _ByDefinition:
         for piece in codec.pieces[codec.shard]:
             part = slice(piece.start, piece.stop)
             bits = _bits_for(codec, codec.fixed, piece)
-            digits, escapes = codes.encode(codec.old[part], params[part], *rates[piece.row], codec.layout, bits)
+            how = (*rates[piece.row], codec.layout, bits, codec.cautious_wd)
+            digits, escapes = codes.encode(codec.old[part], params[part], *how)
             packed[piece.byte : piece.byte + len(digits)] += digits * piece.power
             places.append(escapes.nonzero().flatten() + piece.start)
         index = torch.cat(places or [count.new_zeros(0)])
@@ -271,7 +275,8 @@ class _ByDefinition:
                 part = mine[piece.start : piece.stop]
                 digits = packed[piece.byte : piece.byte + len(part)].div(piece.power, rounding_mode="floor")
                 bits = _bits_for(codec, message, piece)
-                part.copy_(codes.replay(part, digits % codec.layout.radix, *rates[piece.row], codec.layout, bits))
+                how = (*rates[piece.row], codec.layout, bits, codec.cautious_wd)
+                part.copy_(codes.replay(part, digits % codec.layout.radix, *how))
 
 
 def _bits_for(codec: ShardCodec, message: Tensor, piece: Piece) -> Tensor | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.spike_guard import SpikeWatch
 from lion_dist.state_dict.full_state import Consolidated, check_rank, copied_containers, maker_of_parts, meet
 from lion_dist.state_dict.live_state import LiveState
 from lion_dist.state_dict.load_plan import LoadPlan
@@ -32,8 +33,12 @@ class StateAccess:
         # The rank that holds the whole takes no part in gathering it once more.
         return live.packed(live.by_param(maker_of_parts(gatherable=consolidated is None)))
 
-    def load(self, state_dict: dict) -> None:
-        LoadPlan(self._settled(), state_dict).apply()
+    def load(self, state_dict: dict, spikes: SpikeWatch | None) -> None:
+        plan = LoadPlan(self._settled(), state_dict)
+        window = None if spikes is None else spikes.checked(state_dict.get("spike_guard"))
+        plan.apply()
+        if spikes is not None:
+            spikes.load(window)
         self._consolidated = None
 
     @torch.no_grad()

@@ -59,6 +59,7 @@ class Consolidated:
             _warn_of_own_groups(live)
             indexed = {i: state[param] for i, param in enumerate(live.params) if param in state}
             whole = {"state": indexed, "param_groups": live.whole_groups(), "counters": live.counters.cpu().clone()}
+            whole |= {key: value.cpu().clone() for key, value in live.guard().items()}
         return cls(to, whole, _moment_of(live.param_groups, live.shards))
 
     def is_of(self, param_groups: Sequence[dict], shards: Sequence[ShardState]) -> bool:

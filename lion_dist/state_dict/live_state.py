@@ -29,6 +29,7 @@ class LiveState:
         names: of its parameters, frozen ones too.
         counters: [2] int64 on the device.
         decoupled_from: what ``decoupled_weight_decay`` divides the weight decay by.
+        spike_window: of ``skip_spikes``, on the device; None without.
     """
 
     param_groups: list[dict]
@@ -36,6 +37,7 @@ class LiveState:
     names: Mapping[Parameter, str]
     counters: Tensor
     decoupled_from: float | None
+    spike_window: Tensor | None = None
 
     @property
     def params(self) -> list[Parameter]:
@@ -54,7 +56,10 @@ class LiveState:
     def packed(self, state: dict[Parameter, dict]) -> dict:
         """``state`` of each parameter as a state dict."""
         indexed = {i: kinds for i, kinds in enumerate(state.values()) if kinds}
-        return {"state": indexed, "param_groups": self.packed_groups(), "counters": self.counters}
+        return {"state": indexed, "param_groups": self.packed_groups(), "counters": self.counters} | self.guard()
+
+    def guard(self) -> dict[str, Tensor]:
+        return {} if self.spike_window is None else {"spike_guard": self.spike_window}
 
     def packed_groups(self) -> list[dict]:
         """Param groups as torch packs them. A process group cannot be saved; its key stays, for readers that look for

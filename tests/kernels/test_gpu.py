@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lion_dist.kernels import triton_launch
 from lion_dist.kernels.reference import StepScalars
-from lion_dist.kernels.update import LionTensors, lion_update_
+from lion_dist.kernels.update import LionTensors, count_aligned_elements, lion_update_
 from tests.kernels.cases import BF16, FP32, GRAD_DTYPES, INT16, STORAGES, Case, Storage, assert_same
 from tests.kernels.strategies import cases
 
@@ -51,6 +51,16 @@ def test_every_storage(storage, grad_dtype, numels):
 @given(case=cases(BLOCK), misalignment=st.sampled_from([0, 0, 1, 8]))
 def test_anything(case, misalignment):
     check(case, misalignment=misalignment)
+
+
+@pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
+def test_elements_whose_update_agrees_with_the_gradient_are_counted(storage):
+    case = Case.make(storage, BF16, [9 * BLOCK + 5, 0, 1, 4 * BLOCK], grad_scale=torch.tensor(0.37))
+    on_gpu = case.to("cuda")
+    for misalignment in (0, 1):
+        how = {"grad_scale": on_gpu.grad_scale, "backend": "triton"}
+        counts = count_aligned_elements(on_gpu.tensors(misalignment), on_gpu.grads, on_gpu.scalars, **how)
+        assert counts.tolist() == case.counts().tolist()
 
 
 @pytest.mark.parametrize("others", [[], [70, BLOCK]], ids=["flat", "list"])
