@@ -53,7 +53,7 @@ class FullParams:
                 self._changed.add(shard.bucket)
 
     def begin_updates(self, buckets: Collection[Bucket]) -> None:
-        """From here to :meth:`end_updates` an exception leaves parameters that ranks may not hold alike."""
+        """Note that from here to :meth:`end_updates` an exception leaves parameters that may differ between ranks."""
         self._updating.update(buckets)
 
     def note_updates(self, buckets: Sequence[Bucket], params: Iterable[Parameter]) -> None:
@@ -69,7 +69,7 @@ class FullParams:
         self._changed.clear()
 
     def finish_step(self) -> None:
-        """What no module waits for is awaited now."""
+        """Wait for parameters that no module waits for."""
         if self._hooks is None:
             self.finish_sync()
         else:

@@ -102,7 +102,7 @@ class Membership:
 
 
 def _params_of(module: nn.Module) -> dict[Parameter, str]:
-    """With the first name of each; without waiting for those in flight, as ``named_parameters()`` would."""
+    """Return each parameter's first name; unlike ``named_parameters()``, do not wait for parameters in flight."""
     params: dict[Parameter, str] = {}
     for prefix, owner in module.named_modules():
         for name, param in dict.items(owner._parameters):

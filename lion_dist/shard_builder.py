@@ -1,4 +1,4 @@
-"""From parameters to buckets with this rank's state of each: what is decided once, when parameters come."""
+"""Build buckets, and this rank's state of each, from parameters: what is decided once, when parameters are added."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class ShardBuilder:
 
     @property
     def pooled_nbytes(self) -> int:
-        """Of the gradient buffers that buckets share."""
+        """Count the bytes of the gradient buffers that buckets share."""
         return sum(pool.nbytes for pool in self._pools.values())
 
     def description(self, shards: Sequence[ShardState]) -> str:

@@ -74,7 +74,7 @@ class ShardState:
         return [shard[s.bucket_start - first : s.bucket_stop - first] for s in self.bucket.slices]
 
     def local_shards(self, shard: Tensor) -> list[LocalShard]:
-        """For each of the bucket's parameters, what a [shard_numel] tensor holds of it; of many that is nothing."""
+        """Return what a [shard_numel] tensor holds of each of the bucket's parameters; of many that is nothing."""
         held = dict.fromkeys(range(len(self.bucket.params)), (0, shard[:0]))
         held |= {
             s.param: (s.param_start, view) for s, view in zip(self.bucket.slices, self.slices_of(shard), strict=True)
@@ -142,7 +142,7 @@ class ShardState:
 
 
 class ShardBatch:
-    """Bucket shards that one launch updates: of one param group, on the same ranks, and alike in dtypes.
+    """Shards that one launch updates: of one param group, on the same ranks, and alike in dtypes.
 
     Attributes:
         tensors: all their slices, or None when this rank owns only padding of them.

@@ -314,7 +314,7 @@ class ShardedOptimizer(Optimizer):
         return LiveState(self.param_groups, self.shards, names, counters, decoupled_from, self.spike_window)
 
     def _settled_state(self) -> LiveState:
-        """With parameters whole, and main params that follow them."""
+        """Return the live state, once parameters are whole and main params follow them."""
         self._full_params.finish_sync()
         self._full_params.follow_outside_writes(self.shards)
         return self._live_state

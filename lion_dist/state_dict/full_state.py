@@ -192,7 +192,7 @@ def _waiting_for(store: dist.Store, base: str, ranks: list[int], count: int, wha
 
 
 def maker_of_parts(gatherable: bool) -> Callable[[ShardState], Callable[..., BoxedTensor]]:
-    """For each shard, what ``shard.state()`` makes tensors with: boxes that know whose they are."""
+    """Return, for each shard, what ``shard.state()`` makes tensors with: boxes that know whose they are."""
     meshes: dict[dist.ProcessGroup, DeviceMesh] = {}
 
     def boxed_for(shard: ShardState) -> Callable[..., BoxedTensor]:

@@ -41,7 +41,7 @@ class LiveState:
 
     @property
     def params(self) -> list[Parameter]:
-        """In the order in which a state dict counts them."""
+        """List the parameters in the order in which a state dict counts them."""
         return [param for group in self.param_groups for param in group["params"]]
 
     def by_param(self, boxed_for: Callable[[ShardState], Callable[..., BoxedTensor]]) -> dict[Parameter, dict]:

@@ -233,7 +233,7 @@ def _local(value: Tensor, what: str) -> Tensor:
 
 
 def _counters_in(state_dict: Mapping, live: LiveState) -> Tensor:
-    """Of steps taken and skipped; zeros where another optimizer, which counts none, has saved."""
+    """Return the saved counts of steps taken and skipped; zeros where the optimizer that saved counts none."""
     kept = [kinds["counters"] for kinds in state_dict["state"].values() if kinds and "counters" in kinds]
     counters = state_dict.get("counters", kept[0] if kept else torch.zeros_like(live.counters))
     if not isinstance(counters, Tensor) or counters.shape != live.counters.shape:
