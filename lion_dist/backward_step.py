@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lion_dist.full_params import FullParams
 from lion_dist.shard_state import ShardBatch, UpdateOrder
@@ -70,7 +70,7 @@ class BackwardStep:
         self._send(batch)
         params.end_updates([bucket])
 
-    def finish(self, loss_scale: Tensor | None, module: nn.Module | None, warning: NoGradientWarning) -> None:
+    def finish(self, loss_scale: Tensor | None, warning: NoGradientWarning) -> None:
         """Every bucket has been updated, or its update is queued.
 
         Raises:
@@ -80,8 +80,8 @@ class BackwardStep:
             raise RuntimeError("step() inside no_sync(): the step's last backward pass has to run outside of it")
         if loss_scale is not None:
             raise RuntimeError("a GradScaler judges gradients before the update: use update_in_backward=False with it")
-        begun, agreement = self._updates.begun, self._gradients.judge.agreement
-        refuse_late_grads({p: self._params.names[p] for bucket in begun for p in bucket.params}, module)
+        begun, agreement = self._updates.begun, self._gradients.gradient_check.agreement
+        refuse_late_grads({p: self._params.names[p] for bucket in begun for p in bucket.params}, self._params.module)
         if warning.is_waiting:
             warning.note_step(bool(begun) or any(param.grad is not None for param in self._params.names))
         self._scheduler.start_all_but(begun)

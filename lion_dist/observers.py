@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lion_dist.meters import make_meter, refuse_unmeasured
+from lion_dist.optional_metrics import make_step_metrics, refuse_unmeasured
 from lion_dist.shard_state import ShardBatch
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
@@ -42,33 +42,33 @@ class StepObservers:
     ):
         self._groups, self._stream, self._device, self._copies = groups, stream, device, copies
         self.metrics_every, self._check_replicas_every = metrics_every, check_replicas_every
-        self._meter, self._replica_check = make_meter(metrics_every, device), None
-        self.clock = self._meter.clock
+        self._step_metrics, self._replica_check = make_step_metrics(metrics_every, device), None
+        self.clock = self._step_metrics.clock
 
     def begin_step(self) -> None:
         if self._check_replicas_every:
             with self.clock.phase("measure"):
                 self._replicas().begin_step(self._copies)
-        self._meter.begin_step()
+        self._step_metrics.begin_step()
 
     def before_update(self, batch: ShardBatch, active: Tensor | None, terms: UpdateTerms) -> None:
         """``batch`` is about to be updated. Each element is measured once, by the first replica."""
-        if not self._meter.is_measuring or not batch.owning or batch.groups.replicate_rank:
+        if not self._step_metrics.is_measuring or not batch.owning or batch.groups.replicate_rank:
             return
         from lion_dist.metrics.statistics import measure
 
         with self.clock.phase("measure"):
             arguments = terms.arguments(batch, active)
-            self._meter.add(measure(batch.tensors, batch.grads(), terms.of(batch), **arguments))
+            self._step_metrics.add(measure(batch.tensors, batch.grads(), terms.of(batch), **arguments))
 
     def end_step(self, skip: Tensor, counters: Tensor) -> None:
-        self._meter.end_step(skip, counters)
+        self._step_metrics.end_step(skip, counters)
 
     def metrics(self) -> dict:
-        refuse_unmeasured(self._meter)
+        refuse_unmeasured(self._step_metrics)
         from lion_dist.metrics.step_metrics import metrics_over_ranks
 
-        return metrics_over_ranks(self._meter, self._groups)
+        return metrics_over_ranks(self._step_metrics, self._groups)
 
     def check_replicas(self) -> None:
         self._replicas().check(*self._copies())

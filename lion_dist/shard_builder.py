@@ -1,4 +1,4 @@
-"""From parameters to buckets with this rank's state of each: what is decided once, when parameters come."""
+"""Build buckets, and this rank's state of each, from parameters: what is decided once, when parameters are added."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from lion_dist.config import PrecisionPolicy, ShardingConfig
 from lion_dist.param_sync import GatherParams
-from lion_dist.shard_state import BucketShard
+from lion_dist.shard_state import ShardState
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.buffers import CommStream, GradBufferPool
@@ -41,7 +41,7 @@ class ShardBuilder:
         self._pools: dict[tuple[torch.dtype, ShardGroups], GradBufferPool] = {}
         self._peer_memories: dict[ShardGroups, PeerMemory | None] = {}
 
-    def build(self, params: Sequence[tuple[Parameter, dict]], param_sync: GatherParams) -> list[BucketShard]:
+    def build(self, params: Sequence[tuple[Parameter, dict]], param_sync: GatherParams) -> list[ShardState]:
         """Shards of new buckets of ``params`` and their param groups, in order. Frozen ones wait until they are not."""
         for param, group in params:
             if not param.requires_grad:
@@ -60,7 +60,7 @@ class ShardBuilder:
         param_sync.add(shards, self._params.index_starts)
         return shards
 
-    def _make_shard(self, params: list[Parameter], group: dict) -> BucketShard:
+    def _make_shard(self, params: list[Parameter], group: dict) -> ShardState:
         groups, dtype = self._params.groups_for(group), params[0].dtype
         ordered = self._sharding.ordered_sum
         if ordered is None:
@@ -76,7 +76,7 @@ class ShardBuilder:
             row_major=self._precision.is_stochastic(dtype),
         )
         groups.broadcast(bucket.flat_params)
-        return BucketShard(bucket, group, self._precision, [self._params.index_starts[p] for p in params])
+        return ShardState(bucket, group, self._precision, [self._params.index_starts[p] for p in params])
 
     def _pool_of(self, wire: torch.dtype, groups: ShardGroups, device: torch.device) -> GradBufferPool:
         if groups not in self._peer_memories:
@@ -88,10 +88,10 @@ class ShardBuilder:
 
     @property
     def pooled_nbytes(self) -> int:
-        """Of the gradient buffers that buckets share."""
+        """Count the bytes of the gradient buffers that buckets share."""
         return sum(pool.nbytes for pool in self._pools.values())
 
-    def description(self, shards: Sequence[BucketShard]) -> str:
+    def description(self, shards: Sequence[ShardState]) -> str:
         """What was chosen, in a line for the log."""
         groups, params, sharding = self._params.groups, self._params.names, self._sharding
         device = next(iter(params)).device

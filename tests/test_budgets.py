@@ -46,7 +46,7 @@ DOOR = "sharding/collectives.py"  # nobody else calls a collective of torch.dist
 # Who else names torch.distributed in its code, beside programs and checkpoint/ (which is made of its checkpoints).
 NAMERS_OF_TORCH_DISTRIBUTED = {
     "boxes.py",  # what torch.distributed.checkpoint asks of a tensor
-    "full_state.py",
+    "state_dict/full_state.py",
     "grad_placement.py",
     "grad_scaler.py",
     "lion.py",  # the type of metrics(process_group)

@@ -22,7 +22,7 @@ from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
 from lion_dist.config import PrecisionPolicy
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.param_sync import GatherParams
-from lion_dist.shard_state import BucketShard, ShardBatch
+from lion_dist.shard_state import ShardBatch, ShardState
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.collectives import Finish, nothing
@@ -47,7 +47,7 @@ class SendCodes(GatherParams):
         self._escapes: dict[Bucket, Tensor] = {}  # [] int32, of this step's buckets
         self._replays: list[_Replay] = []  # of the last step
 
-    def add(self, shards: Sequence[BucketShard], index_starts: Mapping[Parameter, int]) -> None:
+    def add(self, shards: Sequence[ShardState], index_starts: Mapping[Parameter, int]) -> None:
         for shard in shards:
             starts = [index_starts[param] for param in shard.bucket.params]
             self.codecs[shard.bucket] = codec_of(shard, self._precision, starts, self._backend, self._cautious_wd)
@@ -145,7 +145,7 @@ class _Replay:
 
 
 def codec_of(
-    shard: BucketShard, precision: PrecisionPolicy, starts: Sequence[int], backend: str, cautious_wd: bool
+    shard: ShardState, precision: PrecisionPolicy, starts: Sequence[int], backend: str, cautious_wd: bool
 ) -> ShardCodec:
     """The codec of one bucket's shard. ``starts``: global element indices of the parameters' first elements."""
     bucket = shard.bucket
@@ -183,7 +183,7 @@ def rates_of(scalars: StepScalars, moves: Tensor, cautious_lrs: Tensor | None) -
 
 
 def _update_and_encode(
-    shard: BucketShard, codec: ShardCodec, moves: Tensor, terms: UpdateTerms, batch: ShardBatch
+    shard: ShardState, codec: ShardCodec, moves: Tensor, terms: UpdateTerms, batch: ShardBatch
 ) -> None:
     """The update of this shard and its codes in one launch. ``moves``: [slices] bool."""
     codec.update_and_encode(

@@ -1,4 +1,4 @@
-"""Updating a bucket from within backward, as soon as its gradients have been reduced."""
+"""Update a bucket from within backward, as soon as its gradients have been reduced."""
 
 from __future__ import annotations
 

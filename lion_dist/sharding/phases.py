@@ -6,7 +6,7 @@ counts as ``grad_sync`` or ``param_sync`` is what the computation stood still fo
 
     ===========  ======================================================================================
     grad_sync    gradients packed; computation waiting for their reduction
-    norm         the verdict on the gradients: norm, finite, used (and cautious Lion's counts); one message
+    norm         the check of the gradients: norm, finite, used (and cautious Lion's counts); one message
     update       the update of this rank's shards
     param_sync   gathers started; computation waiting for parameters
     measure      the measuring itself: statistics, checksums of replicas
