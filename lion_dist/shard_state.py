@@ -252,4 +252,4 @@ def make_batches(shards: Sequence[BucketShard]) -> list[ShardBatch]:
 
 def _launch_key(shard: BucketShard) -> tuple:
     bucket = shard.bucket
-    return id(shard.group), bucket.groups, bucket.pool.dtype, shard.exp_avg.dtype, bucket.param_shard.dtype
+    return id(shard.group), bucket.groups, bucket.reduce_dtype, shard.exp_avg.dtype, bucket.param_shard.dtype

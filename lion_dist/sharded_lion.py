@@ -48,16 +48,17 @@ from lion_dist.sharding import collectives, full_grad
 from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.backward_updates import BackwardUpdates
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.buffers import CommStream, GradBufferPool
+from lion_dist.sharding.choose_transport import choose_transport
+from lion_dist.sharding.comm_stream import make_comm_stream
 from lion_dist.sharding.foreign_wrappers import refuse_late_grads, refuse_sharded_since, refuse_wrapped
 from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.param_sync import GatherParams, LeaveStale
-from lion_dist.sharding.peer_memory import PeerMemory, connect
 from lion_dist.sharding.process_groups import Progress, ShardGroups, backend_for, explained, resolve_groups
 from lion_dist.sharding.scheduler import GradScheduler
+from lion_dist.sharding.transport import Transport
 from lion_dist.sharding.verdict import Judge, Verdict
 from lion_dist.state_dicts import LiveState, LoadPlan, refuse_emptied
 from lion_dist.step_choices import Factors, StepChoices
@@ -145,8 +146,7 @@ class ShardedLion(Optimizer):
         self._updating: set[Bucket] = set()  # by the update under way, or by one that an exception has ended
         self._has_looked_for_wrappers = False  # before a step
         self._no_gradients = NoGradientWarning()
-        self._pools: dict[tuple, GradBufferPool] = {}
-        self._peer_memories: dict[ShardGroups, PeerMemory | None] = {}
+        self._transports: dict[ShardGroups, Transport] = {}
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
         self.forward_hooks: ForwardHooks | None = None
         self._backward_updates: BackwardUpdates | None = None
@@ -169,8 +169,8 @@ class ShardedLion(Optimizer):
         self._device = params[0][0].device
         self._own_groups = self._params.own_groups = OwnGroups(self, self._progress)
         self.groups = self._own_groups.like(self.groups)
-        self._stream = CommStream(self._device, bounded=self.sharding.wait_in_backward)
-        self._updates_mark = self._stream.new_mark()  # behind the last update in backward
+        self._stream = make_comm_stream(self._device, bounded=self.sharding.wait_in_backward)
+        self._updates_event = self._stream.new_event()  # behind the last update in backward
         divisor = self.groups.num_ranks if self.sharding.average else 1
         self._judge = Judge(self.groups, self._device, divisor, self._choose_sum_of_squares())
         self._meter = Meter(self.metrics_every, self._device)
@@ -196,7 +196,8 @@ class ShardedLion(Optimizer):
         """What was chosen at construction, in a line for the log."""
         numels = [bucket.layout.numel for bucket in self.buckets]
         axes = [backend_for(axis, self._device) for axis in self.groups.axes]
-        transport = "peer memory" if any(self._peer_memories.values()) else (axes or ["none"])[0]
+        names = {transport.name for transport in self._transports.values()}
+        transport = "peer memory" if "peer memory" in names else (axes or ["none"])[0]
         parts = [
             f"{sum(p.numel() for p in self._params.names):,} parameters in {len(self._params.names)} tensors",
             f"{self.groups.shard_world_size} ranks x {self.groups.replicate_world_size} replicas",
@@ -266,8 +267,8 @@ class ShardedLion(Optimizer):
         for members in pack_into_buckets(numels, keys, bucket_numel):
             group = trainable[members[0]][1]
             new.append(self._make_bucket([trainable[i][0] for i in members], group))
-        for pool in self._pools.values():
-            pool.reserve()
+        for transport in self._transports.values():
+            transport.reserve()
         self.grad_scheduler.add_buckets([shard.bucket for shard in new])
         if self.forward_hooks is not None:
             self.forward_hooks.add_buckets([shard.bucket for shard in new])
@@ -286,19 +287,23 @@ class ShardedLion(Optimizer):
         if ordered is None:
             ordered = any(backend_for(axis, self._device) == "gloo" for axis in groups.axes)
         wire = self.sharding.reduce_dtype or params[0].dtype
-        if groups not in self._peer_memories:
-            self._peer_memories[groups] = connect(groups.shard_group, self._device, self.sharding.peer_memory)
-        if (wire, groups) not in self._pools:
-            bounded = self.sharding.wait_in_backward
-            self._pools[wire, groups] = GradBufferPool(wire, self._device, self._peer_memories[groups], bounded)
-        pool = self._pools[wire, groups]
+        if groups not in self._transports:
+            self._transports[groups] = choose_transport(
+                groups,
+                self._device,
+                self._stream,
+                peer_memory=self.sharding.peer_memory,
+                use_triton=self.use_triton,
+                bounded=self.sharding.wait_in_backward,
+            )
         names = [self._params.names[p] for p in params]
         clock = self._meter.clock
         bucket = Bucket(
             params,
             names,
             groups,
-            pool,
+            self._transports[groups],
+            reduce_dtype=wire,
             ordered_sum=ordered,
             stream=self._stream,
             clock=clock,
@@ -443,7 +448,7 @@ class ShardedLion(Optimizer):
                 backend=choose_backend(self._device, self.use_triton),
                 check=False,
             )
-        self._stream.mark(self._updates_mark)
+        self._stream.record_event(self._updates_event)
         self._watch.note_updates([bucket], (param for param in bucket.params if param.requires_grad))
         bucket.reset_grad()
         bucket.start_param_sync()
@@ -464,7 +469,7 @@ class ShardedLion(Optimizer):
         self.grad_scheduler.start_all_but(begun)
         with self._stream.fork():
             self._judge.agreement.exchange(self._choices)
-            self._stream.mark(self._updates_mark)  # it has read a learning rate or divisor on the device, too
+            self._stream.record_event(self._updates_event)  # it has read a learning rate or divisor on the device, too
         if self._unfrozen():
             self._judge.agreement.wait()
             self._adopt_unfrozen()
@@ -472,7 +477,7 @@ class ShardedLion(Optimizer):
         self._backward_updates.finish()
         self._backward_updates.refuse_reduced_since()
         # A learning rate or divisor on the device may be changed from here on; the updates have read it.
-        self._stream.join(self._updates_mark)
+        self._stream.wait_event(self._updates_event)
         self._stream.release()
         skip = skip_unusable(None, self._all_scalars().values())
         if skip is None:
@@ -908,7 +913,7 @@ class ShardedLion(Optimizer):
             total["exp_avg"] += shard.exp_avg.nbytes
             total["grads"] += shard.bucket.grad_shard_nbytes()
         total["params"] += sum(p.nbytes for p in self._frozen)
-        total["grads"] += sum(pool.nbytes for pool in self._pools.values())
+        total["grads"] += sum(transport.grad_buffer_nbytes for transport in self._transports.values())
         return total
 
     # ---- state_dict: this rank's part in torch's format (``state_dicts.py``), or on one rank the whole
