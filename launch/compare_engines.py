@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from comparison.arguments import DTYPES, check_arguments, parse_arguments
+from comparison.durable import replace_text
 from comparison.engines import ENGINES, PlainEngine
 from comparison.evaluation import fingerprint, held_out_parts, held_out_windows
 from comparison.failures import doing, fail, leave_at_once, refuse
@@ -36,7 +37,7 @@ from comparison.ranks import (
     start_process_group,
     stop_process_group,
 )
-from comparison.report import memory_table, replace_text, save_loss_curve, unsharded_memory
+from comparison.report import memory_table, save_loss_curve, unsharded_memory
 from comparison.resuming import Checkpoints
 from comparison.throughput import Throughput, throughput_of
 from lion_dist import PrecisionPolicy

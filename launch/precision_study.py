@@ -21,6 +21,7 @@ import torch
 
 from comparison.evaluation import held_out_windows
 from lion_dist import Lion, PrecisionPolicy
+from lion_dist.reporting import figure_into
 from train import Transformer, global_batch, lr_factor, read_corpus
 
 BASELINE = "fp32 main params, fp32 momentum"
@@ -141,29 +142,23 @@ def report(args) -> None:
 
 
 def draw(table: list[dict], rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     early = min(5, len(rows[0]["losses"]) - 1)  # the first drop would hide the rest
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(1, 1.2))
-    for arm in ARMS:
-        if not all(r["losses"] for r in rows if r["arm"] == arm):
-            continue  # a run of which only the held-out loss was kept
-        curves = torch.tensor([r["losses"] for r in rows if r["arm"] == arm])
-        left.plot(torch.arange(curves.shape[1]) * 20, curves.mean(dim=0), linewidth=0.8, label=arm)
-    left.set(xlabel="step", ylabel="training loss, nats per byte", ylim=(None, curves.mean(dim=0)[early].item()))
-    left.legend(fontsize=6)
-    arms = [row for row in table if "difference" in row]
-    right.axvline(0.0, color="grey", linewidth=0.8)
-    right.errorbar(
-        [row["difference"] for row in arms], range(len(arms)), xerr=[row["half_interval"] for row in arms], fmt="o"
-    )
-    right.set_yticks(range(len(arms)), [row["arm"] for row in arms], fontsize=8)
-    right.set(xlabel="held-out loss minus the first arm's, 95% interval", ylim=(len(arms) - 0.5, -0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    out = figure_into(path, 1, 2, size=(12, 4), width_ratios=(1, 1.2))
+    with out as (_, ((left, right),)):
+        for arm in ARMS:
+            if not all(r["losses"] for r in rows if r["arm"] == arm):
+                continue  # a run of which only the held-out loss was kept
+            curves = torch.tensor([r["losses"] for r in rows if r["arm"] == arm])
+            left.plot(torch.arange(curves.shape[1]) * 20, curves.mean(dim=0), linewidth=0.8, label=arm)
+        left.set(xlabel="step", ylabel="training loss, nats per byte", ylim=(None, curves.mean(dim=0)[early].item()))
+        left.legend(fontsize=6)
+        arms = [row for row in table if "difference" in row]
+        right.axvline(0.0, color="grey", linewidth=0.8)
+        right.errorbar(
+            [row["difference"] for row in arms], range(len(arms)), xerr=[row["half_interval"] for row in arms], fmt="o"
+        )
+        right.set_yticks(range(len(arms)), [row["arm"] for row in arms], fontsize=8)
+        right.set(xlabel="held-out loss minus the first arm's, 95% interval", ylim=(len(arms) - 0.5, -0.5))
 
 
 def main() -> None:

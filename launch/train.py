@@ -101,8 +101,10 @@ def read_corpus(data: str | None, seq_len: int) -> tuple[Tensor, Tensor]:
     train = [text for i, text in enumerate(texts) if i % 20 != 19][: len(texts) - len(held_out)]
     joined = [bytearray(b"\0".join(part) + b"\0") for part in (train, held_out)]
     if min(map(len, joined)) - 1 <= seq_len:
-        raise ValueError(f"{root} has {len(joined[0]) - 1} bytes to train on and {len(joined[1]) - 1} held out (binary "
-                         f"and empty files do not count), but one window is {seq_len + 1}. Pass more text to --data.")
+        raise ValueError(
+            f"{root} has {len(joined[0]) - 1} bytes to train on and {len(joined[1]) - 1} held out (binary "
+            f"and empty files do not count), but one window is {seq_len + 1}. Pass more text to --data."
+        )
     return tuple(torch.frombuffer(part, dtype=torch.uint8)[:-1] for part in joined)
 
 
@@ -283,8 +285,10 @@ def parse_arguments() -> argparse.Namespace:
     parts = WORLD_SIZE * args.micro_batches
     args.batch_size = args.batch_size or math.ceil(8 / parts) * parts
     if args.batch_size % parts or WORLD_SIZE % args.replicate:
-        parser.error(f"--batch-size must be a multiple of {WORLD_SIZE} ranks x {args.micro_batches} micro-batches, got "
-                     f"{args.batch_size}, and the ranks a multiple of --replicate, got {args.replicate}")
+        parser.error(
+            f"--batch-size must be a multiple of {WORLD_SIZE} ranks x {args.micro_batches} micro-batches, got "
+            f"{args.batch_size}, and the ranks a multiple of --replicate, got {args.replicate}"
+        )
     return args
 
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lion_dist.config import check_hyperparameters
-from lion_dist.engine_state import main_as
-from lion_dist.local_tensors import local_tensor
-from lion_dist.param_batch import STATE_KEYS
+from lion_dist.hyperparameters import check_hyperparameters
+from lion_dist.local_shard import LocalShard, local_tensor, part_of
+from lion_dist.main_params import main_param_as
+from lion_dist.update_batch import STATE_KEYS
 
 GROUP_KEYS = ("lr", "betas", "weight_decay")  # lion-pytorch's, so that param groups travel both ways
 # Keys of torch's other optimizers, which say how (not what) to compute or belong to another rule. They are left behind:
@@ -22,7 +22,8 @@ FOREIGN_KEYS = frozenset(
     "maximize momentum momentum_decay nesterov ns_coefficients ns_steps adjust_lr_fn rho step_sizes t0 "
     "tolerance_change tolerance_grad".split()
 )
-OF_THE_WHOLE_OPTIMIZER = ("precision", "cautious", "use_triton", "metrics_every")
+OF_THE_WHOLE_OPTIMIZER = ("precision", "cautious", "use_triton", "metrics_every", "corrected_weight_decay", "maximize")
+SEED_KEYS = ("cautious_factor", "cautious_wd")  # in param groups of lion-pytorch's cautious class; the optimizer's here
 
 
 # ---- param groups
@@ -31,14 +32,13 @@ OF_THE_WHOLE_OPTIMIZER = ("precision", "cautious", "use_triton", "metrics_every"
 def check_group(group: Mapping, decoupled_from: float | None) -> None:
     """Raise ValueError if a param group asks for what ``Lion`` would not do."""
     check_hyperparameters(group, decoupled_from)
-    for key, remedy in (
-        ("maximize", "Negate the loss instead"),
-        ("differentiable", "Leave it out: gradients do not flow through a step"),
-    ):
-        if group.get(key):
-            raise ValueError(f"a param group has {key}={group[key]!r}, which Lion does not support. {remedy}.")
-    for key in OF_THE_WHOLE_OPTIMIZER:
-        if key in group:
+    if group.get("differentiable"):
+        raise ValueError(
+            f"a param group has differentiable={group['differentiable']!r}, which Lion does not support. Leave it out: "
+            "gradients do not flow through a step."
+        )
+    for key in (*OF_THE_WHOLE_OPTIMIZER, *SEED_KEYS):
+        if key in group and (group[key] or key != "maximize"):  # groups of torch's optimizers say maximize=False
             raise ValueError(
                 f"a param group has {key}={group[key]!r}, which is a setting of the whole optimizer. "
                 "Pass it to the constructor, or make an optimizer for each setting."
@@ -55,6 +55,7 @@ def adopt_groups(
     result = []
     for i, group in enumerate(saved):
         own = present[i] if i < len(present) else {}  # torch refuses another number of groups
+        group = {key: value for key, value in group.items() if key not in SEED_KEYS}
         known = {key: value for key, value in group.items() if key in own or key not in FOREIGN_KEYS}
         filled = {key: value for key, value in own.items() if key not in ("params", "param_names")}
         check_group(dict(defaults) | filled | dict(group), decoupled_from)
@@ -93,9 +94,9 @@ def adopt_state(param: Tensor, saved: Mapping, fresh: dict[str, Tensor]) -> dict
     for key, target in fresh.items():
         if saved.get(key) is None:
             continue
-        value = local_part(key, torch.as_tensor(saved[key]), target, param)  # other Lions count steps in an int
+        value = _local_part(key, torch.as_tensor(saved[key]), target, param)  # other Lions count steps in an int
         if key == "main_param":
-            value = main_as(target.dtype, value, param)
+            value = main_param_as(target.dtype, value, param)
         if key == "exp_avg" and value.dtype != target.dtype:
             warnings.warn(
                 f"lion_dist: the loaded exp_avg is {value.dtype}; it is kept as {target.dtype}, the configured "
@@ -106,38 +107,19 @@ def adopt_state(param: Tensor, saved: Mapping, fresh: dict[str, Tensor]) -> dict
     return fresh
 
 
-def local_part(key: str, value: Tensor, target: Tensor, param: Tensor) -> Tensor:
-    """What of a saved ``value`` belongs to the local ``target``."""
-    local, saved_local = local_tensor(target), local_tensor(value)
-    misfit = ValueError(
-        f"saved {key} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
-        f"{_placed(value)}{_placed(target)}. Load the state of this model, or delete optimizer.state[param] to begin "
-        "anew; between models that are sharded differently, state moves by torch.distributed.checkpoint's "
-        "get_optimizer_state_dict() and set_optimizer_state_dict()."
-    )
-    if saved_local is not value:
-        if local is target:  # sharded there, whole here
-            if value.shape != local.shape or not all(p.is_replicate() for p in value.placements):
-                raise misfit
-        elif value.shape != target.shape or value.device_mesh != target.device_mesh:
-            raise misfit
-        elif value.placements != target.placements:
-            saved_local = local_tensor(value.redistribute(placements=target.placements))
-    elif local is not target and value.shape == target.shape != local.shape:  # whole there, sharded here
-        saved_local = _cut(value, target)
-    if saved_local.shape != local.shape:
-        raise misfit
-    return saved_local
+def _local_part(key: str, value: Tensor, target: Tensor, param: Tensor) -> Tensor:
+    """Return what belongs of a saved ``value`` to the local ``target``."""
+    local = part_of(value, target)
+    if local is None:
+        raise ValueError(
+            f"saved {key} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}{_placed(value)}"
+            f"{_placed(target)}. Load the state of this model, or delete optimizer.state[param] to begin anew; between "
+            "models that are sharded differently, state moves by torch.distributed.checkpoint's "
+            "get_optimizer_state_dict() and set_optimizer_state_dict()."
+        )
+    return local
 
 
 def _placed(tensor: Tensor) -> str:
-    return f" ({tensor.placements} on {tensor.device_mesh})" if hasattr(tensor, "placements") else ""
-
-
-def _cut(value: Tensor, target: Tensor) -> Tensor:
-    """This rank's part of a whole ``value``; nothing is sent."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = target.device_mesh
-    whole = DTensor.from_local(value.to(local_tensor(target).device), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return local_tensor(whole.redistribute(placements=target.placements))
+    shard = LocalShard.of(tensor)
+    return f" ({shard.placements} on {shard.mesh})" if shard.is_dtensor else ""

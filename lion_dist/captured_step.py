@@ -22,8 +22,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lion_dist.param_sync import LeaveStale
 from lion_dist.sharded_lion import ShardedLion
-from lion_dist.sharding.param_sync import LeaveStale
 
 Output = TypeVar("Output")
 
@@ -114,8 +114,7 @@ class CapturedStep:
         # thread_local: NCCL's watchdog asks for its events in another thread.
         capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
         try:
-            with capture, optimizer.param_sync_by(LeaveStale()):
-                optimizer.start_param_sync()
+            with capture, optimizer.capturing(LeaveStale()):
                 self._outputs = self._step(*self._inputs)
         except BaseException:  # nothing has run: parameters are as they were, but their gather was only captured
             for bucket in optimizer.buckets:
@@ -147,8 +146,8 @@ class CapturedStep:
 def _constants_of(optimizer: ShardedLion) -> list[tuple]:
     constants = []
     for i, group in enumerate(optimizer.param_groups):
-        for key in ("lr", "weight_decay", "betas"):
-            value = group[key]
+        for key in ("lr", "weight_decay", "betas", "max_lr"):
+            value = group.get(key)
             constants.append((f"{key} of param group {i}", "a tensor" if isinstance(value, Tensor) else value))
         trained = sum(param.requires_grad for param in group["params"])
         constants.append((f"the number of trained parameters of param group {i}", trained))

@@ -6,11 +6,9 @@ Two frozen dataclasses: :class:`PrecisionPolicy` says in which dtypes the state 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lion_dist import values
 
@@ -87,6 +85,16 @@ class PrecisionPolicy:
         )
         return stochastic_momentum or self.main_params_for(param_dtype) == "none"
 
+    def state_dtypes(self, param_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """List the entries of the state of a parameter of ``param_dtype``."""
+        dtypes = {"exp_avg": self.momentum_dtype_for(param_dtype)}
+        kind = self.main_params_for(param_dtype)
+        if kind in ("fp32", "split"):
+            dtypes["main_param"] = torch.float32 if kind == "fp32" else torch.int16
+        if self.is_stochastic(param_dtype):
+            dtypes["step"] = torch.int64
+        return dtypes
+
 
 @dataclass(frozen=True)
 class ShardingConfig:
@@ -98,7 +106,7 @@ class ShardingConfig:
         bucket_numel: elements per bucket (what is communicated together); None chooses from the model and ranks.
         reduce_dtype: dtype of gradients on the wire; None: the parameter's.
         ordered_sum: True sums gradients in fp32 in rank order (an all-to-all and a local sum), which makes the
-            sum reproducible by bits; False leaves the sum to the backend's reduce-scatter. None: True on gloo,
+            sum bit-identical in every run; False leaves the sum to the backend's reduce-scatter. None: True on gloo,
             whose own reduce-scatter sends an all-reduce's bytes and rounds bf16 at every hop; False on NCCL.
         average: True divides the summed gradient by the number of ranks; False leaves the sum.
         param_sync: how updated parameters reach the other ranks. ``"gather"`` sends them, 2 or 4 bytes each.
@@ -117,7 +125,7 @@ class ShardingConfig:
             memory at once. So it must be where ranks would wait for each other: where some ranks take another branch,
             in a model that has collectives of its own inside backward (a loss that compares with other ranks'
             examples), or in one of several models with a ShardedLion each in one backward pass.
-        check_replicas_every: in every so-manieth step, compare checksums of all ranks' parameters, without waiting; a
+        check_replicas_every: in every n-th step, compare checksums of all ranks' parameters, without waiting; a
             difference is raised by the next step (``ShardedLion.check_replicas``). 0: never.
     """
 
@@ -188,63 +196,3 @@ def check_sharding(sharding: object) -> ShardingConfig:
     """TypeError unless ``sharding`` is a ShardingConfig."""
     remedy = "Pass lion_dist.ShardingConfig(zero_stage=2), for example."
     return values.instance("sharding", sharding, ShardingConfig, remedy)
-
-
-def check_betas(betas: object, name: str = "betas") -> tuple[float, float]:
-    """``betas`` as two floats; ValueError unless they are two numbers in [0, 1)."""
-    pair = values.plain_list(betas)
-    found = [values.as_number(beta) for beta in pair] if isinstance(pair, Sequence) and len(pair) == 2 else [None]
-    if not all(beta is not None and 0.0 <= beta < 1.0 for beta in found):
-        raise ValueError(
-            f"{name} must be two numbers in [0, 1), got {values.shown(betas)}. The paper's are (0.9, 0.99); Lion has "
-            "no third."
-        )
-    return tuple(found)
-
-
-def check_hyperparameters(group: Mapping, decoupled_from: float | None = None) -> None:
-    """Raise ValueError unless ``lr``, ``betas`` and ``weight_decay`` of a param group are usable.
-
-    A tensor (a learning rate on the device) is taken as it is: looking at its value would wait for the device. A step
-    whose value then cannot be used is skipped (``StepScalars.is_unusable``).
-
-    Args:
-        decoupled_from: what ``decoupled_weight_decay`` divides the weight decay by.
-    """
-    for name in ("lr", "betas", "weight_decay"):
-        if name not in group:
-            raise ValueError(f"a param group has no {name}. Put it back, or make the optimizer anew.")
-    lr, weight_decay = group["lr"], group["weight_decay"]
-    values.rate("lr", lr)
-    values.rate("weight_decay", weight_decay)
-    check_betas(group["betas"])
-    if not isinstance(lr, Tensor) and not isinstance(weight_decay, Tensor):
-        product = float(lr) * (float(weight_decay) / (decoupled_from or 1.0))
-        if not product <= values.FP32_MAX:
-            raise ValueError(
-                f"weight_decay={values.shown(weight_decay)} with lr={values.shown(lr)} is a decay of {product:.1e} a "
-                "step, beyond fp32. Pass a smaller one, such as 0.1."
-            )
-
-
-class HyperparameterWatch:
-    """Checks the param groups at every step, where a scheduler or a program may have put anything.
-
-    It costs three comparisons a group unless something has been replaced since the last step.
-    """
-
-    def __init__(self, decoupled_from: float | None):
-        self._decoupled_from = decoupled_from
-        self._checked: list[tuple] = []
-
-    def check(self, groups: Sequence[Mapping]) -> None:
-        """Raise ValueError, before a step changes anything, when a group cannot be used."""
-        found = [(group.get("lr"), group.get("weight_decay"), group.get("betas")) for group in groups]
-        if len(found) == len(self._checked):
-            pairs = zip(found, self._checked, strict=True)
-            # By identity: a NaN differs from itself, and comparing tensors would wait. A list may change in place.
-            if all(a is d and b is e and c is f and type(c) is tuple for (a, b, c), (d, e, f) in pairs):
-                return
-        for group in groups:
-            check_hyperparameters(group, self._decoupled_from)
-        self._checked = found

@@ -59,6 +59,7 @@ class Consolidated:
             _warn_of_own_groups(live)
             indexed = {i: state[param] for i, param in enumerate(live.params) if param in state}
             whole = {"state": indexed, "param_groups": live.whole_groups(), "counters": live.counters.cpu().clone()}
+            whole |= {key: value.cpu().clone() for key, value in live.guard().items()}
         return cls(to, whole, _moment_of(live.param_groups, live.shards))
 
     def is_of(self, param_groups: Sequence[dict], shards: Sequence[BucketShard]) -> bool:
@@ -125,7 +126,7 @@ def _whole_tensors(shard: BucketShard) -> Iterator[tuple[Parameter, str, Tensor]
     for kind, part in (("exp_avg", shard.exp_avg), ("main_param", shard.main_param)):
         if part is None:
             continue
-        part = part.view(torch.bfloat16) if part.dtype == torch.int16 else part  # as in engine_state.py
+        part = part.view(torch.bfloat16) if part.dtype == torch.int16 else part  # as in main_params.py
         flat = part.new_empty(bucket.layout.numel)
         flat[start:stop] = part
         collectives.all_gather(flat, flat[start:stop], group)()

@@ -13,7 +13,7 @@ from collections.abc import Sequence, Set
 import torch
 from torch import Tensor
 
-from lion_dist.local_tensors import PLAIN, check_memory, local_tensor
+from lion_dist.local_shard import PLAIN, check_memory, local_tensor
 
 _spec_and_local = operator.attrgetter("_spec", "_local_tensor")
 
@@ -54,7 +54,7 @@ class GradPlacements:
             self._misplaced = [i for i, (param, grad) in pairs if not is_placed_like(grad, param)]
             self._specs = specs
         for i in self._misplaced:
-            local[i] = grads[i].redistribute(placements=self._params[i].placements)._local_tensor
+            local[i] = local_tensor(placed_like(grads[i], self._params[i]))
         return local if set(map(type, local)) <= PLAIN else list(map(wait_for, local))
 
 
@@ -76,10 +76,15 @@ def is_placed_like(grad: Tensor, param: Tensor) -> bool:
     return not is_sharded or grad.placements == param.placements
 
 
-def wait_for(tensor: Tensor) -> Tensor:
-    """What a functional collective is about to write, once it is written; any other tensor as it is.
+def placed_like(grad: Tensor, param: Tensor) -> Tensor:
+    """``grad`` with the placements of ``param``; all ranks of their mesh call it together where they differ."""
+    return grad if is_placed_like(grad, param) else grad.redistribute(placements=param.placements)
 
-    Until somebody uses it, its result is an AsyncCollectiveTensor without memory of its own.
+
+def wait_for(tensor: Tensor) -> Tensor:
+    """The result of a functional collective, once it is written; any other tensor as it is.
+
+    Until somebody uses it, such a result is an AsyncCollectiveTensor without memory of its own.
     """
     if type(tensor) in PLAIN:
         return tensor

@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lion_dist.engine_state import is_flat_param
-from lion_dist.grad_placement import is_placed_like
+from lion_dist.grad_placement import placed_like
 from lion_dist.lion import Lion
+from lion_dist.local_shard import LocalShard
 from lion_dist.sharded_lion import ShardedLion
+from lion_dist.sharding import collectives
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -31,9 +31,9 @@ class GradScaler(torch.amp.GradScaler):
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for param in params:
-            if hasattr(param.grad, "placements") and not is_placed_like(param.grad, param):
+            if param.grad is not None and LocalShard.of(param.grad).is_dtensor:
                 # Before it is checked: addends that are finite may have a sum that is not.
-                param.grad = param.grad.redistribute(placements=param.placements)
+                param.grad = placed_like(param.grad, param)
         found: dict[torch.device, Tensor] = {}
         for alike in _by_mesh(params):
             part = super()._unscale_grads_(alike, inv_scale, found_inf, allow_fp16)
@@ -48,7 +48,7 @@ def _by_mesh(params: list[Tensor]) -> list[SimpleNamespace]:
     """Param groups of plain tensors, and of the DTensors of each mesh: torch's unscaling takes one kind at a time."""
     kinds: dict = {}
     for param in params:
-        kinds.setdefault(getattr(param, "device_mesh", None), []).append(param)
+        kinds.setdefault(LocalShard.of(param).mesh, []).append(param)
     return [SimpleNamespace(param_groups=[{"params": alike}]) for alike in kinds.values()]
 
 
@@ -57,12 +57,13 @@ def _agree_over_shards_(found: dict[torch.device, Tensor], absent: Tensor, param
 
     ``absent``: the verdict of a rank that has no gradient at all.
     """
-    meshes = dict.fromkeys(p.device_mesh for p in params if hasattr(p, "device_mesh"))
-    groups = [mesh.get_group(axis) for mesh in meshes for axis in range(mesh.ndim)]
-    if any(map(is_flat_param, params)):
-        groups.append(dist.group.WORLD)  # FSDP1's ShardedGradScaler asks these by default
+    shards = list(map(LocalShard.of, params))
+    meshes = dict.fromkeys(shard.mesh for shard in shards if shard.is_dtensor)
+    groups = [group for mesh in meshes for group in mesh.get_all_groups()]
+    if any(shard.is_flat for shard in shards):
+        groups.append(torch.distributed.group.WORLD)  # FSDP1's ShardedGradScaler asks these by default
     if groups and not found:
         found[absent.device] = absent
     for verdict in found.values():
         for group in groups:
-            dist.all_reduce(verdict, dist.ReduceOp.MAX, group)
+            collectives.all_reduce_max(verdict, group)

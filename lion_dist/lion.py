@@ -8,7 +8,6 @@ to dispatch an operation in ``step()``.
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -19,80 +18,28 @@ from torch.optim import Optimizer
 
 from lion_dist import values
 from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
-from lion_dist.canonical_index import CanonicalStarts
-from lion_dist.config import HyperparameterWatch, PrecisionPolicy, check_hyperparameters, check_interval, check_policy
-from lion_dist.engine_state import is_flat_param, movable_state, share_mesh_axes
-from lion_dist.kernels.reference import StepScalars, cautious_lr, join_main, skip_unusable, split_main
-from lion_dist.kernels.update import LionTensors, choose_backend, count_aligned_elements, lion_update_
-from lion_dist.local_tensors import check_memory, flat, local_tensor
-from lion_dist.metrics.step_metrics import OFF, Meter, measure_batch, metrics_of_rank
-from lion_dist.param_batch import STATE_KEYS, GroupBatches, ParamBatch
+from lion_dist.cautious import cautious_lrs_of_whole_tensors, refuse_hidden_boundaries
+from lion_dist.config import PrecisionPolicy, check_interval, check_policy
+from lion_dist.hyperparameters import (
+    HyperparameterWatch,
+    check_hyperparameters,
+    decoupling_lr,
+    effective_weight_decay,
+    warn_if_decay_vanishes,
+)
+from lion_dist.kernels.reference import StepScalars, skip_unusable
+from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
+from lion_dist.lion_spikes import judge_spikes, refuse_hidden_ranks
+from lion_dist.local_shard import LocalShard, check_memory, flat, local_tensor, share_axes
+from lion_dist.main_params import collective_safe_state, init_main_param
+from lion_dist.meters import NO_METER, make_meter, refuse_unmeasured
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
+from lion_dist.spike_guard import SpikeGuard, SpikeWatch, check_guard, not_guarded
+from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
 from lion_dist.unused_params import NoGradientWarning
+from lion_dist.update_batch import STATE_KEYS, GlobalIndex, KnownBatches, OwnWrites, UpdateBatch
 
-_grad, _version = map(operator.attrgetter, ("grad", "_version"))
-
-
-def effective_weight_decay(group: dict, decoupled_from: float | None):
-    """lion-pytorch's ``decoupled_weight_decay``: the decay is divided by the constructor's learning rate."""
-    weight_decay = group["weight_decay"]
-    if decoupled_from is None:
-        return weight_decay
-    return (weight_decay if isinstance(weight_decay, Tensor) else float(weight_decay)) / decoupled_from
-
-
-def decoupling_lr(lr, decoupled_weight_decay: bool) -> float | None:
-    if not values.flag("decoupled_weight_decay", decoupled_weight_decay):
-        return None
-    if not float(lr) > 0:
-        raise ValueError(
-            f"decoupled_weight_decay divides by the initial lr, which must be above 0, got {values.shown(lr)}. Let a "
-            "schedule begin above 0, or pass decoupled_weight_decay=False."
-        )
-    return float(lr)
-
-
-_warned_of_decay: set[float] = set()
-
-
-def warn_if_decay_vanishes(lr, weight_decay) -> None:
-    """``1 - lr * weight_decay`` is 1 in fp32 below about 6e-8: say so, once; a schedule passes many such products."""
-    if isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
-        return
-    product = float(lr) * float(weight_decay)
-    if 0 < product < 2**-24 and not _warned_of_decay:
-        _warned_of_decay.add(product)
-        warnings.warn(
-            f"lr * weight_decay = {product:.1e} is below 6e-8: 1 - lr * weight_decay rounds to 1 in fp32 and weights "
-            "do not decay. Raise weight_decay, or ignore this during warm-up.",
-            stacklevel=3,
-        )
-
-
-def main_for(param: Tensor, kind: str) -> Tensor | None:
-    """Fresh main params for a local ``param``: ``kind`` is ``PrecisionPolicy.main_params_for``'s answer."""
-    if kind == "fp32":
-        return param.detach().float()
-    if kind == "split":
-        return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
-    return None
-
-
-@torch.no_grad()
-def refresh_main_(main: Tensor, param: Tensor) -> None:
-    """Let fp32 ``main`` follow a low-precision ``param`` that was changed from outside; of one shape, in place.
-
-    The upper 16 bits become the parameter's and the remainder stays: exactly what happens to ``"split"`` main params,
-    whose upper half *is* the parameter, and nothing at all where the parameter did not change.
-    """
-    if param.dtype == torch.bfloat16:
-        main.copy_(join_main(param, split_main(main)[1]))
-    else:
-        main.copy_(torch.where(main.to(param.dtype) == param, main, param.float()))
-
-
-def has_fp32_main(tensors: LionTensors) -> bool:
-    return tensors.mains is not None and tensors.mains[0].dtype == torch.float32
+_grad = operator.attrgetter("grad")
 
 
 class Lion(Optimizer):
@@ -108,12 +55,24 @@ class Lion(Optimizer):
         precision: dtypes and rounding of the state.
         cautious: step only where update and gradient agree in sign, and further there (arXiv 2411.16085). It reads
             gradients and momentum twice, and needs whole tensors: FSDP1's flat parameters are refused.
-        metrics_every: measure every so-manieth step, for :meth:`metrics`; 0 measures nothing and costs nothing.
+        cautious_factor: lion-pytorch's: what a step elsewhere is multiplied by, 0 to 1. None: 0 with ``cautious``.
+            Given, the step is cautious; 1 is the plain step.
+        cautious_wd: decay only where the step and the parameter have the same sign (arXiv 2510.12402).
+        corrected_weight_decay: weights shrink by ``weight_decay * lr**2 / max_lr`` a step (arXiv 2512.08217), where
+            ``max_lr`` is the group's key of that name: its first learning rate, unless given or set by a scheduler.
+            With ``decoupled_weight_decay`` that weight decay is divided by the initial lr first.
+        maximize: follow the gradient upwards.
+        foreach, fused, capturable, differentiable: torch.optim's. The first three ask for what a step is anyway; the
+            last is refused.
+        skip_spikes: skip a step whose gradient norm, over all parameters and ranks, is far above those before
+            (``SpikeGuard``); a loss or a norm of the program's own is judged too (:meth:`observe`). FSDP1's flat
+            parameters are refused.
+        metrics_every: measure every n-th step, for :meth:`metrics`; 0 measures nothing and costs nothing.
 
     State of a parameter: ``exp_avg`` (its shape, fp32 or bf16); with main params ``main_param`` (fp32, or the int16
     remainder); with stochastic rounding ``step`` ([] int64). It is created when a gradient first comes.
 
-    A parameter's *canonical index* (``sharding/layout.py``) counts elements of full tensors in the order of
+    The *global element index* (``sharding/layout.py``) counts elements of full tensors in the order of
     ``param_groups``. Bits of stochastic rounding are independent of sharding for plain tensors and for DTensors
     sharded on dim 0.
     """
@@ -129,21 +88,32 @@ class Lion(Optimizer):
         *,
         precision: PrecisionPolicy = PrecisionPolicy(),
         cautious: bool = False,
+        cautious_factor: float | None = None,
+        cautious_wd: bool = False,
+        corrected_weight_decay: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        skip_spikes: SpikeGuard | None = None,
         metrics_every: int = 0,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
-        self.precision, self.cautious = check_policy(precision), values.flag("cautious", cautious)
+        check_torch_options(foreach, fused, capturable, differentiable)
+        self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
+        self.precision, self.skip_spikes = check_policy(precision), check_guard(skip_spikes)
+        self._spikes: SpikeWatch | None = None  # until the first step, when parameters are where they will stay
         self.use_triton = values.flag("use_triton", use_triton, optional=True)
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._no_gradients = NoGradientWarning()
-        self._starts: CanonicalStarts | None = None  # of the known batches; None: no random bits were drawn
-        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
+        self._index: GlobalIndex | None = None  # of the known batches; None: no random bits were drawn
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
         self.metrics_every = check_interval("metrics_every", metrics_every)
-        self._meter: Meter = OFF  # until the first step, when parameters are where they will stay
-        self._known_batches: dict[int, GroupBatches] = {}  # by id of the param group, from the last step
-        # Of params with main params, by id: (version counter, address) after our last write; or the batch knows it.
-        self._written: dict[int, tuple[int | None, int]] = {}
+        self._meter = NO_METER  # until the first step, when parameters are where they will stay
+        self._known_batches: dict[int, KnownBatches] = {}  # by id of the param group, from the last step
+        self._own_writes = OwnWrites()
         super().__init__(values.params(params), defaults)
 
     shares_verdict = False  # lion_dist.GradScaler: every rank that holds a shard knows of every other's overflow
@@ -154,22 +124,21 @@ class Lion(Optimizer):
 
         Not under FSDP1: its ShardedGradScaler lets the ranks agree only where the scaler itself unscales.
         """
-        return not any(is_flat_param(param) for group in self.param_groups for param in group["params"])
+        return not any(LocalShard.of(param).is_flat for group in self.param_groups for param in group["params"])
 
     def __getstate__(self) -> dict:
         """To copy or pickle: torch's own keeps defaults, state and param groups only."""
-        kept = ("precision", "cautious", "use_triton", "_decoupled_from", "metrics_every")
+        kept = ("precision", "rule", "skip_spikes", "_spikes", "use_triton", "_decoupled_from", "metrics_every")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict) -> None:
-        for cache in ("_known_batches", "_written"):  # present when load_state_dict() calls this
-            self.__dict__.setdefault(cache, {})
-        self.__dict__.setdefault("_meter", OFF)
-        self.__dict__.setdefault("_starts", None)
-        self.__dict__.setdefault("_no_gradients", NoGradientWarning())
+        # Present when load_state_dict() calls this; absent in a copy.
+        fresh = {"_known_batches": {}, "_own_writes": OwnWrites(), "_meter": NO_METER, "_index": None}
+        for name, value in (fresh | {"_no_gradients": NoGradientWarning()}).items():
+            self.__dict__.setdefault(name, value)
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's __setstate__ adds it; a fresh optimizer has no such key
-        self._hyperparameters = HyperparameterWatch(self._decoupled_from)
+        self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
 
     def add_param_group(self, param_group: dict) -> None:
         """Append a param group, whose settings are checked as the first ones were."""
@@ -178,12 +147,16 @@ class Lion(Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group, self._decoupled_from)
+            if self.rule.corrected_weight_decay:
+                note_max_lr(group)
             names = group.get("param_names", [f"parameter {i} of the group" for i in range(len(group["params"]))])
             for name, param in zip(names, group["params"], strict=True):
                 check_param(param, name)
                 self.precision.main_params_for(param.dtype)
-                if self.cautious:
-                    _refuse_hidden_boundaries(param, name)
+                if self.rule.is_cautious:
+                    refuse_hidden_boundaries(param, name)
+                if self.skip_spikes is not None:
+                    refuse_hidden_ranks(param, name)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -209,6 +182,8 @@ class Lion(Optimizer):
         backends = [choose_backend(batch.tensors.device, self.use_triton) for _, batch, _ in found]
         scalars = [self._scalars(group) for group, _, _ in found]
         skip = skip_unusable(skip, scalars)
+        if self.skip_spikes is not None:
+            skip = judge_spikes(self._spike_watch(), found, grad_scale, skip)
         if self._no_gradients.is_waiting:
             self._note_gradients(bool(found))
         self._make_meter()
@@ -219,8 +194,31 @@ class Lion(Optimizer):
         self._meter.end_step(skip)
         return loss
 
+    @property
+    def spike_window(self) -> Tensor | None:
+        """[2 * window + 5] fp64 on the device, live: the state of ``skip_spikes``."""
+        return None if self.skip_spikes is None else self._spike_watch().state
+
+    def observe(self, loss: Tensor | None = None, grad_norm: Tensor | None = None) -> None:
+        """Hand over what ``skip_spikes`` is to judge the next step by, beside the gradients or instead of them.
+
+        Args:
+            loss: of the step, a tensor on the device; the same on all ranks that share parameters (their mean, say).
+            grad_norm: in place of the one that the step computes itself: what ``clip_grad_norm_`` has returned, for
+                the gradients that it leaves have no spikes.
+        """
+        if self.skip_spikes is None:
+            raise not_guarded()
+        self._spike_watch().observe(loss, grad_norm)
+
+    def _spike_watch(self) -> SpikeWatch:
+        if self._spikes is None:
+            device = local_tensor(next(p for group in self.param_groups for p in group["params"])).device
+            self._spikes = SpikeWatch(self.skip_spikes, device, choose_backend(device, self.use_triton))
+        return self._spikes
+
     def _scalars(self, group: dict) -> StepScalars:
-        weight_decay = effective_weight_decay(group, self._decoupled_from)
+        weight_decay = effective_weight_decay(group, self._decoupled_from, self.rule.corrected_weight_decay)
         warn_if_decay_vanishes(group["lr"], weight_decay)
         return StepScalars.from_group(group["lr"], group["betas"], weight_decay)
 
@@ -233,32 +231,36 @@ class Lion(Optimizer):
             self._no_gradients.note_step(any_gradients)
 
     def _update(
-        self, batch: ParamBatch, grads: Sequence[Tensor], scalars: StepScalars, backend: str, grad_scale, skip
+        self, batch: UpdateBatch, grads: Sequence[Tensor], scalars: StepScalars, backend: str, grad_scale, skip
     ) -> None:
         params, tensors = batch.params, batch.tensors
-        self._refresh_stale_main(batch)
+        batch.follow_outside_writes()
         if skip is not None:
             skip = skip.to(tensors.device, non_blocking=True)  # where groups lie on several devices
+        grad_scale = self.rule.signed(grad_scale, tensors.device)
         arguments = {
             "grad_scale": grad_scale,
             "seed": self.precision.seed,
-            "cautious_lrs": self._cautious_lrs(params, tensors, grads, scalars, grad_scale),
+            "cautious_wd": self.rule.cautious_wd,
             "backend": backend,
         }
+        if self.rule.is_cautious:
+            arguments["cautious_lrs"] = cautious_lrs_of_whole_tensors(
+                batch, grads, scalars, self.rule.cautious_factor, grad_scale, backend
+            )
         if self._meter.is_measuring:
+            from lion_dist.metrics.step_metrics import measure_batch
+
             with self._meter.clock.phase("measure"):
                 measure_batch(self._meter, params, tensors, grads, scalars, **arguments)
         # Unchecked: each batch has accepted or made its gradients.
         lion_update_(tensors, grads, scalars, skip=skip, check=False, **arguments)
-        batch.write_back()
-        torch.autograd.graph.increment_version(params)  # the Triton kernel writes behind autograd's back
-        if has_fp32_main(tensors):
-            batch.written = list(map(_version, params))
+        batch.end_update()
 
     def _make_meter(self) -> None:
-        if self._meter is OFF and self.metrics_every:
+        if self._meter is NO_METER and self.metrics_every:
             first = next(p for group in self.param_groups for p in group["params"])
-            self._meter = Meter(self.metrics_every, local_tensor(first).device)
+            self._meter = make_meter(self.metrics_every, local_tensor(first).device)
 
     @torch.no_grad()
     def metrics(self, process_group: ProcessGroup | None = None) -> dict:
@@ -277,26 +279,21 @@ class Lion(Optimizer):
         remedy = "Pass the group among whose ranks an engine cuts the parameters."
         values.instance("process_group", process_group, ProcessGroup, remedy, optional=True)
         self._make_meter()
-        params = [p for group in self.param_groups for p in group["params"]]
-        return metrics_of_rank(self._meter, params, process_group)
+        refuse_unmeasured(self._meter)
+        from lion_dist.metrics.step_metrics import metrics_of_rank
 
-    def _cautious_lrs(self, params, tensors, grads, scalars: StepScalars, grad_scale) -> Tensor | None:
-        """[T] fp32, from counts over whole tensors: one small all-reduce per mesh axis that shards them."""
-        if not self.cautious:
-            return None
-        counts = count_aligned_elements(tensors, grads, scalars, grad_scale=grad_scale)
-        sum_over_shards_(counts, params)
-        numels = torch.tensor([p.numel() for p in params]).to(counts.device, non_blocking=True)
-        return cautious_lr(scalars.lr, counts, numels)
+        params = [p for group in self.param_groups for p in group["params"]]
+        spikes = {} if self.skip_spikes is None else self._spike_watch().report()
+        return metrics_of_rank(self._meter, params, process_group) | spikes
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
-        """What GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
+        """Return what GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not isinstance(skip, Tensor):  # without any gradient torch's GradScaler sums an empty list: the int 0
             skip = None
         if skip is not None and not self.shares_verdict:
             params = [p for group in self.param_groups for p in group["params"]]
-            if not share_mesh_axes(p if p.grad is None else p.grad for p in params):
+            if not share_axes(p if p.grad is None else p.grad for p in params):
                 raise RuntimeError(
                     "torch's GradScaler asks only the ranks that share the first gradient whether one overflowed, and "
                     "these parameters are sharded over different axes: ranks would skip different steps. "
@@ -304,7 +301,7 @@ class Lion(Optimizer):
                 )
         return None if scale is None else scale.double().reciprocal().float(), skip
 
-    def _batches(self, group: dict) -> list[tuple[ParamBatch, Sequence[Tensor]]]:
+    def _batches(self, group: dict) -> list[tuple[UpdateBatch, Sequence[Tensor]]]:
         """The group's parameters that have a gradient, in batches of like tensors (one launch each), and gradients."""
         params = group["params"]
         grads = list(map(_grad, params))
@@ -315,12 +312,12 @@ class Lion(Optimizer):
         known = self._known_batches.get(id(group))
         if known is None or not known.holds(params):
             if known is not None:
-                self._remember_written(known.batches)
-            known = GroupBatches(params)
+                self._own_writes.take_over(known.batches)
+            known = KnownBatches(params)
         grads = known.placements.local_grads(grads, types)
         matched = known.match(grads, self.state)
         if matched is None:
-            self._remember_written(known.batches)
+            self._own_writes.take_over(known.batches)
             self._create_states()  # all at once: a group's state that comes later would outdate this group's batches
             matched = self._sort_into_batches(params, grads)
             known.set_batches([batch for batch, _ in matched], self.state)
@@ -328,25 +325,25 @@ class Lion(Optimizer):
         return matched
 
     def _create_states(self) -> None:
-        """For every parameter with a gradient; state that a user put there, or of a parameter that has changed dtype or
-        device, is made to fit."""
+        """Make the state of every parameter with a gradient. State that a user put there, or of a parameter that has
+        changed dtype or device, is made to fit."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
                     continue
                 check_memory(local_tensor(param), "a parameter")
                 state = self.state_of(param)
-                if not fits(param, state, self._state_dtypes(param)):
+                if not fits(param, state, self.precision.state_dtypes(param.dtype)):
                     self.state[param] = self._adopt_state(param, state)
 
     def _follow_moved_params(self) -> None:
-        """Canonical indices count all parameters: where one was swapped, added or removed, those behind it moved."""
-        if self._starts is None or self._starts.hold_for(self.param_groups):
+        """Global indices count all parameters: where one was swapped, added or removed, those behind it moved."""
+        if self._index is None or self._index.holds_for(self.param_groups):
             return
         for known in self._known_batches.values():
-            self._remember_written(known.batches)
+            self._own_writes.take_over(known.batches)
         self._known_batches.clear()
-        self._starts = None
+        self._index = None
 
     def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]):
         alike: dict[tuple, list[int]] = {}
@@ -358,27 +355,26 @@ class Lion(Optimizer):
         for (_, _, grad_dtype), positions in alike.items():
             members = [params[i] for i in positions]
             states = [self.state_of(p) for p in members]
-            batch = ParamBatch(positions, members, states, self._flatten(members), grad_dtype)
-            if has_fp32_main(batch.tensors):
-                batch.written = self._written_versions(batch)
+            tensors = self._flatten(members)
+            batch = UpdateBatch(positions, members, states, tensors, grad_dtype, self._own_writes)
             result.append((batch, [grads[i].contiguous() for i in positions]))
         return result
 
     def _flatten(self, params: list[Tensor]) -> LionTensors:
         states = [self.state_of(p) for p in params]
         columns = {key: [flat(s[key]) for s in states] for key in STATE_KEYS[:2] if key in states[0]}
-        starts = steps = None
+        index = steps = None
         if "step" in states[0]:
-            if self._starts is None:
-                self._starts = CanonicalStarts(self.param_groups)
-            starts, steps = self._starts, torch.stack([s["step"] for s in states])
+            if self._index is None:
+                self._index = GlobalIndex(self.param_groups)
+            index, steps = self._index, torch.stack([s["step"] for s in states])
             for state, step in zip(states, steps.unbind(), strict=True):  # views: one addition counts all
                 state["step"] = step
         return LionTensors(
             params=[flat(p) for p in params],
             exp_avgs=columns["exp_avg"],
             mains=columns.get("main_param"),
-            index_starts=None if starts is None else [starts.of(p) for p in params],
+            index_starts=None if index is None else [index.of(p) for p in params],
             steps=steps,
             stochastic_momentum=self.precision.momentum_rounding == "stochastic"
             and states[0]["exp_avg"].dtype == torch.bfloat16,
@@ -390,24 +386,13 @@ class Lion(Optimizer):
             param, dtype=precision.momentum_dtype_for(dtype), memory_format=torch.contiguous_format
         )
         state = {"exp_avg": exp_avg}
-        main = main_for(param, precision.main_params_for(dtype))
+        main = init_main_param(param, precision.main_params_for(dtype))
         if main is not None:
             state["main_param"] = main.contiguous()
-            self._written[id(param)] = param._version, local_tensor(param).data_ptr()
+            self._own_writes.note(param)
         if precision.is_stochastic(dtype):
             state["step"] = torch.zeros((), dtype=torch.int64, device=local_tensor(param).device)
         return state
-
-    def _state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
-        """Of every entry of :meth:`_fresh_state`."""
-        precision, dtype = self.precision, param.dtype
-        dtypes = {"exp_avg": precision.momentum_dtype_for(dtype)}
-        kind = precision.main_params_for(dtype)
-        if kind in ("fp32", "split"):
-            dtypes["main_param"] = torch.float32 if kind == "fp32" else torch.int16
-        if precision.is_stochastic(dtype):
-            dtypes["step"] = torch.int64
-        return dtypes
 
     def state_of(self, param: Tensor) -> dict[str, Tensor]:
         """The state of ``param``, created if there is none yet."""
@@ -415,35 +400,10 @@ class Lion(Optimizer):
             self.state[param] = self._fresh_state(param)
         return self.state[param]
 
-    def _remember_written(self, batches: Sequence[ParamBatch]) -> None:
-        """For the batches that take the place of these."""
-        for batch in batches:
-            if has_fp32_main(batch.tensors):
-                marks = zip(batch.written, batch.addresses, strict=True)
-                self._written.update(zip(map(id, batch.params), marks, strict=True))
-
-    def _written_versions(self, batch: ParamBatch) -> list[int | None]:
-        """The version counter after our last write of each parameter; None where that was elsewhere, or is unknown."""
-        marks = [self._written.get(id(param), (None, None)) for param in batch.params]
-        return [version if at == now else None for (version, at), now in zip(marks, batch.addresses, strict=True)]
-
-    def _refresh_stale_main(self, batch: ParamBatch) -> None:
-        """fp32 main params follow parameters that somebody else has written since our last step, or put elsewhere
-        (load_state_dict, EMA, ``param.data = ...``)."""
-        if not has_fp32_main(batch.tensors):
-            return
-        versions = list(map(_version, batch.params))
-        if versions == batch.written:
-            return
-        mains = zip(batch.written, versions, batch.tensors.params, batch.tensors.mains, strict=True)
-        for before, now, low_precision, main in mains:
-            if before != now:
-                refresh_main_(main, low_precision)
-
     # ---- state_dict, in the shape of torch's and lion-pytorch's
 
     def state_dict(self) -> dict:
-        """As torch's; main params of parameters that FSDP shards as ``engine_state.py`` describes.
+        """Return torch's form; main params of parameters that FSDP shards are as ``main_params.py`` describes.
 
         State of a parameter that is in no group any more is left out; it is there again when the parameter is.
         """
@@ -454,8 +414,11 @@ class Lion(Optimizer):
             result = super().state_dict()
         finally:
             self.state.update(orphans)
-        state = {k: movable_state(params[k], v) if isinstance(k, int) else v for k, v in result["state"].items()}
-        return {**result, "state": state}
+        state = {
+            k: collective_safe_state(params[k], v) if isinstance(k, int) else v for k, v in result["state"].items()
+        }
+        guard = {} if self.skip_spikes is None else {"spike_guard": self.spike_window}
+        return {**result, "state": state} | guard
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a ``state_dict`` of this class, of lion-pytorch's Lion, or of any other that keeps ``exp_avg``.
@@ -465,6 +428,7 @@ class Lion(Optimizer):
         """
         values.state_dict(state_dict)
         states: dict[Tensor, dict] = {}
+        window: dict[str, Tensor | None] = {}
 
         def adopt(_self, state_dict: dict) -> dict:  # after a user's own hooks, which may have changed it
             groups = adopt_groups(state_dict["param_groups"], self.param_groups, self.defaults, self._decoupled_from)
@@ -473,11 +437,15 @@ class Lion(Optimizer):
             saved = state_dict["state"]
             pairs = zip(saved_ids, params, strict=False)  # torch says so when there are more or fewer
             states.update({param: self._adopt_state(param, saved[i]) for i, param in pairs if i in saved})
+            if self.skip_spikes is not None:
+                window["saved"] = self._spike_watch().checked(state_dict.get("spike_guard"))
             return {**state_dict, "state": {}, "param_groups": groups}
 
         def take_over(_self) -> None:  # before a user's own hooks, which may look at it
             self.state.update(states)
             self._known_batches.clear()
+            if self._spikes is not None:
+                self._spikes.load(window["saved"])
 
         hooks = [
             self.register_load_state_dict_pre_hook(adopt),
@@ -493,30 +461,5 @@ class Lion(Optimizer):
         state = adopt_state(param, saved, self._fresh_state(param))
         # The parameter may have been changed from outside just before the save. The next step lets fp32 main params
         # follow it; not now, for the model may be loaded after its optimizer.
-        self._written.pop(id(param), None)
+        self._own_writes.forget(param)
         return state
-
-
-def _refuse_hidden_boundaries(param: Tensor, name: str) -> None:
-    if is_flat_param(param):
-        raise ValueError(
-            f"cautious=True needs a statistic over each whole tensor, but {name} is part of FSDP1's flat parameter, "
-            "which hides where tensors begin. Use fully_shard (FSDP2), or cautious=False."
-        )
-
-
-def sum_over_shards_(counts: Tensor, params: list[Tensor]) -> None:
-    """Sum [T] ``counts`` of local shards, in place, over the ranks that hold the other shards of each DTensor."""
-    axes: dict[tuple, list[int]] = {}  # (mesh, axis) -> positions of the tensors that it shards
-    for i, param in enumerate(params):
-        for axis, placement in enumerate(getattr(param, "placements", ())):
-            if not placement.is_replicate():  # FSDP over tensor parallel is a strided shard, which denies is_shard()
-                axes.setdefault((param.device_mesh, axis), []).append(i)
-    for (mesh, axis), positions in axes.items():
-        if len(positions) == len(params):
-            torch.distributed.all_reduce(counts, group=mesh.get_group(axis))
-        else:
-            index = torch.tensor(positions).to(counts.device, non_blocking=True)
-            part = counts[index]
-            torch.distributed.all_reduce(part, group=mesh.get_group(axis))
-            counts[index] = part

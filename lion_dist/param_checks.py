@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lion_dist.config import PARAM_DTYPES
-from lion_dist.local_tensors import local_tensor
+from lion_dist.local_shard import LocalShard, local_tensor
 from lion_dist.sharding.memory_format import overlaps_itself
 
 _DTYPES = ", ".join(map(str, PARAM_DTYPES))
@@ -27,16 +27,17 @@ def check_param(param: object, name: str) -> None:
             f"{name} has dtype {param.dtype}; Lion updates {_DTYPES}. "
             "Leave it out of the optimizer, or keep it as a buffer of its module."
         )
-    if param.is_meta and local_tensor(param) is param:
+    shard = LocalShard.of(param)
+    if param.is_meta and not shard.is_dtensor:
         # A DTensor passes: to_empty() materializes it in place, as FSDP2's deferred initialization wants.
         raise ValueError(
             f"{name} is on the meta device, and to_empty() puts another parameter in its place, which this optimizer "
             "would never train. Materialize the model first: model.to_empty(device=...), then its initialization, "
             "then the optimizer."
         )
-    if any(placement.is_partial() for placement in getattr(param, "placements", ())):
+    if shard.is_partial:
         raise ValueError(
-            f"{name} is a DTensor with the placements {param.placements}: each rank holds an addend of its values, and "
+            f"{name} is a DTensor with the placements {shard.placements}: each rank holds an addend of its values, and "
             "the sign of an update cannot be split into addends. Redistribute it to Shard or Replicate placements."
         )
     if param.requires_grad and not is_lazy(param):  # a lazy module's has no memory yet, and gets it in place

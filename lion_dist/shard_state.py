@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lion_dist.boxes import BoxedTensor, boxes_over
-from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
+from lion_dist.boxes import BoxedTensor
 from lion_dist.config import PrecisionPolicy
-from lion_dist.kernels.reference import StepScalars
-from lion_dist.kernels.update import LionTensors, count_aligned_elements
-from lion_dist.lion import main_for, refresh_main_
+from lion_dist.kernels.update import LionTensors
+from lion_dist.local_shard import LocalShard
+from lion_dist.main_params import init_main_param, sync_main_param_
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.memory_format import MemoryFormat
@@ -25,7 +24,7 @@ class BucketShard:
 
     Args:
         group: the param group; lr, betas and weight_decay are read from it at each step.
-        canonical_starts: of the bucket's parameters (``sharding/layout.py``).
+        index_starts: of the bucket's parameters (``sharding/layout.py``).
 
     Attributes:
         exp_avg: [shard_numel], fp32 | bf16.
@@ -37,11 +36,11 @@ class BucketShard:
         param_numels: [params] int64 on the device, elements of each whole parameter.
     """
 
-    def __init__(self, bucket: Bucket, group: dict, precision: PrecisionPolicy, canonical_starts: list[int]):
+    def __init__(self, bucket: Bucket, group: dict, precision: PrecisionPolicy, index_starts: list[int]):
         self.bucket, self.group = bucket, group
         params, dtype = bucket.param_shard, bucket.param_shard.dtype
         self.exp_avg = torch.zeros_like(params, dtype=precision.momentum_dtype_for(dtype))
-        self.main_param = main_for(params, precision.main_params_for(dtype))
+        self.main_param = init_main_param(params, precision.main_params_for(dtype))
         self.stochastic_momentum = precision.momentum_rounding == "stochastic" and self.exp_avg.dtype == torch.bfloat16
         self.steps = None
         if precision.is_stochastic(dtype):
@@ -55,70 +54,10 @@ class BucketShard:
                 params=self.slices_of(params),
                 exp_avgs=self.slices_of(self.exp_avg),
                 mains=None if self.main_param is None else self.slices_of(self.main_param),
-                index_starts=[canonical_starts[s.param] + s.param_start for s in bucket.slices],
+                index_starts=[index_starts[s.param] + s.param_start for s in bucket.slices],
                 steps=self.steps,
                 stochastic_momentum=self.stochastic_momentum,
             )
-
-    def make_codec(self, precision: PrecisionPolicy, canonical_starts: list[int], backend: str) -> ShardCodec:
-        """For param_sync="coded"."""
-        layout = self.bucket.layout
-        slices = []
-        for rank in range(layout.shard_world_size):
-            first, _ = layout.shard_range(rank)
-            rows = []
-            for row, s in enumerate(layout.slices(rank)):
-                canonical_start = canonical_starts[s.param] + s.param_start
-                rows.append(CodedSlice(row, s.bucket_start - first, s.bucket_stop - first, canonical_start))
-            slices.append(rows)
-        return ShardCodec(
-            self.bucket.param_shard.dtype,
-            self.main_param is not None,
-            layout.shard_numel,
-            slices,
-            self.bucket.groups.shard_rank,
-            self.bucket.device,
-            precision.seed,
-            backend,
-        )
-
-    def begin_codes(
-        self,
-        codec: ShardCodec,
-        scalars: StepScalars,
-        moves: Tensor,  # [slices] bool on the device: those that this step's update does not leave as they are
-        cautious_lrs: Tensor | None,  # [slices] fp32
-    ) -> None:
-        """Before the update: what the codes of this step are relative to."""
-        codec.begin(*self._rates(scalars, moves, cautious_lrs), self.steps, self.bucket.param_shard)
-
-    def update_and_encode(self, codec: ShardCodec, scalars: StepScalars, moves: Tensor, grad_scale: Tensor) -> None:
-        """The update of this shard and its codes in one launch. ``moves``: as for :meth:`begin_codes`."""
-        codec.begin(*self._rates(scalars, moves, None), self.steps, None)
-        codec.update_and_encode(
-            self.bucket.param_shard,
-            self.main_param,
-            self.exp_avg,
-            self.bucket.finish_grad_sync(),
-            scalars,
-            grad_scale=grad_scale,
-            moves=moves,
-            steps=self.steps,
-            stochastic_momentum=self.stochastic_momentum,
-        )
-        if self.steps is not None:
-            self.steps += moves
-
-    @staticmethod
-    def _rates(scalars: StepScalars, moves: Tensor, cautious_lrs: Tensor | None) -> tuple[Tensor, Tensor]:
-        """lr and decay of each slice, [slices] fp32; 0 and 1 where nothing moves. ``moves``: [slices] bool."""
-        rates = torch.empty(2, len(moves), dtype=torch.float32, device=moves.device)
-        for rate, value in zip(rates, (scalars.lr, scalars.decay), strict=True):
-            rate.fill_(value)
-        lr, decay = rates
-        if cautious_lrs is not None:
-            lr = cautious_lrs
-        return torch.where(moves, lr, 0.0), torch.where(moves, decay, 1.0)
 
     def grad_slices(self) -> list[Tensor]:
         """The reduced gradients of ``tensors``; views, made once where they can be."""
@@ -134,13 +73,23 @@ class BucketShard:
         first, _ = self.bucket.layout.shard_range(self.bucket.groups.shard_rank)
         return [shard[s.bucket_start - first : s.bucket_stop - first] for s in self.bucket.slices]
 
-    def count_aligned(self, scalars: StepScalars, grad_scale: Tensor) -> Tensor:
-        """[params] int64: of each of the bucket's parameters, the elements here that the cautious step moves."""
-        counts = torch.zeros_like(self.param_numels)
-        if self.tensors is None:
-            return counts
-        aligned = count_aligned_elements(self.tensors, self.grad_slices(), scalars, grad_scale=grad_scale)
-        return counts.index_add_(0, self.slice_params, aligned)
+    def local_shards(self, shard: Tensor) -> list[LocalShard]:
+        """For each of the bucket's parameters, what a [shard_numel] tensor holds of it; of many that is nothing."""
+        held = dict.fromkeys(range(len(self.bucket.params)), (0, shard[:0]))
+        held |= {
+            s.param: (s.param_start, view) for s, view in zip(self.bucket.slices, self.slices_of(shard), strict=True)
+        }
+        formats = [(f.shape, f.dims) for f in self.bucket.formats]
+        return [LocalShard.of_range(shape, *held[i], dims) for i, (shape, dims) in enumerate(formats)]
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes of this rank by kind."""
+        return {
+            "params": self.bucket.flat_params.nbytes,
+            "main_params": 0 if self.main_param is None else self.main_param.nbytes,
+            "exp_avg": self.exp_avg.nbytes,
+            "grads": self.bucket.grad_shard_nbytes(),
+        }
 
     def resync(self) -> None:
         """The owner's parameters and state become everybody's: the first replica's, then along the shard group."""
@@ -153,13 +102,13 @@ class BucketShard:
     def refresh_main(self) -> None:
         """Let fp32 main params follow parameters that were changed from outside."""
         if self.main_param is not None and self.main_param.dtype == torch.float32:
-            refresh_main_(self.main_param, self.bucket.param_shard)
+            sync_main_param_(self.main_param, self.bucket.param_shard)
 
     def state(self, boxed: Callable[..., BoxedTensor] = BoxedTensor) -> dict[Parameter, dict[str, Tensor]]:
         """``{parameter: {"exp_avg": ..., "main_param": ..., "step": ...}}`` of all of the bucket's parameters, live.
 
         A tensor is the full one where this rank holds all, else what ``boxed`` makes of this rank's boxes. The
-        remainder of "split" main params is the bf16 of the same bits, as in ``engine_state.py``.
+        remainder of "split" main params is the bf16 of the same bits, as in ``main_params.py``.
         """
         bucket = self.bucket
         flats = {"exp_avg": self.exp_avg}
@@ -167,31 +116,29 @@ class BucketShard:
             is_remainder = self.main_param.dtype == torch.int16
             flats["main_param"] = self.main_param.view(torch.bfloat16) if is_remainder else self.main_param
         owned = {piece.param: i for i, piece in enumerate(bucket.slices)}
+        scalar = MemoryFormat.row_major(torch.Size(()))
         state: dict[Parameter, dict[str, Tensor]] = {param: {} for param in bucket.params}
         for kind, flat in flats.items():
-            slices = self.slices_of(flat)
-            for position, param in enumerate(bucket.params):
-                i = owned.get(position)
-                local, start = (flat[:0], 0) if i is None else (slices[i], bucket.slices[i].param_start)
-                state[param][kind] = self._full_or_boxed(bucket.formats[position], start, local, boxed)
+            held = zip(bucket.params, bucket.formats, self.local_shards(flat), strict=True)
+            for param, memory_format, local in held:
+                state[param][kind] = self._full_or_boxed(memory_format, local, boxed)
         for position, param in enumerate(bucket.params if self.steps is not None else ()):
             i = owned.get(position)
             local = self.steps[:0] if i is None else self.steps[i : i + 1]
             state[param]["step"] = (
-                self._full_or_boxed(MemoryFormat.row_major(torch.Size(())), 0, local, boxed)
+                self._full_or_boxed(scalar, LocalShard.of_range(scalar.shape, 0, local), boxed)
                 if param.numel()
                 else self.steps.new_zeros(())  # nobody counts for it
             )
         return state
 
     def _full_or_boxed(
-        self, memory_format: MemoryFormat, start: int, local: Tensor, boxed: Callable[..., BoxedTensor]
+        self, memory_format: MemoryFormat, local: LocalShard, boxed: Callable[..., BoxedTensor]
     ) -> Tensor:
-        """``local`` [n] holds the range from ``start`` of a tensor, in its memory order."""
-        shape, dims = memory_format.shape, memory_format.dims
-        if not shape.numel() or (self.bucket.groups.shard_group is None and self.group.get("process_group") is None):
-            return memory_format.place_in(local)
-        return boxed(shape, boxes_over(shape, start, local, dims), dtype=local.dtype, device=local.device)
+        is_alone = self.bucket.groups.shard_group is None and self.group.get("process_group") is None
+        if not local.shape.numel() or is_alone:
+            return memory_format.place_in(local.tensor)
+        return local.boxed(boxed)
 
 
 class ShardBatch:
@@ -199,12 +146,16 @@ class ShardBatch:
 
     Attributes:
         tensors: all their slices, or None when this rank owns only padding of them.
+        slice_params: [slices] int64 on the device, the position of each slice's parameter among all of the shards'.
+        param_numels: [params] int64 on the device, elements of each whole parameter.
     """
 
     def __init__(self, shards: Sequence[BucketShard]):
         self.shards, self.group, self.groups = list(shards), shards[0].group, shards[0].bucket.groups
         self.owning = [shard for shard in shards if shard.tensors is not None]
         self.tensors = None
+        self.param_numels = torch.cat([shard.param_numels for shard in shards])
+        self.slice_params = params_of_slices(shards).to(self.param_numels.device)
         if not self.owning:
             return
         parts = [shard.tensors for shard in self.owning]
@@ -229,11 +180,38 @@ class ShardBatch:
         return sum(len(shard.bucket.slices) for shard in self.shards)
 
 
-def params_of_slices(shards: Sequence[BucketShard], device: torch.device) -> Tensor:
+def params_of_slices(shards: Sequence[BucketShard]) -> Tensor:
     """[slices of all shards] int64: where each slice's parameter is among those of all buckets."""
     firsts = itertools.accumulate((len(shard.bucket.params) for shard in shards), initial=0)
     places = [first + s.param for first, shard in zip(firsts, shards, strict=False) for s in shard.bucket.slices]
-    return torch.tensor(places, dtype=torch.int64).to(device)
+    return torch.tensor(places, dtype=torch.int64)
+
+
+class UpdateOrder:
+    """The batches of all shards, in the order in which a step updates them.
+
+    Args:
+        one_by_one: a batch is one shard; else as :func:`make_batches`.
+    """
+
+    def __init__(self, device: torch.device, *, one_by_one: bool):
+        self.batches: list[ShardBatch] = []
+        self._device, self._one_by_one = device, one_by_one
+        self._slice_params: Tensor | None = None  # [slices of all shards] int64: the parameter of each, among all
+
+    def add(self, shards: Sequence[BucketShard]) -> None:
+        self.batches += [ShardBatch([shard]) for shard in shards] if self._one_by_one else make_batches(shards)
+        shards = [shard for batch in self.batches for shard in batch.shards]
+        self._slice_params = params_of_slices(shards).to(self._device)
+
+    def with_used(self, used: Tensor) -> Iterator[tuple[ShardBatch, Tensor]]:
+        """Each batch, and of its slices whether the parameter was used: [slices] fp32. ``used``: [params] fp32."""
+        by_slice = used.index_select(0, self._slice_params).split([batch.num_slices for batch in self.batches])
+        return zip(self.batches, by_slice, strict=True)
+
+    def batch_of(self, bucket: Bucket) -> ShardBatch:
+        """Where a batch is one shard."""
+        return next(batch for batch in self.batches if batch.shards[0].bucket is bucket)
 
 
 def make_batches(shards: Sequence[BucketShard]) -> list[ShardBatch]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from lion_dist.config import PrecisionPolicy, check_hyperparameters
-from lion_dist.lion import check_param
+from lion_dist.config import PrecisionPolicy
+from lion_dist.hyperparameters import check_hyperparameters
+from lion_dist.local_shard import LocalShard
+from lion_dist.param_checks import check_param
 from lion_dist.sharding.memory_checks import check_memory
 from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.own_groups import OwnGroups
@@ -27,16 +30,18 @@ class ShardedParams:
     Attributes:
         names: of the optimizer's parameters; they need not be the module's.
         module_names: of the module's parameters.
+        frozen: parameters that have no bucket yet, and their groups.
         own_groups: set when ranks begin to communicate; None: the given groups are used as they are.
-        canonical_starts: the canonical index of each parameter's first element (``sharding/layout.py``).
+        index_starts: the global element index of each parameter's first element (``sharding/layout.py``).
     """
 
     def __init__(self, module: nn.Module | None, groups: ShardGroups, precision: PrecisionPolicy):
         self.groups, self.precision = groups, precision
         self.module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
-        self._module = module
+        self.module = module
         self.names: dict[Parameter, str] = {}
-        self.canonical_starts: dict[Parameter, int] = {}
+        self.frozen: dict[Parameter, dict] = {}
+        self.index_starts: dict[Parameter, int] = {}
         self.own_groups: OwnGroups | None = None
         self._numel = 0
         self._resolved: dict[object, ShardGroups] = {}
@@ -49,6 +54,22 @@ class ShardedParams:
             return [self.names[param] for param in group["params"]]
         first = len(self.names)
         return [self.module_names.get(p, f"param.{first + i}") for i, p in enumerate(group["params"])]
+
+    def first_device(self) -> torch.device:
+        """ValueError where there are no parameters."""
+        if not self.names:
+            raise ValueError("ShardedLion got no parameters: every param group is empty")
+        return next(iter(self.names)).device
+
+    def others_in_module(self) -> list[Tensor]:
+        """Parameters of the module that are not the optimizer's, and the module's buffers."""
+        if self.module is None:
+            return []
+        return [*(p.data for p in self.module.parameters() if p not in self.names), *self.module.buffers()]
+
+    def unfrozen(self) -> list[tuple[Parameter, dict]]:
+        """Parameters that take gradients and have no bucket yet, and their groups."""
+        return [(p, g) for p, g in self.frozen.items() if p.requires_grad]
 
     def groups_for(self, group: dict) -> ShardGroups:
         """The optimizer's own groups. The first call for other ranks than before makes some, all of them together."""
@@ -88,7 +109,7 @@ class ShardedParams:
                 )
             check_param(param, f"parameter {name!r}")
             self.precision.main_params_for(param.dtype)
-            if hasattr(param, "_local_tensor"):
+            if LocalShard.of(param).is_dtensor:
                 raise TypeError(
                     f"parameter {name!r} is a DTensor: it is sharded already. Use lion_dist.Lion, which updates local "
                     "shards in place."
@@ -98,8 +119,8 @@ class ShardedParams:
     def check_memory(self, params: dict[str, Parameter]) -> None:
         """Raise ValueError unless ``params``, which are about to get buckets, can move there."""
         others = {name: param for param, name in (self.module_names | self.names).items()}
-        if self._module is not None:
-            others |= {f"buffer {clean_name(name)}": buffer for name, buffer in self._module.named_buffers()}
+        if self.module is not None:
+            others |= {f"buffer {clean_name(name)}": buffer for name, buffer in self.module.named_buffers()}
         for dtype in dict.fromkeys(param.dtype for param in params.values()):
             alike = {name: param for name, param in params.items() if param.dtype == dtype}
             check_memory(alike, others | params, row_major=self.precision.is_stochastic(dtype))
@@ -108,15 +129,15 @@ class ShardedParams:
         """Name and number the parameters of a checked ``group``."""
         for name, param in zip(self.names_of(group), group["params"], strict=True):
             self.names[param] = name
-            self.canonical_starts[param] = self._numel
+            self.index_starts[param] = self._numel
             self._numel += param.numel()
 
     def described(self, groups: list[dict]) -> list[tuple[str, tuple]]:
         """What has to be the same on all ranks, as entries for ``check_ranks_agree``."""
         entries = []
         for i, group in enumerate(groups):
-            settings = [str(_number(group[key])) for key in ("lr", "betas", "weight_decay")]
-            entries.append((f"param group {i}: lr, betas, weight_decay", tuple(settings)))
+            settings = [str(_number(group.get(key))) for key in ("lr", "betas", "weight_decay", "max_lr")]
+            entries.append((f"param group {i}: lr, betas, weight_decay, max_lr", tuple(settings)))
             for name, param in zip(self.names_of(group), group["params"], strict=True):
                 dims = MemoryFormat.of(param).dims  # flat buffers are broadcast and summed as they lie in memory
                 order = () if dims is None else (f"in memory by dimensions {dims}",)

@@ -22,9 +22,9 @@ from torch.nn import Parameter
 
 from lion_dist import values
 from lion_dist.adopted_state import adopt_groups
-from lion_dist.boxes import Box, BoxedTensor, boxes_over, can_read, read_box
-from lion_dist.engine_state import main_as
-from lion_dist.local_tensors import local_tensor
+from lion_dist.boxes import Box, BoxedTensor, can_read, read_box
+from lion_dist.local_shard import local_tensor
+from lion_dist.main_params import main_param_as
 from lion_dist.shard_state import BucketShard
 
 OWN_KEYS = ("params", "param_names", "process_group")  # of param groups: a loaded state does not change them
@@ -38,6 +38,7 @@ class LiveState:
         names: of its parameters, frozen ones too.
         counters: [2] int64 on the device.
         decoupled_from: what ``decoupled_weight_decay`` divides the weight decay by.
+        spike_window: of ``skip_spikes``, on the device; None without.
     """
 
     param_groups: list[dict]
@@ -45,6 +46,7 @@ class LiveState:
     names: Mapping[Parameter, str]
     counters: Tensor
     decoupled_from: float | None
+    spike_window: Tensor | None = None
 
     @property
     def params(self) -> list[Parameter]:
@@ -63,7 +65,10 @@ class LiveState:
     def packed(self, state: dict[Parameter, dict]) -> dict:
         """``state`` of each parameter as a state dict."""
         indexed = {i: kinds for i, kinds in enumerate(state.values()) if kinds}
-        return {"state": indexed, "param_groups": self.packed_groups(), "counters": self.counters}
+        return {"state": indexed, "param_groups": self.packed_groups(), "counters": self.counters} | self.guard()
+
+    def guard(self) -> dict[str, Tensor]:
+        return {} if self.spike_window is None else {"spike_guard": self.spike_window}
 
     def packed_groups(self) -> list[dict]:
         """Param groups as torch packs them. A process group cannot be saved; its key stays, for readers that look for
@@ -159,7 +164,7 @@ class _Copy:
         source = read_box(self.saved, self.box)
         if source.data_ptr() == self.target.data_ptr():  # loaded in place
             return
-        self.target.copy_(main_as(self.target.dtype, source, self.param) if self.kind == "main_param" else source)
+        self.target.copy_(main_param_as(self.target.dtype, source, self.param) if self.kind == "main_param" else source)
 
 
 def _copies_of(shard: BucketShard, saved: Mapping[Parameter, dict[str, Tensor]]) -> Iterator[_Copy]:
@@ -170,22 +175,18 @@ def _copies_of(shard: BucketShard, saved: Mapping[Parameter, dict[str, Tensor]])
     """
     bucket = shard.bucket
     flats = {"exp_avg": shard.exp_avg, "main_param": shard.main_param}
-    slices = {kind: shard.slices_of(flat) for kind, flat in flats.items() if flat is not None}
-    for i, (piece, param) in enumerate(zip(bucket.slices, shard.slices_of(bucket.param_shard), strict=True)):
-        owner, name, dims = bucket.params[piece.param], bucket.names[piece.param], bucket.formats[piece.param].dims
-        param_views = boxes_over(owner.shape, piece.param_start, param, dims)
-        targets = [
-            (kind, box, view)
-            for kind, pieces in slices.items()
-            for box, view in boxes_over(owner.shape, piece.param_start, pieces[i], dims).items()
-        ]
+    held = {kind: shard.local_shards(flat) for kind, flat in flats.items() if flat is not None}
+    here = shard.local_shards(bucket.param_shard)
+    for i, position in enumerate(piece.param for piece in bucket.slices):
+        owner, name, value = bucket.params[position], bucket.names[position], here[position]
+        targets = [(kind, *item) for kind, shards in held.items() for item in shards[position].boxes.items()]
         if shard.steps is not None:
             targets.append(("step", Box((), ()), shard.steps[i]))
         for kind, box, target in targets:
             source = saved[owner].get(kind)
             if source is not None and not can_read(source, box):
                 raise ValueError(_other_part(f"{kind} of {name!r}", source, shard))
-            yield _Copy(kind, box, target, param_views.get(box, param), source)
+            yield _Copy(kind, box, target, value.boxes.get(box, value.tensor), source)
 
 
 def _other_part(what: str, source: BoxedTensor, shard: BucketShard) -> str:

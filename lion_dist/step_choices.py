@@ -31,7 +31,7 @@ def known(value: float | Tensor | None) -> float | OnDevice | None:
 class Factors(NamedTuple):
     """Everything that an update is multiplied by. ``repr()`` of it is what ranks compare."""
 
-    groups: tuple[tuple, ...]  # lr, weight decay and betas of each param group
+    groups: tuple[tuple, ...]  # lr, weight decay, betas and max_lr of each param group
     divisor: float | OnDevice | None = None
     loss_scale: float | OnDevice | None = None
     inverse_loss_scale: float | OnDevice | None = None
@@ -40,14 +40,17 @@ class Factors(NamedTuple):
     @classmethod
     def of(cls, param_groups: Iterable[dict], *others: float | Tensor | None) -> Factors:
         """``others``: from ``divisor`` on."""
-        groups = ((known(g["lr"]), known(g["weight_decay"]), *map(float, g["betas"])) for g in param_groups)
+        groups = (
+            (known(g["lr"]), known(g["weight_decay"]), *map(float, g["betas"]), known(g.get("max_lr")))
+            for g in param_groups
+        )
         return cls(tuple(groups), *map(known, others))
 
     def entries(self, when: str = "") -> list[Entry]:
         """``when``: comes behind each name."""
         entries = []
         for i, group in enumerate(self.groups):
-            for name, value in zip(("lr", "weight_decay", "beta1", "beta2"), group, strict=True):
+            for name, value in zip(("lr", "weight_decay", "beta1", "beta2", "max_lr"), group, strict=True):
                 entries.append((f"{name} of param group {i}{when}", value))
         named = {
             "the gradient divisor (set_grad_divisor)": self.divisor,

@@ -46,7 +46,7 @@ def trained(
 
 
 def assert_same_tensors(found: dict, expected: dict) -> None:
-    """Of two full states: every tensor that ``expected`` has, by bits."""
+    """Of two full states: every tensor that ``expected`` has, bit for bit."""
     for i, kinds in expected["state"].items():
         for kind, value in kinds.items() if kinds["exp_avg"].numel() else ():
             other = found["state"][i][kind]

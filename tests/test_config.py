@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from lion_dist import Lion, PrecisionPolicy, ShardingConfig
-from lion_dist.config import check_hyperparameters
+from lion_dist import Lion, PrecisionPolicy, ShardingConfig, hyperparameters
+from lion_dist.hyperparameters import check_hyperparameters
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -123,10 +123,7 @@ def test_limits_of_the_ranges_are_allowed():
 
 
 def test_decay_that_fp32_cannot_hold_is_warned_of_once():
-
-    from lion_dist import lion
-
-    lion._warned_of_decay.clear()
+    hyperparameters._warned_of_decay.clear()
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     opt = Lion([param], lr=1e-7, weight_decay=0.1)

@@ -75,7 +75,7 @@ def test_parameters_equal_lion_pytorchs_step_for_step(settings):
 def test_share_of_momentum_elements_whose_last_bits_differ_from_lion_pytorchs():
     """The numbers that the README gives, measured.
 
-    torch's ``add(alpha=)`` fuses multiply and add where the definition rounds twice. After the first step nothing
+    torch's ``add(alpha=)`` fuses multiply and add where the reference rounds twice. After the first step nothing
     differs, after the second a quarter of the elements do, after 50 two thirds: an error of about 1e-7 of the
     momentum's size, which decays as the momentum does. A sign is decided by it about once in 10^8 updates.
     """

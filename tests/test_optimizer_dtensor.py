@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lion_dist import Lion, PrecisionPolicy
-from lion_dist.local_tensors import local_tensor
+from lion_dist.local_shard import local_tensor
 from tests.models import mlp
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -67,7 +67,7 @@ def train_fully_sharded(dtype: torch.dtype, policy: PrecisionPolicy, widths: tup
     ids=["fp32", "momentum16-stochastic", "split", "fp32-main", "none-stochastic"],
 )
 def test_fsdp2_equals_plain_lion_on_two_ranks(gloo, dtype, policy):
-    """Also the bits of stochastic rounding: the canonical index does not know of shards on dim 0."""
+    """Also the bits of stochastic rounding: the global element index does not know of shards on dim 0."""
     gloo.run(2, train_fully_sharded, dtype, policy, WIDTHS)
 
 

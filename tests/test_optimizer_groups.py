@@ -141,7 +141,7 @@ def test_key_that_a_file_lacks_is_taken_from_the_groups_own():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"maximize": True}, "maximize=True, which Lion does not support. Negate the loss"),
+        ({"maximize": True}, "maximize=True, which is a setting of the whole optimizer"),
         ({"differentiable": True}, "differentiable=True, which Lion does not support"),
         ({"lr": -1.0}, "lr must be finite and at least 0, got -1.0"),
         ({"lr": float("nan")}, "lr must be finite"),

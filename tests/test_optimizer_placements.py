@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import lion_dist
 from lion_dist import Lion, PrecisionPolicy
 from lion_dist.grad_placement import GradPlacements
-from lion_dist.local_tensors import local_tensor
+from lion_dist.local_shard import local_tensor
 from tests.test_optimizer_dtensor import RefuseDTensors
 
 SETTINGS = dict(lr=2**-7, weight_decay=0.125)

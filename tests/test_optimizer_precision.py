@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lion_dist import Lion, PrecisionPolicy, lion
+from lion_dist import Lion, PrecisionPolicy, update_batch
 from lion_dist.kernels.reference import join_main
 from tests.test_optimizer import LR, gradient_like, param_of, run
 
@@ -334,7 +334,7 @@ def test_fp32_main_params_follow_a_parameter_that_is_given_other_memory():
 def test_fp32_main_params_follow_once_and_only_what_was_changed(monkeypatch):
     """Also when other parameters get gradients than in the step before, and when one gets none while it is changed."""
     refreshed = []
-    monkeypatch.setattr(lion, "refresh_main_", lambda main, param: refreshed.append(param.tolist()))
+    monkeypatch.setattr(update_batch, "sync_main_param_", lambda main, param: refreshed.append(param.tolist()))
     params = [nn.Parameter(torch.zeros(1, dtype=BF16)) for _ in range(3)]
     opt = Lion(params, 0.0, precision=PrecisionPolicy("fp32"))
 

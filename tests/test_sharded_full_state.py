@@ -64,7 +64,7 @@ def go_on_from(path: str, policy: str, engine: str) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_whole_state_goes_on_by_bits_on_any_ranks_and_under_plain_lion(gloo, tmp_path, policy):
+def test_a_whole_state_goes_on_bit_identically_on_any_ranks_and_under_plain_lion(gloo, tmp_path, policy):
     path = str(tmp_path / "o.pt")
     gloo.run(2, save_whole, path, policy)
     for ranks, engine in ((1, "plain"), (1, "sharded"), (2, "sharded"), (4, "sharded"), (4, "sharded hsdp")):

@@ -90,5 +90,5 @@ def copied_to_cpu(state: dict) -> dict:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_whole_state_by_either_way_comes_back_by_bits(tmp_path, policy):
+def test_the_whole_state_by_either_way_comes_back_bit_identical(tmp_path, policy):
     on_all_gpus(whole_state, policy, str(tmp_path / "o.pt"))

@@ -79,7 +79,7 @@ def a_file_for_each_rank(path: str) -> None:
     assert all(map(torch.equal, tensors[0][state:], before[0][state:])) and tensors[1] == before[1]
 
 
-def test_a_file_for_each_rank_loads_by_bits(gloo, tmp_path):
+def test_a_file_for_each_rank_loads_bit_identically(gloo, tmp_path):
     gloo.run(2, a_file_for_each_rank, str(tmp_path / "o.pt"))
 
 

@@ -117,7 +117,7 @@ def from_plain_lion(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["fp32 parameters", "split", "no main params"])
-def test_a_full_state_of_plain_lion_is_set_by_bits(gloo, policy):
+def test_a_full_state_of_plain_lion_is_set_bit_identically(gloo, policy):
     gloo.run(2, from_plain_lion, policy)
 
 
@@ -149,7 +149,7 @@ def load_and_go_on(path: str, policy: str, engine: str, options: dict) -> None:
 
 @pytest.mark.parametrize("options", ["plain", "flattened"])
 @pytest.mark.parametrize("policy", ["fp32 parameters", "split", "fp32 main params", "no main params"])
-def test_saved_on_two_ranks_it_goes_on_by_bits_on_one_and_four(gloo, tmp_path, policy, options):
+def test_saved_on_two_ranks_it_goes_on_bit_identically_on_one_and_four(gloo, tmp_path, policy, options):
     path = str(tmp_path / "checkpoint")
     gloo.run(2, save, path, policy, OPTIONS[options])
     for ranks, engine in ((1, "sharded"), (4, "sharded"), (4, "sharded hsdp")):

@@ -143,7 +143,7 @@ def test_an_unchanged_group_is_not_checked_again(monkeypatch):
     model = make_model()
     opt = Lion(model.parameters(), lr=1e-3)
     calls = []
-    monkeypatch.setattr("lion_dist.config.check_hyperparameters", lambda group, _: calls.append(group["lr"]))
+    monkeypatch.setattr("lion_dist.hyperparameters.check_hyperparameters", lambda group, _: calls.append(group["lr"]))
     for step in range(4):
         backward(model, step)
         opt.step()
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_holds_it_is_refused_before_anything_is_changed(make, 
     backward(model)
     opt.step()
     with monkeypatch.context() as patch:  # as a version that did not refuse it
-        patch.setattr("lion_dist.checkpoint.named_state._plain", lambda value: -1.0 if value == 1e-4 else value)
+        patch.setattr("lion_dist.checkpoint.sharded_state._plain", lambda value: -1.0 if value == 1e-4 else value)
         checkpoint.save(tmp_path / "a", model=model, optimizer=opt)
     with torch.no_grad():
         for param in model.parameters():

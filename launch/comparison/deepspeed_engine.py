@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from comparison.durable import clear, doomed_of, remove, sync
 from comparison.plain_engine import PlainEngine, param_groups
 from comparison.ranks import gather_objects
 from comparison.report import MEMORY_KINDS
 from lion_dist import PrecisionPolicy
-from lion_dist.checkpoint.directory import clear, doomed_of, remove, sync
 from lion_dist.integrations.deepspeed import lion_optimizer
 
 

@@ -3,14 +3,14 @@
 import csv
 import importlib.util
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 
+from comparison.durable import replace_text
 from lion_dist import PrecisionPolicy
-from lion_dist.checkpoint.directory import sync
+from lion_dist.reporting import ProgressBar, aligned, duration, figure_into
 
 # What a run leaves beside its checkpoints.
 RESULTS = ("metrics.jsonl", "metrics.csv", "tensorboard", "summary.json", "loss-curve.png")
@@ -67,15 +67,6 @@ class Metrics:
         self._csv_file.flush()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """At once: a run that is killed here, by a power cut too, leaves the old file or the new one."""
-    new = path.with_name(path.name + ".tmp")
-    new.write_text(text)
-    sync(new)
-    new.replace(path)
-    sync(path.parent)
-
-
 def _tensorboard_writer(folder: Path, completed_steps: int):
     if importlib.util.find_spec("tensorboard") is None:
         return None
@@ -113,38 +104,24 @@ class Progress:
     def __init__(self, total: int, completed_steps: int):
         self.total, self.first, self.step = total, completed_steps, completed_steps
         self.started = time.perf_counter()
-        self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, initial=completed_steps, unit="step", dynamic_ncols=True)
+        self.bar = ProgressBar("trained", total, "steps")
+        self.bar(completed_steps)
 
     def update(self, row: dict) -> None:
         """`row` is the last of those written to metrics.jsonl."""
         before, self.step = self.step, row["step"]
-        mfu = f"  MFU {row['mfu']:.1%}" if row.get("mfu") is not None else ""
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s{mfu}")
-            self.bar.update(self.step - before)
+        if self.bar.is_shown:
+            self.bar(self.step - before, self._note(row))
         elif self.step * PLAIN_LINES // self.total > before * PLAIN_LINES // self.total:
-            left = (time.perf_counter() - self.started) / (self.step - self.first) * (self.total - self.step)
-            print(
-                f"step {self.step}/{self.total}  loss {row['loss']:.4f}  "
-                f"{row['tokens_per_s']:,} tokens/s{mfu}  {duration(left)} left",
-                flush=True,
-            )
+            print(f"step {self.step}/{self.total}  {self._note(row)}", flush=True)
+
+    def _note(self, row: dict) -> str:
+        mfu = f"  MFU {row['mfu']:.1%}" if row.get("mfu") is not None else ""
+        left = (time.perf_counter() - self.started) / (self.step - self.first) * (self.total - self.step)
+        return f"loss {row['loss']:.4f}  {row['tokens_per_s']:,} tokens/s{mfu}  {duration(left)} left"
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def duration(seconds: float) -> str:
-    """ "8 s", "12 min", "3 h 05 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+        self.bar.__exit__()
 
 
 def unsharded_memory(numel: int, dtype: torch.dtype, policy: PrecisionPolicy, moments: int) -> dict[str, int]:
@@ -160,28 +137,19 @@ def unsharded_memory(numel: int, dtype: torch.dtype, policy: PrecisionPolicy, mo
 
 def memory_table(rows: dict[str, dict[str, int]], numel: int) -> str:
     """One line per row: bytes per parameter by kind and in total, and the total in MiB."""
-    kinds = "".join(f"{kind:>12}" for kind in ("params", "main params", "momentum", "grads"))
-    lines = [f"{'bytes per parameter':<34}{kinds}{'total':>8}{'MiB':>10}"]
+    lines = [["bytes per parameter", "params", "main params", "momentum", "grads", "total", "MiB"]]
     for label, row in rows.items():
         total = sum(row[kind] for kind in MEMORY_KINDS)
-        cells = "".join(f"{row[kind] / numel:>12.2f}" for kind in MEMORY_KINDS)
-        lines.append(f"{label:<34}{cells}{total / numel:>8.2f}{total / 2**20:>10.2f}")
-    return "\n".join(lines)
+        cells = [*(row[kind] / numel for kind in MEMORY_KINDS), total / numel, total / 2**20]
+        lines.append([label, *(f"{cell:.2f}" for cell in cells)])
+    return aligned(lines)
 
 
 def save_loss_curve(metrics_path: Path, held_out: dict[int, float], path: Path) -> None:
     """Draws the training loss of every step and the held-out losses {step: loss} into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = read_metrics(metrics_path)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1, label="training")
-    axes.plot(list(held_out), list(held_out.values()), "o", label="held-out text")
-    axes.set(xlabel="step", ylabel="loss, nats per byte", title=path.parent.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure_into(path, size=(7, 4)) as (_, ((axes,),)):
+        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="training")
+        axes.plot(list(held_out), list(held_out.values()), "o", label="held-out text")
+        axes.set(xlabel="step", ylabel="loss, nats per byte", title=path.parent.name)
+        axes.legend()

@@ -33,7 +33,7 @@ from lion_dist.benchmarks.update import (
     row,
     show,
 )
-from lion_dist.local_tensors import local_tensor
+from lion_dist.local_shard import local_tensor
 
 SEQ_LEN = 128  # of the one backward
 FIRST = "bf16 split"  # the precision of lion_dist that ratios are to

@@ -32,6 +32,7 @@ from lion_dist import CapturedStep, Lion, PrecisionPolicy, ShardedLion, Sharding
 from lion_dist.benchmarks.llama import SIZES, make_llama
 from lion_dist.benchmarks.report import Rows
 from lion_dist.benchmarks.timing import free_gpu_memory
+from lion_dist.reporting import figure_into
 from lion_dist.sharding import peer_memory
 
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.99), 0.1, 1.0
@@ -322,22 +323,15 @@ def say(text: str) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     sizes = sorted({row["micro_batch"] for row in rows})
-    figure, axes = plt.subplots(1, len(sizes), figsize=(7 * len(sizes), 5), squeeze=False, sharey=True)
-    for axis, size in zip(axes[0], sizes, strict=True):
-        bars = [row for row in rows if row["micro_batch"] == size]
-        colors = ["tab:blue" if "lion_dist" in row["engine"] else "grey" for row in bars]
-        drawn = axis.barh([row["engine"] for row in bars], [row["ms_median"] for row in bars], color=colors)
-        axis.bar_label(drawn, [f"{row['ms_median']:.1f} ms, x{row['ratio']:.2f}" for row in bars], fontsize=7)
-        axis.set(title=f"micro-batch {size}, {bars[0]['ranks']} ranks", xlabel="ms a step", xmargin=0.25)
-    axes[0][0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with figure_into(path, 1, len(sizes), size=(7 * len(sizes), 5), sharey=True) as (_, axes):
+        for axis, size in zip(axes[0], sizes, strict=True):
+            bars = [row for row in rows if row["micro_batch"] == size]
+            colors = ["tab:blue" if "lion_dist" in row["engine"] else "grey" for row in bars]
+            drawn = axis.barh([row["engine"] for row in bars], [row["ms_median"] for row in bars], color=colors)
+            axis.bar_label(drawn, [f"{row['ms_median']:.1f} ms, x{row['ratio']:.2f}" for row in bars], fontsize=7)
+            axis.set(title=f"micro-batch {size}, {bars[0]['ranks']} ranks", xlabel="ms a step", xmargin=0.25)
+        axes[0][0].invert_yaxis()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -11,14 +11,14 @@ The ceiling is a device-to-device copy, bytes read plus bytes written. Tensors h
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lion_dist import Lion, PrecisionPolicy
+from lion_dist import Lion, PrecisionPolicy, SpikeGuard
 from lion_dist.benchmarks.report import Rows, version_of
 from lion_dist.benchmarks.timing import (
     Timing,
@@ -30,7 +30,8 @@ from lion_dist.benchmarks.timing import (
 )
 from lion_dist.kernels.reference import StepScalars, lion_step
 from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
-from lion_dist.lion import main_for
+from lion_dist.main_params import init_main_param
+from lion_dist.reporting import aligned, figure_into
 
 LR, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.99), 0.1
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -91,7 +92,7 @@ def bytes_per_param(dtype: torch.dtype, policy: PrecisionPolicy) -> int:
 
 def flat_tensors(param: Tensor, policy: PrecisionPolicy) -> LionTensors:
     """The tensors that a bucket of ShardedLion updates."""
-    main = main_for(param, policy.main_params_for(param.dtype))
+    main = init_main_param(param, policy.main_params_for(param.dtype))
     return LionTensors(
         params=[param],
         exp_avgs=[torch.zeros_like(param, dtype=policy.momentum_dtype_for(param.dtype))],
@@ -110,7 +111,7 @@ def flat_step(params: list[nn.Parameter], policy: PrecisionPolicy) -> Callable[[
 
 
 def compiled_reference_step(params: list[nn.Parameter], policy: PrecisionPolicy) -> Callable[[], None]:
-    """torch.compile of the definition, for precisions that need no random bits."""
+    """torch.compile of the reference implementation, for precisions that need no random bits."""
     (param,) = params
     tensors = flat_tensors(param.detach(), policy)
     state = [tensors.params[0], None if tensors.mains is None else tensors.mains[0], tensors.exp_avgs[0]]
@@ -132,6 +133,10 @@ def optimizer_step(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
 def lion_pytorch_step(params, variant: str) -> Callable[[], None]:
     if variant == "foreach":
         from lion_pytorch.foreach import Lion as Peer
+
+        return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step
+    if variant == "cautious":
+        from lion_pytorch.cautious_lion import Lion as Peer
 
         return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step
     from lion_pytorch import Lion as Peer
@@ -157,6 +162,55 @@ def deepspeed_step(params) -> Callable[[], None]:
     return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step
 
 
+# What a step may do beyond the plain one, and whether it reads gradient and momentum once more. Each is measured beside
+# the plain step of its precision; ``report_rules`` prints the ratios.
+RULES = {
+    "cautious": ({"cautious": True}, True),
+    "cautious decay": ({"cautious_wd": True}, False),
+    "corrected decay": ({"corrected_weight_decay": True}, False),
+    "maximize": ({"maximize": True}, False),
+    "spike guard": ({"skip_spikes": SpikeGuard()}, False),  # of a norm that is there already, as ShardedLion's is
+    "cautious, both decays": ({"cautious": True, "cautious_wd": True, "corrected_weight_decay": True}, True),
+}
+RULED_PRECISIONS = ("fp32", "bf16 split", "bf16 none")
+
+
+def ruled_step(params: list[nn.Parameter], policy: PrecisionPolicy, rule: str) -> Callable[[], None]:
+    opt = Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, precision=policy, **RULES[rule][0])
+    if opt.skip_spikes is None:
+        return opt.step
+    norm = torch.ones((), device=params[0].device)
+
+    def guarded_step() -> None:
+        opt.observe(grad_norm=norm)
+        opt.step()
+
+    return guarded_step
+
+
+def ruled_providers(precision: str) -> list[Provider]:
+    """``Lion`` with each rule, over the list and (cautious) over one tensor of the same numel."""
+    dtype, policy = PRECISIONS[precision]
+    result = []
+    for rule, (_, counts) in RULES.items():
+        moved = bytes_per_param(dtype, policy) + counts * (dtype.itemsize + policy.momentum_dtype_for(dtype).itemsize)
+        build = lambda params, rule=rule: ruled_step(params, policy, rule)  # noqa: E731
+        result.append(Provider(f"lion_dist list, {rule}", precision, dtype, moved, build))
+        if rule == "cautious":
+            result.append(Provider(f"lion_dist flat, {rule}", precision, dtype, moved, build, flat=True))
+    return result
+
+
+def report_rules(rows: list[dict]) -> None:
+    """The time of every rule as a multiple of the plain step's, of one run, model and precision."""
+    plain = {(r["model"], r["provider"], r["precision"], r["mode"]): r["ms_median"] for r in rows}
+    for r in rows:
+        name, _, rule = r["provider"].partition(", ")
+        base = plain.get((r["model"], name, r["precision"], r["mode"]))
+        if rule in RULES and base:
+            print(f"{r['model']}, {r['precision']}, {r['mode']}: {name}, {rule}: {r['ms_median'] / base:.2f} x plain")
+
+
 def own_providers() -> list[Provider]:
     result = []
     for precision, (dtype, policy) in PRECISIONS.items():
@@ -167,6 +221,8 @@ def own_providers() -> list[Provider]:
         flat = lambda params, policy=policy: flat_step(params, policy)  # noqa: E731
         result.append(Provider("lion_dist flat", precision, dtype, moved, flat, flat=True))
         result.append(Provider("lion_dist list", precision, dtype, moved, make))
+        if precision in RULED_PRECISIONS:
+            result += ruled_providers(precision)
     for precision in ("fp32", "bf16 split"):
         dtype, policy = PRECISIONS[precision]
         build = lambda params, policy=policy: compiled_reference_step(params, policy)  # noqa: E731
@@ -187,6 +243,7 @@ def peer_providers() -> list[Provider]:
         peer("lion-pytorch foreach", pytorch, "bf16", BF16, 10, lion_pytorch_step, variant="foreach"),
         peer("lion-pytorch triton", pytorch, "bf16", BF16, 10, lion_pytorch_step, variant="triton"),
         peer("lion-pytorch triton", pytorch, "fp32", FP32, 20, lion_pytorch_step, variant="triton"),
+        peer("lion-pytorch cautious", pytorch, "bf16", BF16, 14, lion_pytorch_step, variant="cautious"),
         peer("optimi triton", "torch-optimi", "bf16", BF16, 10, optimi_step, kahan_sum=False),
         peer("optimi triton", "torch-optimi", "bf16, Kahan", BF16, 14, optimi_step, kahan_sum=True),
         peer("FlashLion", "flashoptim", "bf16 split", BF16, 14, flash_step, quantize=False, master_weight_bits=32),
@@ -296,22 +353,35 @@ def measure_shard(providers: list[Provider], device: torch.device, repeats: int)
 # ---------------------------------------------------------------------------------------------------------------
 # The runs.
 
-HEADER = f"{'model':<12}{'provider':<28}{'precision':<33}{'mode':<6}{'ms':>9}{'p10':>9}{'p90':>9}{'GB/s':>8}"
-HEADER += f"{'% copy':>8}{'host ms':>9}{'moved':>7}{'extra MiB':>11}"
+# Of each column: the heading, the least width, the key in a row and the digits behind the point (None: text).
+COLUMNS = (
+    ("model", 11, "model", None),
+    ("provider", 37, "provider", None),
+    ("precision", 32, "precision", None),
+    ("mode", 5, "mode", None),
+    ("ms", 8, "ms_median", 4),
+    ("p10", 8, "ms_p10", 4),
+    ("p90", 8, "ms_p90", 4),
+    ("GB/s", 6, "gb_per_s", 0),
+    ("% copy", 6, "percent_of_copy", 1),
+    ("host ms", 7, "host_ms", 3),
+    ("moved", 6, "host_ms_moved", 3),
+    ("extra MiB", 9, "extra_peak_mib", 3),
+)
+HEADINGS = [heading for heading, *_ in COLUMNS]
+
+
+def line(cells: Sequence[object]) -> str:
+    return aligned([cells], [width for _, width, *_ in COLUMNS], text_columns=4)
+
+
+HEADER = line(HEADINGS)
 
 
 def show(result: dict) -> None:
-    def number(key, digits, width):
-        value = result[key]
-        return " " * width if value is None else f"{value:{width}.{digits}f}"
-
-    print(
-        f"{result['model']:<12}{result['provider']:<28}{result['precision']:<33}{result['mode']:<6}"
-        f"{number('ms_median', 4, 9)}{number('ms_p10', 4, 9)}{number('ms_p90', 4, 9)}{number('gb_per_s', 0, 8)}"
-        f"{number('percent_of_copy', 1, 8)}{number('host_ms', 3, 9)}{number('host_ms_moved', 3, 7)}"
-        f"{number('extra_peak_mib', 3, 11)}",
-        flush=True,
-    )
+    values = [(result[key], digits) for *_, key, digits in COLUMNS]
+    cells = [value if digits is None or value is None else f"{value:.{digits}f}" for value, digits in values]
+    print(line(cells), flush=True)
 
 
 def run_on_gpu(args, device: torch.device) -> Iterator[dict]:
@@ -327,19 +397,23 @@ def run_on_gpu(args, device: torch.device) -> Iterator[dict]:
 
 
 def run_on_cpu(args, device: torch.device) -> Iterator[dict]:
-    """The CPU path at ``--numel`` fp32 parameters, against lion-pytorch's plain and foreach steps."""
-    makers = {"lion_dist list": lambda params: Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY).step}
-    if version_of("lion-pytorch"):
-        for variant in ("plain", "foreach"):
+    """The CPU path at ``--numel`` parameters: fp32 against lion-pytorch's plain and foreach steps, and every rule
+    against the plain step of its precision."""
+    peers = ("plain", "foreach", "cautious") if version_of("lion-pytorch") else ()
+    for precision in RULED_PRECISIONS:
+        dtype, policy = PRECISIONS[precision]
+        providers = [p for p in own_providers() if p.name.startswith("lion_dist list") and p.precision == precision]
+        moved = {p.name: p.bytes_per_param for p in providers}
+        makers = {p.name: p.build for p in providers}
+        for variant in peers if dtype == FP32 else ():
+            moved[f"lion-pytorch {variant}"] = 20
             makers[f"lion-pytorch {variant}"] = lambda params, v=variant: lion_pytorch_step(params, v)
-    steps = {name: make(make_params([(args.numel,)], FP32, device)) for name, make in makers.items()}
-    timings = time_on_cpu(steps, args.repeats)
-    for name, timing in timings.items():
-        result = row(f"{args.numel / 1e6:.0f} M", name, "fp32", "eager", 1, 20 * args.numel, timing)
-        yield result | {"version": version_of("lion-dist" if name.startswith("lion_dist") else "lion-pytorch")}
-    own, *others = timings
-    for other in others:
-        print(f"{other} takes {timings[other].median / timings[own].median:.2f} times as long as lion_dist")
+        makers = {name: make for name, make in makers.items() if args.providers in f"{name} {precision}"}
+        steps = {name: make(make_params([(args.numel,)], dtype, device)) for name, make in makers.items()}
+        for name, timing in time_on_cpu(steps, args.repeats).items():
+            numel = args.numel
+            result = row(f"{numel / 1e6:.0f} M", name, precision, "eager", 1, moved[name] * numel, timing)
+            yield result | {"version": version_of("lion-dist" if name.startswith("lion_dist") else "lion-pytorch")}
 
 
 def sweep(device: torch.device, repeats: int, numel: int = 2**29) -> None:
@@ -348,7 +422,9 @@ def sweep(device: torch.device, repeats: int, numel: int = 2**29) -> None:
 
     shapes = [(1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)]
     candidates = [LaunchShape(block, warps, vector) for vector in (4, 8) for block, warps in shapes]
-    print(f"{'block, warps, vector':<34}" + "".join(f"{f'{c.block} {c.num_warps} {c.vector}':>10}" for c in candidates))
+    widths = [32, *[8] * len(candidates)]
+    headings = ["block, warps, vector", *(f"{c.block} {c.num_warps} {c.vector}" for c in candidates)]
+    print(aligned([headings], widths))
     chosen = dict(LAUNCH_SHAPES)
     for provider in own_providers():
         if provider.name != "lion_dist flat":
@@ -358,7 +434,7 @@ def sweep(device: torch.device, repeats: int, numel: int = 2**29) -> None:
         for candidate in candidates:
             LAUNCH_SHAPES.update(dict.fromkeys(LAUNCH_SHAPES, candidate))
             speeds.append(numel * provider.bytes_per_param / time_on_gpu(step, repeats, budget_s=0.3).median / 1e6)
-        print(f"{provider.precision:<34}" + "".join(f"{speed:>10.0f}" for speed in speeds), flush=True)
+        print(aligned([[provider.precision, *(f"{speed:.0f}" for speed in speeds)]], widths), flush=True)
         del step
         free_gpu_memory()
     LAUNCH_SHAPES.update(chosen)
@@ -366,32 +442,24 @@ def sweep(device: torch.device, repeats: int, numel: int = 2**29) -> None:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Bars of GB/s for each model, the copy ceiling as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     ceiling = rows[0]
     models = [m for m in MODELS if m != "4 MiB shard" and any(r["model"] == m for r in rows)]
     groups = [[r for r in rows if r["model"] == model][::-1] for model in models]
     heights = [len(group) for group in groups]
-    figure, axes = plt.subplots(
-        len(groups), figsize=(9, 1.5 + 0.24 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
-    )
-    for axis, model, group in zip(axes[:, 0], models, groups, strict=True):
-        labels = [f"{r['provider']}: {r['precision']}" for r in group]
-        colors = ["tab:blue" if r["provider"].startswith("lion_dist") else "tab:gray" for r in group]
-        bars = axis.barh(labels, [r["gb_per_s"] for r in group], color=colors)
-        axis.bar_label(bars, [f"{r['ms_median']:.2f} ms" for r in group], padding=3, fontsize=8)
-        axis.axvline(ceiling["gb_per_s"], color="tab:red", linestyle="--", label="copy")
-        axis.set_xlim(0, 1.15 * ceiling["gb_per_s"])
-        axis.set_title(f"{model} parameters" if "B" in model else f"{model} tensors")
-        axis.tick_params(axis="y", labelsize=8)
-        axis.legend(loc="lower right")
-    axes[-1, 0].set_xlabel("GB/s of the bytes that must move")
-    figure.suptitle(f"Lion step, {ceiling['device']}, torch {ceiling['torch']}, {ceiling['date']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    size = (9, 1.5 + 0.24 * sum(heights))
+    with figure_into(path, len(groups), size=size, height_ratios=heights) as (figure, axes):
+        for axis, model, group in zip(axes[:, 0], models, groups, strict=True):
+            labels = [f"{r['provider']}: {r['precision']}" for r in group]
+            colors = ["tab:blue" if r["provider"].startswith("lion_dist") else "tab:gray" for r in group]
+            bars = axis.barh(labels, [r["gb_per_s"] for r in group], color=colors)
+            axis.bar_label(bars, [f"{r['ms_median']:.2f} ms" for r in group], padding=3, fontsize=8)
+            axis.axvline(ceiling["gb_per_s"], color="tab:red", linestyle="--", label="copy")
+            axis.set_xlim(0, 1.15 * ceiling["gb_per_s"])
+            axis.set_title(f"{model} parameters" if "B" in model else f"{model} tensors")
+            axis.tick_params(axis="y", labelsize=8)
+            axis.legend(loc="lower right")
+        axes[-1, 0].set_xlabel("GB/s of the bytes that must move")
+        figure.suptitle(f"Lion step, {ceiling['device']}, torch {ceiling['torch']}, {ceiling['date']}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -422,6 +490,7 @@ def main() -> None:
     print(HEADER)
     for result in (run_on_gpu if device.type == "cuda" else run_on_cpu)(args, device):
         show(rows.add(result))
+    report_rules(rows.rows)
     if args.png:
         plot(rows.rows, args.png)
 

@@ -23,11 +23,11 @@ from lion_dist import values
 from lion_dist.boxes import BoxedTensor
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.errors import CheckpointError
-from lion_dist.checkpoint.fit import GROUP_KEYS, STATE_KEYS, wrong_setting, wrong_state
+from lion_dist.checkpoint.fit import STATE_KEYS, wrong_setting, wrong_state
 from lion_dist.checkpoint.metadata import DTYPES
-from lion_dist.checkpoint.named_state import whole
 from lion_dist.checkpoint.ranks import Ranks, describe
 from lion_dist.checkpoint.save import Snapshot, write
+from lion_dist.checkpoint.sharded_state import GROUP_KEYS, boxed
 from lion_dist.checkpoint.storage import Reader, start_of_data
 
 
@@ -108,7 +108,7 @@ def import_consolidated(source: str | Path, path: str | Path, progress: manifest
         first = firsts.setdefault((tensor.untyped_storage().data_ptr(), tensor.shape, tensor.storage_offset()), name)
         if first != name and tensor.numel():
             tied[name] = first
-    tensors = {f"model.{name}": whole(tensor) for name, tensor in model.items() if name not in tied}
+    tensors = {f"model.{name}": boxed(tensor) for name, tensor in model.items() if name not in tied}
     for group, saved in zip(groups, optimizer["param_groups"], strict=True):
         for name, i in zip(group["params"], saved["params"], strict=True):
             tensors |= _state_tensors(name, optimizer["state"].get(i, {}))
@@ -155,7 +155,7 @@ def _starts_in(path: Path, order: list[str]) -> dict[str, int]:
 
 def _fill(file, start: int, like: Tensor, key: str, reader: Reader, progress: manifest.Progress | None) -> None:
     file.seek(start)
-    for box in whole(like).pieces:  # in row-major order: one follows the other in the file
+    for box in boxed(like).pieces:  # in row-major order: one follows the other in the file
         piece = torch.empty(box.sizes, dtype=like.dtype)
         reader.read_into({key: BoxedTensor(like.shape, {box: piece}, dtype=like.dtype, device=like.device)})
         # Not through mmap, where a full disk is a SIGBUS: the file that skip_data leaves has no blocks here yet.
@@ -304,4 +304,4 @@ def _names_by_order(source, model: dict[str, Tensor], optimizer: dict) -> list[s
 
 
 def _state_tensors(name: str, state: dict) -> dict[str, BoxedTensor]:
-    return {f"optimizer.{name}.{kind}": whole(torch.as_tensor(state[kind])) for kind in STATE_KEYS if kind in state}
+    return {f"optimizer.{name}.{kind}": boxed(torch.as_tensor(state[kind])) for kind in STATE_KEYS if kind in state}

@@ -1,4 +1,4 @@
-"""What of a checkpoint goes where when dtypes or kinds of main params differ: exactly, or else rounded once.
+"""The plan of a load: what goes where when dtypes or kinds of main params differ, exactly or else rounded once.
 
 The value of a parameter is its main param where there is one: fp32, or bf16 and remainder together, or the parameter.
 """
@@ -14,97 +14,101 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lion_dist.boxes import PIECE_BYTES, Box, BoxedTensor
-from lion_dist.checkpoint.named_state import NamedState, OwnedParam
+from lion_dist.checkpoint.sharded_state import ShardedParamState, ShardedState
 from lion_dist.kernels.reference import join_main, split_main
-from lion_dist.lion import refresh_main_
+from lion_dist.main_params import sync_main_param_
 
 Stored = dict[str, TensorStorageMetadata]
 
 
 @dataclass
-class Routes:
+class LoadPlan:
     """How each tensor here gets its contents.
 
     Attributes:
-        direct: by name in the checkpoint, read in place.
-        converted: parameters whose value is read piece by piece and stored in another form.
-        refreshed: parameters read in place whose fp32 main params must follow them.
-        zeroed: state that the checkpoint does not have.
+        read: by name in the checkpoint, read in place.
+        convert: parameters whose value is read piece by piece and stored in another form.
+        resync_main: parameters read in place whose fp32 main params must follow them.
+        zero_fill: state that the checkpoint does not have.
         notes: what the user should know: {fact: names}.
     """
 
-    direct: dict[str, BoxedTensor] = field(default_factory=dict)
-    converted: dict[str, OwnedParam] = field(default_factory=dict)
-    refreshed: dict[str, OwnedParam] = field(default_factory=dict)
-    zeroed: list[Tensor] = field(default_factory=list)
+    read: dict[str, BoxedTensor] = field(default_factory=dict)
+    convert: dict[str, ShardedParamState] = field(default_factory=dict)
+    resync_main: dict[str, ShardedParamState] = field(default_factory=dict)
+    zero_fill: list[Tensor] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def plan_routes(stored: Stored, state: NamedState) -> Routes:
-    routes = Routes()
+def plan_load(stored: Stored, state: ShardedState) -> LoadPlan:
+    plan = LoadPlan()
     for name, buffer in state.buffers.items():
-        _direct(routes, stored, f"model.{name}", buffer)
+        _read(plan, stored, f"model.{name}", buffer)
     for name, param in state.params.items():
         if not param.state:
             if f"optimizer.{name}.main_param" in stored:
-                _route_value(routes, stored, name, param)  # the parameter in the file is its rounding
+                _plan_value(plan, stored, name, param)  # the parameter in the file is its rounding
             else:
-                _direct(routes, stored, f"model.{name}", param.value)
+                _read(plan, stored, f"model.{name}", param.value)
             if f"optimizer.{name}.exp_avg" in stored:
-                routes.notes["the saved state of parameters that this optimizer does not hold is left out"].append(name)
+                plan.notes["the saved state of parameters that this optimizer does not hold is left out"].append(name)
             continue
-        _route_value(routes, stored, name, param)
+        _plan_value(plan, stored, name, param)
         if f"optimizer.{name}.exp_avg" in stored:
-            _direct(routes, stored, f"optimizer.{name}.exp_avg", param.state["exp_avg"])
+            _read(plan, stored, f"optimizer.{name}.exp_avg", param.state["exp_avg"])
         else:
-            routes.notes["not in the checkpoint, starts at zero: exp_avg"].append(name)
-            routes.zeroed += param.state["exp_avg"].boxes.values()
+            plan.notes["not in the checkpoint, starts at zero: exp_avg"].append(name)
+            plan.zero_fill += param.state["exp_avg"].boxes.values()
         if param.step is not None:
-            _direct_scalar(routes, stored, f"optimizer.{name}.step", param.step)
+            _read_scalar(plan, stored, f"optimizer.{name}.step", param.step)
     if state.counters is not None:
-        _direct_scalar(routes, stored, "counters", state.counters)
-    return routes
+        _read_scalar(plan, stored, "counters", state.counters)
+    if state.spike_window is not None:
+        _read_scalar(plan, stored, "spike_guard", state.spike_window)
+    return plan
 
 
-def _direct(routes: Routes, stored: Stored, key: str, boxed: BoxedTensor) -> None:
+def _read(plan: LoadPlan, stored: Stored, key: str, boxed: BoxedTensor) -> None:
     if key not in stored:
         return  # a tensor of no elements
-    routes.direct[key] = boxed
+    plan.read[key] = boxed
     saved = stored[key].properties.dtype
     if saved != boxed.dtype:
         kind = "exp_avg" if key.endswith(".exp_avg") else "tensor"
-        routes.notes[f"the saved {kind} is {saved}; it is kept as {boxed.dtype}, as configured"].append(key)
+        plan.notes[f"the saved {kind} is {saved}; it is kept as {boxed.dtype}, as configured"].append(key)
 
 
-def _direct_scalar(routes: Routes, stored: Stored, key: str, value: Tensor) -> None:
+def _read_scalar(plan: LoadPlan, stored: Stored, key: str, value: Tensor) -> None:
     if key in stored:
         boxes = {Box((0,) * value.ndim, tuple(value.shape)): value}
-        routes.direct[key] = BoxedTensor(value.shape, boxes, dtype=value.dtype, device=value.device)
+        plan.read[key] = BoxedTensor(value.shape, boxes, dtype=value.dtype, device=value.device)
     else:
-        routes.zeroed.append(value)
+        plan.zero_fill.append(value)
 
 
-def _route_value(routes: Routes, stored: Stored, name: str, param: OwnedParam) -> None:
+def _plan_value(plan: LoadPlan, stored: Stored, name: str, param: ShardedParamState) -> None:
     main = param.state.get("main_param")
     saved_main = stored.get(f"optimizer.{name}.main_param")
     if f"model.{name}" not in stored:
         return  # a tensor of no elements
     saved = stored[f"model.{name}"].properties.dtype, saved_main and saved_main.properties.dtype
     if saved == (param.value.dtype, None if main is None else main.dtype):
-        routes.direct[f"model.{name}"] = param.value
+        plan.read[f"model.{name}"] = param.value
         if main is not None:
-            routes.direct[f"optimizer.{name}.main_param"] = main
+            plan.read[f"optimizer.{name}.main_param"] = main
             if main.dtype == torch.float32:
-                routes.refreshed[name] = param
+                plan.resync_main[name] = param
         return
-    routes.converted[name] = param
+    plan.convert[name] = param
     loses = main is None and param.value.dtype != torch.float32 and (saved_main or saved[0] != param.value.dtype)
     if loses:
         what = "parameter" if saved_main is None else "main params"
-        routes.notes[f"the saved {what} in fp32 precision are rounded to {param.value.dtype} here, once"].append(name)
+        plan.notes[f"the saved {what} in fp32 precision are rounded to {param.value.dtype} here, once"].append(name)
 
 
-def convert(converted: dict[str, OwnedParam], stored: Stored, read: Callable[[dict[str, BoxedTensor]], None]) -> None:
+def convert(
+    converted: dict[str, ShardedParamState], stored: Stored, read: Callable[[dict[str, BoxedTensor]], None]
+) -> None:
     """Read the parameters' saved form, a piece or a few at a time, and keep it in the form that is configured here."""
     for batch in _batches(converted):
         temporary: dict[str, dict[Box, Tensor]] = {}
@@ -126,7 +130,7 @@ def _sources(name: str, stored: Stored) -> list[str]:
     return [key for key in (f"model.{name}", f"optimizer.{name}.main_param") if key in stored]
 
 
-def _batches(converted: dict[str, OwnedParam]) -> Iterator[list[tuple[str, Box, Tensor, Tensor | None]]]:
+def _batches(converted: dict[str, ShardedParamState]) -> Iterator[list[tuple[str, Box, Tensor, Tensor | None]]]:
     """(name, piece, parameter there, main param there), together no larger than a piece unless one is alone."""
     limit = PIECE_BYTES // torch.float32.itemsize
     batch, numel = [], 0
@@ -144,14 +148,14 @@ def _batches(converted: dict[str, OwnedParam]) -> Iterator[list[tuple[str, Box, 
         yield batch
 
 
-def refresh_mains(refreshed: dict[str, OwnedParam]) -> None:
+def resync_main_params(resync_main: dict[str, ShardedParamState]) -> None:
     """A parameter that was changed from outside just before the save leads: the main params saved with it are older.
 
     The optimizer that saved would have noticed at its next step; the one that loads cannot.
     """
-    for batch in _batches(refreshed):
+    for batch in _batches(resync_main):
         for _, _, value, main in batch:
-            refresh_main_(main, value)
+            sync_main_param_(main, value)
 
 
 def exact_value(param: Tensor, main: Tensor | None = None) -> Tensor:
@@ -160,7 +164,7 @@ def exact_value(param: Tensor, main: Tensor | None = None) -> Tensor:
         return param.float()
     if main.dtype == torch.int16:
         return join_main(param, main)
-    refresh_main_(main, param)  # as in refresh_mains
+    sync_main_param_(main, param)  # as in resync_main_params
     return main
 
 

@@ -9,15 +9,14 @@ import torch
 
 from lion_dist.checkpoint.conversion import Stored
 from lion_dist.checkpoint.errors import CheckpointError
-from lion_dist.checkpoint.named_state import NamedState
-from lion_dist.config import check_hyperparameters
+from lion_dist.checkpoint.sharded_state import GROUP_KEYS, ShardedState
+from lion_dist.hyperparameters import check_hyperparameters
 
 SETTINGS = ("lr", "betas", "weight_decay")  # that each param group has
-GROUP_KEYS = (*SETTINGS, "initial_lr")
 STATE_KEYS = ("exp_avg", "main_param", "step")
 
 
-def check_fit(path: Path, stored: Stored, groups: list[dict], state: NamedState) -> None:
+def check_fit(path: Path, stored: Stored, groups: list[dict], state: ShardedState) -> None:
     """Raise CheckpointError, with what differs, unless the checkpoint can be loaded into ``state``.
 
     Args:
@@ -40,7 +39,7 @@ def _refuse(path: Path, what: str, differences: list[str]) -> None:
         raise CheckpointError(f"{path} is of {what}: {'; '.join(sorted(differences)[:10])}{more}")
 
 
-def _other_tensors(stored: Stored, state: NamedState) -> list[str]:
+def _other_tensors(stored: Stored, state: ShardedState) -> list[str]:
     saved = {key.removeprefix("model."): entry.size for key, entry in stored.items() if key.startswith("model.")}
     here = {name: param.value.shape for name, param in state.params.items()}
     here |= {name: buffer.shape for name, buffer in state.buffers.items()}
@@ -60,7 +59,7 @@ def _other_groups(saved: list[dict], present: list[dict]) -> list[str]:
     return differences
 
 
-def _other_state(stored: Stored, state: NamedState) -> list[str]:
+def _other_state(stored: Stored, state: ShardedState) -> list[str]:
     differences = []
     for key, entry in stored.items():
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
@@ -68,6 +67,9 @@ def _other_state(stored: Stored, state: NamedState) -> list[str]:
             continue
         if key == "counters":
             wrong = wrong_state("counters", entry.size, entry.properties.dtype, (2,))
+        elif key == "spike_guard":
+            here = entry.size if state.spike_window is None else state.spike_window.shape
+            wrong = wrong_state("spike_guard", entry.size, entry.properties.dtype, here)
         elif not key.startswith("optimizer.") or kind not in STATE_KEYS or name not in state.params:
             wrong = "belongs to nothing here"
         else:
@@ -90,6 +92,8 @@ def wrong_state(
     is_whole_number = not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
     if kind in ("step", "counters"):
         return None if is_whole_number else f"counts in {dtype}"
+    if kind == "spike_guard":
+        return None if dtype == torch.float64 else f"is {dtype}, not torch.float64"
     if kind == "exp_avg":
         return None if dtype.is_floating_point else f"is {dtype}, no floating-point numbers"
     if dtype == torch.int16:
@@ -99,7 +103,7 @@ def wrong_state(
     return None
 
 
-def _other_dtypes(stored: Stored, state: NamedState) -> list[str]:
+def _other_dtypes(stored: Stored, state: ShardedState) -> list[str]:
     here = {key: boxed.dtype for key, boxed in state.tensors().items()}
     saved = {key: stored[key].properties.dtype for key in here.keys() & stored.keys() if not key.endswith("main_param")}
     convertible = {pair: _can_convert(*pair) for pair in {(saved[key], here[key]) for key in saved}}
@@ -126,7 +130,7 @@ def wrong_setting(group: dict) -> str | None:
         return f"has settings that this version does not know: {', '.join(unknown)}"
     if not isinstance(group["betas"], list | tuple):
         return f"has betas {group['betas']!r:.40}"
-    numbers = [(key, group[key]) for key in ("lr", "weight_decay", "initial_lr") if key in group]
+    numbers = [(key, group[key]) for key in GROUP_KEYS if key in group and key != "betas"]
     for key, value in [*numbers, *(("betas", beta) for beta in group["betas"])]:
         if type(value) not in (int, float) or not math.isfinite(value):
             return f"has {key} {value!r:.40}"

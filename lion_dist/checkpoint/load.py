@@ -11,12 +11,12 @@ from torch import nn
 
 from lion_dist import values
 from lion_dist.checkpoint import directory, manifest, metadata
-from lion_dist.checkpoint.conversion import Routes, convert, plan_routes, refresh_mains
+from lion_dist.checkpoint.conversion import LoadPlan, convert, plan_load, resync_main_params
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.fit import check_fit
-from lion_dist.checkpoint.named_state import NamedState, collect
 from lion_dist.checkpoint.ranks import Ranks, describe
 from lion_dist.checkpoint.save import wait_for_pending
+from lion_dist.checkpoint.sharded_state import ShardedState, collect
 from lion_dist.checkpoint.storage import Reader
 from lion_dist.lion import Lion
 from lion_dist.sharded_lion import ShardedLion
@@ -40,7 +40,7 @@ def load(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion) -
     ranks = Ranks.here()
     found = ranks.on_first(lambda: directory.find(path))
     loading = ranks.agree(lambda: _prepare(found, model, optimizer, ranks))
-    for fact, names in loading.routes.notes.items():
+    for fact, names in loading.plan.notes.items():
         warnings.warn(f"{found.name}: {fact} ({len(names)}: {', '.join(names[:3])}, ...)", stacklevel=2)
     ranks.agree(loading.read)
     loading.state.finish_load()
@@ -105,21 +105,21 @@ class _Loading:
     found: Path
     entries: dict
     reader: Reader
-    state: NamedState
-    routes: Routes
+    state: ShardedState
+    plan: LoadPlan
 
     @torch.no_grad()
     def read(self) -> None:
         try:
-            self.reader.read_into(self.routes.direct)
-            convert(self.routes.converted, self.reader.metadata.state_dict_metadata, self.reader.read_into)
+            self.reader.read_into(self.plan.read)
+            convert(self.plan.convert, self.reader.metadata.state_dict_metadata, self.reader.read_into)
         except Exception as error:
             raise CheckpointError(
                 f"reading {self.found} failed half-way, so model and optimizer hold parts of it: load another "
                 f"checkpoint or stop. {describe(error)}"
             ) from error
-        refresh_mains(self.routes.refreshed)
-        for tensor in self.routes.zeroed:
+        resync_main_params(self.plan.resync_main)
+        for tensor in self.plan.zero_fill:
             tensor.zero_()
 
 
@@ -129,7 +129,7 @@ def _prepare(found: Path, model: nn.Module, optimizer: Lion | ShardedLion, ranks
     state = collect(model, optimizer)
     stored = reader.metadata.state_dict_metadata
     check_fit(found, stored, entries["param_groups"], state)
-    return _Loading(found, entries, reader, state, plan_routes(stored, state))
+    return _Loading(found, entries, reader, state, plan_load(stored, state))
 
 
 def checked_reader(

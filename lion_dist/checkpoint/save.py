@@ -22,8 +22,8 @@ from lion_dist.boxes import BoxedTensor
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError
-from lion_dist.checkpoint.named_state import NamedState, collect, descriptions
 from lion_dist.checkpoint.ranks import FAILURES, Ranks, describe
+from lion_dist.checkpoint.sharded_state import ShardedState, collect, descriptions
 from lion_dist.checkpoint.storage import Writer
 from lion_dist.lion import Lion
 from lion_dist.sharded_lion import ShardedLion
@@ -144,10 +144,10 @@ def keep_last(folder: str | Path, count: int) -> None:
 # ---- one save
 
 
-def _agreed_state(model: nn.Module, optimizer: Lion | ShardedLion, ranks: Ranks) -> NamedState:
+def _agreed_state(model: nn.Module, optimizer: Lion | ShardedLion, ranks: Ranks) -> ShardedState:
     """This rank's state, after all ranks have found that what they hold under one name is one tensor."""
 
-    def described() -> tuple[NamedState, dict[str, str]]:
+    def described() -> tuple[ShardedState, dict[str, str]]:
         state = collect(model, optimizer)
         return state, {} if ranks.size == 1 else descriptions(state)
 
@@ -181,7 +181,7 @@ class Snapshot:
     entries: dict
 
     @classmethod
-    def of(cls, state: NamedState, extra: dict | None, ranks: Ranks) -> Snapshot:
+    def of(cls, state: ShardedState, extra: dict | None, ranks: Ranks) -> Snapshot:
         if not ranks.is_first:
             state.buffers.clear()  # they may differ between ranks: all are the first one's, not a mixture
         if extra is not None:
@@ -191,7 +191,7 @@ class Snapshot:
         return cls(state.tensors(), json.loads(json.dumps(entries)))
 
     def copy(self) -> Snapshot:
-        """In host memory."""
+        """Copy to host memory."""
         tensors = {}
         for name, boxed in self.tensors.items():
             boxes = {box: local.to("cpu", copy=True) for box, local in boxed.boxes.items()}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lion_dist.cli.errors import UsageError
+from lion_dist.reporting import ProgressBar, aligned
 
 MIB = 1 << 20
 
@@ -75,7 +76,7 @@ def _inspect(args: argparse.Namespace) -> None:
         )
     for (kind, dtype), sums in kinds.items():
         rows.append((kind, sums["tensors"], dtype, sums["elements"], f"{sums['nbytes'] / MIB:.2f}"))
-    _print_table(rows)
+    print(aligned(rows))
     for i, group in enumerate(contents.param_groups):
         settings = ", ".join(f"{key} {value}" for key, value in group.items() if key != "params")
         print(f"param group {i}: {len(group['params'])} parameters, {settings}")
@@ -86,7 +87,7 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.tensors:
         rows = [("tensor", "shape", "dtype", "pieces")]
         rows += [(t.name, "x".join(map(str, t.shape)) or "scalar", t.dtype, t.pieces) for t in contents.tensors]
-        _print_table(rows)
+        print(aligned(rows))
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -104,7 +105,7 @@ def _verify(args: argparse.Namespace) -> int:
         raise UsageError(f"there is nothing at {args.path}. Give the directory that save() was given.")
     try:
         total = sum(entry["bytes"] for entry in read_contents(args.path).files.values())
-        with _Progress("checked", total) as progress:
+        with ProgressBar("checked", total, "MiB", MIB) as progress:
             verify(args.path, progress)
     except CheckpointError as error:
         print(f"lion-dist: {error}", file=sys.stderr)
@@ -119,38 +120,11 @@ def _convert(args: argparse.Namespace) -> None:
 
     if args.to == "lion-pytorch":
         total = sum(tensor.nbytes for tensor in read_contents(args.source).tensors if tensor.kind != "counters")
-        with _Progress("written", total) as progress:
+        with ProgressBar("written", total, "MiB", MIB) as progress:
             consolidate(args.source, args.target, progress)
     else:
         if not args.source.is_file():
             raise UsageError(f"{args.source} is no file; --to lion-dist converts a file of torch.save")
-        with _Progress("written", args.source.stat().st_size) as progress:
+        with ProgressBar("written", args.source.stat().st_size, "MiB", MIB) as progress:
             import_consolidated(args.source, args.target, progress)
     print(args.target)
-
-
-class _Progress:
-    """A line on stderr that counts up to ``total`` bytes; silent where stderr is no terminal."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done = what, total, 0
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        if sys.stderr.isatty():
-            print(f"\r{self.what} {self.done / MIB:.0f} of {self.total / MIB:.0f} MiB", end="", file=sys.stderr)
-
-    def __exit__(self, *_) -> None:
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
-
-
-def _print_table(rows: list[tuple]) -> None:
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        first, *others = (str(cell) for cell in row)
-        cells = [first.ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join(cells).rstrip())

@@ -23,8 +23,8 @@ def add_parser(verbs) -> None:
     parser = verbs.add_parser(
         "doctor",
         help="versions, GPUs, a kernel and a collective check, and what would not work here",
-        description="Checks this machine: versions, GPUs, the kernels against the definition, and collectives. Exits "
-        "with 1 when something is broken. Under torchrun it checks every rank: "
+        description="Checks this machine: versions, GPUs, the kernels against the reference implementation, and "
+        "collectives. Exits with 1 when something is broken. Under torchrun it checks every rank: "
         "torchrun --nproc-per-node 8 -m lion_dist.cli doctor",
     )
     parser.set_defaults(run=run)

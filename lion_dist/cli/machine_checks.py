@@ -81,12 +81,9 @@ def deepspeed() -> list[Finding]:
 
 
 def optional_packages() -> list[Finding]:
-    uses = {"matplotlib": "lion-dist plot and the loss curve of launch/train.py", "tqdm": "progress bars"}
-    return [
-        Finding(package, NOTE, f"not installed; {use} need it", f"pip install {package}")
-        for package, use in uses.items()
-        if importlib.util.find_spec(package) is None
-    ]
+    if importlib.util.find_spec("matplotlib") is not None:
+        return []
+    return [Finding("matplotlib", NOTE, "not installed; lion-dist plot needs it", "pip install matplotlib")]
 
 
 def gpus() -> list[Finding]:
@@ -163,11 +160,18 @@ def c_compiler() -> list[Finding]:
     remedy = "install gcc or clang, or set CC"
     if torch.cuda.is_available():
         remedy += "; Triton needs one too"
-    return [Finding("CPU step", NOTE, f"PyTorch operations, half as fast: {(said or ['no compiled step'])[0]}", remedy)]
+    return [
+        Finding(
+            "CPU step",
+            NOTE,
+            f"PyTorch operations, two to seven times slower: {(said or ['no compiled step'])[0]}",
+            remedy,
+        )
+    ]
 
 
 def kernels() -> list[Finding]:
-    """The backend that ``Lion`` chooses on each device, against the definition: by bits."""
+    """The backend that ``Lion`` chooses on each device, against the reference implementation, bit for bit."""
     here = range(torch.cuda.device_count())
     if "LOCAL_RANK" in os.environ:  # under torchrun each rank looks at its own
         here = [i for i in here if i == int(os.environ["LOCAL_RANK"])]
@@ -181,7 +185,7 @@ def _kernel_finding(device: torch.device) -> Finding:
         backend = choose_backend(device, use_triton=None)
     what = f"kernel on {device}"
     try:
-        differing = [name for name in KERNEL_STORAGES if _differs_from_definition(name, backend, device)]
+        differing = [name for name in KERNEL_STORAGES if _differs_from_reference(name, backend, device)]
     except Exception as error:
         fact = f"{backend} ended with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         remedy = "Triton most often lacks a C compiler; Lion(use_triton=False) goes without Triton"
@@ -190,13 +194,13 @@ def _kernel_finding(device: torch.device) -> Finding:
         return Finding(
             what,
             BROKEN,
-            f"{backend} differs from the definition in {', '.join(differing)}",
+            f"{backend} differs from the reference implementation in {', '.join(differing)}",
             "do not train on this machine; report it with these lines",
         )
-    return Finding(what, OK, f"{backend}, equal to the definition by bits")
+    return Finding(what, OK, f"{backend}, bit-identical to the reference implementation")
 
 
-def _differs_from_definition(storage: str, backend: str, device: torch.device) -> bool:
+def _differs_from_reference(storage: str, backend: str, device: torch.device) -> bool:
     chosen, definition = (_small_case(storage, device) for _ in range(2))
     scalars = StepScalars.from_group(1e-3, (0.9, 0.99), 0.1)
     for step in range(3):

@@ -11,6 +11,7 @@ import textwrap
 from lion_dist.cli.errors import UsageError
 from lion_dist.planning.estimates import PRECISIONS, Job, activation_bytes, plan
 from lion_dist.planning.model_shapes import PRESETS, read_shapes
+from lion_dist.reporting import aligned
 
 GIB = 2**30
 UNITS = {"": GIB, "GIB": GIB, "MIB": 2**20, "GB": 10**9, "MB": 10**6}
@@ -158,7 +159,7 @@ def _detailed_table(rows: list[dict], args) -> str:
         if args.bandwidth is not None:
             cells.append(f"{row['communication_seconds_per_step']:.3f}")
         table.append(cells)
-    return _align(table)
+    return aligned(table)
 
 
 def _totals_table(rows: dict[str, list[dict]], args) -> str:
@@ -173,7 +174,7 @@ def _totals_table(rows: dict[str, list[dict]], args) -> str:
     for engine in engines:
         cells = [by_engine[p].get(engine) for p in rows]
         table.append([engine, *("-" if c is None else _gib(c["total_bytes"]) + _mark(c) for c in cells)])
-    return _align(table)
+    return aligned(table)
 
 
 def _short(dtype) -> str:
@@ -186,15 +187,6 @@ def _mark(row: dict) -> str:
 
 def _gib(nbytes: int) -> str:
     return f"{nbytes / GIB:.2f}"
-
-
-def _align(table: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for first, *cells in table:
-        rest = "".join(f"{cell:>{width + 2}}" for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append(f"{first:<{widths[0]}}{rest}".rstrip())
-    return "\n".join(lines)
 
 
 def _notes(args) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lion_dist.cli.errors import UsageError
 from lion_dist.cli.run_logs import read_rows
+from lion_dist.reporting import figure_into
 
 # What has a panel when any run logged it: {column: (label, logarithmic axis)}; the first four always have.
 PANELS = {
@@ -53,7 +54,6 @@ def run(args) -> int:
     if args.smooth < 1:
         raise UsageError(f"--smooth must be at least 1, got {args.smooth}. Pass how many values a mean is of.")
     rows = {name: read_rows(folder, (*PANELS, "held_out_loss")) for name, folder in _names(args.runs).items()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     draw(rows, args.out, args.smooth)
     counts = {name: sum("held_out_loss" not in row for row in found) for name, found in rows.items()}
     steps = ", ".join(f"{name} {count} steps" for name, count in counts.items())
@@ -75,27 +75,20 @@ def panels_of(rows: dict[str, list[dict]]) -> list[str]:
 
 def draw(rows: dict[str, list[dict]], path: Path, smooth: int = 1) -> None:
     """One panel a column, one line a run. ``smooth``: how many logged values the line of a loss is the mean of."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = panels_of(rows)
     labels = {name: name.encode(errors="backslashreplace").decode().replace("$", r"\$") for name in rows}
     lines = -(-len(panels) // COLUMNS)
-    figure, grid = plt.subplots(lines, COLUMNS, figsize=(5 * COLUMNS, 3 * lines), layout="constrained", squeeze=False)
-    for axes, panel in zip(grid.flat, panels, strict=False):
-        for i, (name, found) in enumerate(rows.items()):
-            _draw_run(axes, found, panel, i, len(rows), labels[name], smooth)
-        _set_axes(axes, panel)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    if len(rows) == 1:
-        ((name, found),) = rows.items()
-        figure.suptitle(f"{labels[name]}: {title_of(found)}")
-    grid.flat[0].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure_into(path, lines, COLUMNS, size=(5 * COLUMNS, 3 * lines)) as (figure, grid):
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            for i, (name, found) in enumerate(rows.items()):
+                _draw_run(axes, found, panel, i, len(rows), labels[name], smooth)
+            _set_axes(axes, panel)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        if len(rows) == 1:
+            ((name, found),) = rows.items()
+            figure.suptitle(f"{labels[name]}: {title_of(found)}")
+        grid.flat[0].legend()
 
 
 def _draw_run(axes, found: list[dict], panel: str, i: int, runs: int, label: str, smooth: int) -> None:
@@ -134,7 +127,6 @@ def _set_axes(axes, panel: str) -> None:
     elif drawn and min(drawn) == max(drawn):  # an axis around a constant would show a millionth of it
         axes.set_ylim(*sorted((0.0, 1.2 * drawn[0])) if drawn[0] else (0.0, 1.0))
     axes.set(xlabel="step", ylabel=label)
-    axes.grid(alpha=0.3)
 
 
 def title_of(found: list[dict]) -> str:

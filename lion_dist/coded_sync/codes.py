@@ -18,6 +18,10 @@ On the magnitude of ``old``, and with k steps up in the order of the 16-bit valu
     digit 2, 3, 4  towards zero      new = round(low * decay - lr) + k,  k = digit - 2       three when an ulp halves
     digit 5        not at all        new = round(old * decay)
 
+Under cautious weight decay (``reference.py``) the sign of the step says whether an element decays, and the digit says
+the sign: ``decay`` is 1 unless the step goes towards zero, which is digit 2, 3 or 4 of six, and of three the digit
+whose sign is that of ``old``. (A hidden main param has the sign of ``old``, or is next to zero: an escape.)
+
 An element that comes closer to zero than that, where ulps are many times smaller, is an escape. What is or was a NaN
 always is: machines differ in the bits of theirs.
 """
@@ -29,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lion_dist.kernels.reference import float_to_bits, round_half_up, round_stochastic
+from lion_dist.kernels.reference import float_to_bits, have_same_sign, round_half_up, round_stochastic
 
 # Everything is laid out in groups of so many elements: slices begin with one, and digits share a byte only with those
 # of whole groups away.
@@ -90,15 +94,21 @@ def replay(
     decay: Tensor,  # [] or [n] fp32
     layout: DigitLayout,
     bits: Tensor | None = None,  # [n] int32, random_bits(); for bf16 parameters without main params
+    cautious_wd: bool = False,
 ) -> Tensor:
     """The new parameters [n], in the dtype of the old ones."""
     digit = torch.as_tensor(digit, device=old.device).to(torch.int32)
     if layout is TERNARY:
-        new = old.float() * decay - (digit - 1).float() * lr
+        sign = (digit - 1).float()
+        if cautious_wd:
+            decay = torch.where(have_same_sign(sign, old), decay, 1.0)
+        new = old.float() * decay - sign * lr
         return new if old.dtype == torch.float32 else round_stochastic(new, bits & 0xFFFF)
     is_negative = old.view(torch.int16) < 0
     magnitude = (old.view(torch.int16) & 0x7FFF).view(old.dtype)
     start = torch.where(digit == 5, magnitude.float(), least_main(magnitude))
+    if cautious_wd:
+        decay = torch.where((digit >= 2) & (digit < 5), decay, 1.0)
     step = torch.where(digit < 2, -lr, torch.where(digit < 5, lr, 0.0))
     base = torch.where(digit < 2, 0, torch.where(digit < 5, 2, 5))
     new = from_ordered(ordered(round_main(start * decay - step, old.dtype)) + (digit - base), old.dtype)
@@ -112,6 +122,7 @@ def encode(
     decay: Tensor,
     layout: DigitLayout,
     bits: Tensor | None = None,
+    cautious_wd: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """([n] uint8 digits, [n] bool escapes): arguments as :func:`replay`'s. An escape's digit is 0."""
     integer = INTEGER[old.dtype]
@@ -119,7 +130,7 @@ def encode(
     escapes = torch.ones(old.shape, dtype=torch.bool, device=old.device)
     is_nan = old.isnan() | new.isnan()
     for digit in range(layout.radix):
-        replayed = replay(old, digit, lr, decay, layout, bits)
+        replayed = replay(old, digit, lr, decay, layout, bits, cautious_wd)
         hit = escapes & (replayed.view(integer) == new.view(integer)) & ~is_nan
         digits.masked_fill_(hit, digit)
         escapes &= ~hit

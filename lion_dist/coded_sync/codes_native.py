@@ -18,7 +18,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 
 class _Piece(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_float) for name in ("lr", "decay")),
+        *((name, ctypes.c_float) for name in ("lr", "decay", "other_decay")),
         *((name, ctypes.c_int) for name in ("type", "radix", "power", "draws_bits")),
         *((name, ctypes.c_uint32) for name in ("key_1", "key_2")),
     ]
@@ -58,7 +58,8 @@ class _PieceMaker:
     def make(self, piece) -> _Piece:
         codec = self.codec
         kind = (cpu_native.TYPES[codec.dtype], codec.layout.radix, piece.power, codec.draws_bits)
-        return _Piece(*self.rates[piece.row], *kind, *self.keys[piece.row])
+        lr, decay = self.rates[piece.row]
+        return _Piece(lr, decay, 1.0 if codec.cautious_wd else decay, *kind, *self.keys[piece.row])
 
 
 def encode(codec, params: Tensor, count: Tensor) -> None:
@@ -68,7 +69,7 @@ def encode(codec, params: Tensor, count: Tensor) -> None:
     escapes = (codec.escape_index.data_ptr(), codec.escape_bits.data_ptr(), codec.capacity, count.data_ptr())
     for piece in codec.pieces[codec.shard]:
         struct, at = maker.make(piece), piece.start * size
-        where = (piece.canonical_start, piece.stop - piece.start, piece.start)
+        where = (piece.index_start, piece.stop - piece.start, piece.start)
         library().lion_encode(old + at, new + at, packed + piece.byte, ctypes.byref(struct), *where, *escapes)
 
 
@@ -82,7 +83,7 @@ def replay(codec, params: Tensor, messages: Tensor) -> None:
         for piece in codec.pieces[shard]:
             struct = maker.make(piece)
             where = (first + piece.start * size, packed + piece.byte)
-            calls.append((*where, ctypes.byref(struct), piece.canonical_start, piece.stop - piece.start))
+            calls.append((*where, ctypes.byref(struct), piece.index_start, piece.stop - piece.start))
     replay_piece = library().lion_replay
     if params.numel() <= cpu_native.THREAD_NUMEL or torch.get_num_threads() == 1:
         for call in calls:

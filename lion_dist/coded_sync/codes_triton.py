@@ -95,11 +95,22 @@ def _value_of(word, KIND: tl.constexpr):
 
 
 @triton.jit
-def _replay(old, digit, lr, decay, random, KIND: tl.constexpr, RADIX: tl.constexpr):
+def _decay_before(sign, x, decay):
+    """Of a step with that sign, under cautious weight decay."""
+    return tl.where(((sign > 0) & (x > 0)) | ((sign < 0) & (x < 0)), decay, 1.0)
+
+
+@triton.jit
+def _replay(old, digit, lr, decay, random, KIND: tl.constexpr, RADIX: tl.constexpr, CAUTIOUS_WD: tl.constexpr):
     """int32 words -> int32 words."""
     if RADIX == 3:
-        return _round_three(_value_of(old, KIND) * decay - (digit - 1).to(tl.float32) * lr, random, KIND)
+        x, sign = _value_of(old, KIND), (digit - 1).to(tl.float32)
+        if CAUTIOUS_WD:
+            decay = _decay_before(sign, x, decay)
+        return _round_three(x * decay - sign * lr, random, KIND)
     else:
+        if CAUTIOUS_WD:
+            decay = tl.where((digit >= 2) & (digit < 5), decay, 1.0)
         magnitude = _widen(old & 0x7FFF, KIND)
         start = tl.where(digit == 5, magnitude, _least_main(magnitude, KIND))
         step = tl.where(digit < 2, -lr, tl.where(digit < 5, lr, 0.0))
@@ -109,21 +120,27 @@ def _replay(old, digit, lr, decay, random, KIND: tl.constexpr, RADIX: tl.constex
 
 
 @triton.jit
-def _encode(old, new, lr, decay, random, KIND: tl.constexpr, RADIX: tl.constexpr):
+def _encode(old, new, lr, decay, random, KIND: tl.constexpr, RADIX: tl.constexpr, CAUTIOUS_WD: tl.constexpr):
     """int32 words -> int32 digits, RADIX for an escape."""
     digit = tl.full(old.shape, RADIX, tl.int32)
     if RADIX == 3:
-        x = _value_of(old, KIND) * decay
-        digit = tl.where(_round_three(x - lr, random, KIND) == new, 2, digit)
-        digit = tl.where(_round_three(x - 0.0 * lr, random, KIND) == new, 1, digit)
-        digit = tl.where(_round_three(x + lr, random, KIND) == new, 0, digit)
+        x = _value_of(old, KIND)
+        down, stay, up = x * decay, x * decay, x * decay
+        if CAUTIOUS_WD:
+            down, stay, up = x * _decay_before(1, x, decay), x, x * _decay_before(-1, x, decay)
+        digit = tl.where(_round_three(down - lr, random, KIND) == new, 2, digit)
+        digit = tl.where(_round_three(stay - 0.0 * lr, random, KIND) == new, 1, digit)
+        digit = tl.where(_round_three(up + lr, random, KIND) == new, 0, digit)
     else:
         magnitude = _widen(old & 0x7FFF, KIND)
-        low = _least_main(magnitude, KIND) * decay
+        low = _least_main(magnitude, KIND)
+        kept = decay
+        if CAUTIOUS_WD:
+            kept = 1.0
         now = _swap_order(((new ^ (old & 0x8000)) << 16) >> 16)
-        away = now - _swap_order(_narrow(low + lr, KIND))
-        towards = now - _swap_order(_narrow(low - lr, KIND))
-        stay = now - _swap_order(_narrow(magnitude * decay, KIND))
+        away = now - _swap_order(_narrow(low * kept + lr, KIND))
+        towards = now - _swap_order(_narrow(low * decay - lr, KIND))
+        stay = now - _swap_order(_narrow(magnitude * kept, KIND))
         digit = tl.where(stay == 0, 5, digit)
         digit = tl.where((towards >= 0) & (towards <= 2), 2 + towards, digit)
         digit = tl.where((away >= 0) & (away <= 1), away, digit)
@@ -211,6 +228,7 @@ def _encode_kernel(
     KIND: tl.constexpr,
     RADIX: tl.constexpr,
     PER_BYTE: tl.constexpr,
+    CAUTIOUS_WD: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     first = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]
@@ -223,7 +241,8 @@ def _encode_kernel(
             group_rows, rates, keys, index_bases, stops, group, in_bytes & (group < numel // GROUP)
         )
         now = tl.load(new + element, mask=mask, other=0).to(tl.int32)
-        digit = _encode(tl.load(old + element, mask=mask, other=0).to(tl.int32), now, lr, decay, random, KIND, RADIX)
+        before = tl.load(old + element, mask=mask, other=0).to(tl.int32)
+        digit = _encode(before, now, lr, decay, random, KIND, RADIX, CAUTIOUS_WD)
         _write_escapes(inside & (digit == RADIX), element, now, escape_index, escape_bits, count, capacity)
         total = total * RADIX + tl.where(inside & (digit < RADIX), digit, 0)
     tl.store(packed + byte, total.to(tl.uint8), mask=in_bytes & (byte >= 0))
@@ -246,6 +265,7 @@ def _replay_kernel(
     KIND: tl.constexpr,
     RADIX: tl.constexpr,
     PER_BYTE: tl.constexpr,
+    CAUTIOUS_WD: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     shard = tl.program_id(1).to(tl.int64)
@@ -270,7 +290,7 @@ def _replay_kernel(
                 group_rows, rates, keys, index_bases, stops, group, in_bytes & (group < numel // GROUP)
             )
             old = tl.load(flat + element, mask=mask, other=0).to(tl.int32)
-            new = _replay(old, digit, lr, decay, random, KIND, RADIX)
+            new = _replay(old, digit, lr, decay, random, KIND, RADIX, CAUTIOUS_WD)
             new = tl.where(inside, new, old)
             tl.store(flat + element, new.to(flat.dtype.element_ty), mask=mask)
 
@@ -305,7 +325,7 @@ class _Tables:
     """Which slice each group of elements belongs to, on the device."""
 
     group_rows: Tensor  # [shards, numel / GROUP] int32; -1 outside of slices
-    index_bases: Tensor  # [shards, rows] int64: canonical index of a slice's element, less its place in the shard
+    index_bases: Tensor  # [shards, rows] int64: global index of a slice's element, less its place in the shard
     stops: Tensor  # [shards, rows] int32: where slices end in their shard; padding follows
 
     @classmethod
@@ -316,7 +336,7 @@ class _Tables:
         for shard, slices in enumerate(codec.slices):
             for s in slices:
                 group_rows[shard, s.start // codes.GROUP : -(-s.stop // codes.GROUP)] = s.row
-                index_bases[shard, s.row] = s.canonical_start - s.start
+                index_bases[shard, s.row] = s.index_start - s.start
                 stops[shard, s.row] = s.stop
         return cls(*(table.to(codec.device) for table in (group_rows, index_bases, stops)))
 
@@ -339,6 +359,7 @@ def shape_of(codec, widest: int) -> dict:
         "KIND": KINDS[codec.dtype].value,
         "RADIX": codec.layout.radix,
         "PER_BYTE": codec.layout.per_byte,
+        "CAUTIOUS_WD": codec.cautious_wd,
         "GROUPS": groups,
         "num_warps": 4,
         "enable_fp_fusion": False,

@@ -24,7 +24,7 @@ from lion_dist.coded_sync import codes, codes_native
 from lion_dist.coded_sync.codes import GROUP, INTEGER, TERNARY, DigitLayout
 from lion_dist.kernels.reference import StepScalars, random_bits
 
-CHUNK = 1 << 16  # elements; what the definition works on at once stays in the cache
+CHUNK = 1 << 16  # elements; what the reference implementation works on at once stays in the cache
 LARGEST_SHARD = 2**31 - 2**20
 ESCAPE_STEP = 16  # escapes are sent in multiples of so many
 ESCAPES_AT_MOST = 16  # one element of so many; beyond that a gather is hardly dearer
@@ -37,7 +37,7 @@ class CodedSlice:
     row: int  # in the message
     start: int
     stop: int
-    canonical_start: int
+    index_start: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Piece:
     row: int
     start: int
     stop: int
-    canonical_start: int
+    index_start: int
     power: int  # what its digits are multiplied by in their bytes
     byte: int  # where its first digit lies
 
@@ -63,6 +63,7 @@ class ShardCodec:
         shard: which of them is this rank's.
         seed: of the random bits.
         backend: as ``kernels.update.choose_backend`` says.
+        cautious_wd: an element decays only where its step has its sign.
 
     One step: ``begin``; the update (or ``update_and_encode`` in its place); ``encode``; ``message`` when all ranks have
     agreed on the number of escapes; ``replay`` when the messages are there. ``abandon`` when the parameters travel by
@@ -79,6 +80,7 @@ class ShardCodec:
         device: torch.device,
         seed: int,
         backend: str,
+        cautious_wd: bool = False,
     ):
         if shard_numel % GROUP or any(s.start % GROUP for rows in slices for s in rows):
             raise ValueError(f"shards and slices begin on multiples of {GROUP} elements, got shards of {shard_numel}")
@@ -91,6 +93,7 @@ class ShardCodec:
         self.layout: DigitLayout = codes.digits_for(dtype, has_main)
         self.draws_bits = self.layout is TERNARY and dtype == torch.bfloat16
         self.seed, self.device, self.backend, self.escape_step = seed, device, backend, ESCAPE_STEP
+        self.cautious_wd = cautious_wd
         self.rows = max(1, *map(len, slices))
         self.capacity = max(ESCAPE_STEP, shard_numel // ESCAPES_AT_MOST // ESCAPE_STEP * ESCAPE_STEP)
         self._rates_nbytes, self._steps_nbytes = 8 * self.rows, 8 * self.rows * self.draws_bits
@@ -118,8 +121,8 @@ class ShardCodec:
                 bounds = [s.start, *(cut for cut in cuts if s.start < cut < s.stop), s.stop]
                 for start, stop in zip(bounds, bounds[1:], strict=False):
                     stream, byte = divmod(start, num_bytes)
-                    canonical = s.canonical_start + start - s.start
-                    pieces.append(Piece(s.row, start, stop, canonical, self.layout.radix**stream, byte))
+                    index = s.index_start + start - s.start
+                    pieces.append(Piece(s.row, start, stop, index, self.layout.radix**stream, byte))
             result.append(pieces)
         return result
 
@@ -252,7 +255,8 @@ class _ByDefinition:
         for piece in codec.pieces[codec.shard]:
             part = slice(piece.start, piece.stop)
             bits = _bits_for(codec, codec.fixed, piece)
-            digits, escapes = codes.encode(codec.old[part], params[part], *rates[piece.row], codec.layout, bits)
+            how = (*rates[piece.row], codec.layout, bits, codec.cautious_wd)
+            digits, escapes = codes.encode(codec.old[part], params[part], *how)
             packed[piece.byte : piece.byte + len(digits)] += digits * piece.power
             places.append(escapes.nonzero().flatten() + piece.start)
         index = torch.cat(places or [count.new_zeros(0)])
@@ -271,11 +275,12 @@ class _ByDefinition:
                 part = mine[piece.start : piece.stop]
                 digits = packed[piece.byte : piece.byte + len(part)].div(piece.power, rounding_mode="floor")
                 bits = _bits_for(codec, message, piece)
-                part.copy_(codes.replay(part, digits % codec.layout.radix, *rates[piece.row], codec.layout, bits))
+                how = (*rates[piece.row], codec.layout, bits, codec.cautious_wd)
+                part.copy_(codes.replay(part, digits % codec.layout.radix, *how))
 
 
 def _bits_for(codec: ShardCodec, message: Tensor, piece: Piece) -> Tensor | None:
     if not codec.draws_bits:
         return None
-    index = torch.arange(piece.stop - piece.start, device=codec.device) + piece.canonical_start
+    index = torch.arange(piece.stop - piece.start, device=codec.device) + piece.index_start
     return random_bits(index, codec.seed, codec.steps_of(message)[piece.row])

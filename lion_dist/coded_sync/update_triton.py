@@ -61,6 +61,7 @@ def _update_and_encode_kernel(
     KIND: tl.constexpr,
     RADIX: tl.constexpr,
     PER_BYTE: tl.constexpr,
+    CAUTIOUS_WD: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     _, _, b1, one_minus_b1, b2, one_minus_b2, scale = _read_scalars(
@@ -84,11 +85,11 @@ def _update_and_encode_kernel(
             main_at = main + element
         p, m, g = _read_block(param + element, main_at, exp_avg + element, grad + element, moving, scale)
         scalars = (lr, decay, b1, one_minus_b1, b2, one_minus_b2, scale)
-        new_p, new_m, finite = _step_block(p, m, g, scalars)
+        new_p, new_m, finite = _step_block(p, m, g, scalars, None, CAUTIOUS_WD)
         _store_exp_avg(exp_avg + element, new_m, moving, random, STOCHASTIC_MOMENTUM)
         stored = _store_param(param + element, main_at, new_p, finite, moving, random)
         new = tl.where(moving, _word(stored), old)
-        digit = _encode(old, new, lr, decay, random, KIND, RADIX)
+        digit = _encode(old, new, lr, decay, random, KIND, RADIX, CAUTIOUS_WD)
         _write_escapes(inside & (digit == RADIX), element, new, escape_index, escape_bits, count, capacity)
         total = total * RADIX + tl.where(inside & (digit < RADIX), digit, 0)
     tl.store(packed + byte, total.to(tl.uint8), mask=in_bytes & (byte >= 0))

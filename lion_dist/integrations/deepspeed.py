@@ -264,7 +264,12 @@ def _keep_lion(accelerator_module) -> Callable:
             decoupled_weight_decay=optimizer._decoupled_from is not None,
             use_triton=optimizer.use_triton,
             **{key: getattr(optimizer.precision, key) for key in PRECISION_KEYS},
-            **({"cautious": True} if optimizer.cautious else {}),  # is refused, with the reason
+            cautious_wd=optimizer.rule.cautious_wd,
+            corrected_weight_decay=optimizer.rule.corrected_weight_decay,
+            maximize=optimizer.rule.maximize,
+            # These are refused, with the reason.
+            **({"cautious": True} if optimizer.rule.is_cautious else {}),
+            **({"skip_spikes": True} if optimizer.skip_spikes is not None else {}),
         )
 
     return map_lion_to_deepspeed

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from lion_dist import values
-from lion_dist.config import PrecisionPolicy, check_betas
+from lion_dist.config import PrecisionPolicy
+from lion_dist.hyperparameters import check_betas
 
-LION_KEYS = ("lr", "betas", "weight_decay", "decoupled_weight_decay", "use_triton")
+FLAGS = ("decoupled_weight_decay", "cautious_wd", "corrected_weight_decay", "maximize")
+LION_KEYS = ("lr", "betas", "weight_decay", *FLAGS, "use_triton")
 PRECISION_KEYS = ("momentum_dtype", "momentum_rounding", "main_params", "seed")
 MOMENTUM_DTYPES = {
     None: None,
@@ -34,8 +36,13 @@ FOREIGN_KEYS = {
     "amsgrad": "it is a variant of Adam. Delete it",
     "fp32_optimizer_states": 'use "momentum_dtype": "fp32" (the default for fp32 partitions) or "bf16"',
     "set_grad_none": "DeepSpeed owns the gradients here. Delete it",
-    "cautious": "its statistic is over whole tensors, and flat partitions hide where those begin. Use ShardedLion "
-    "or fully_shard (FSDP2) for it",
+    **dict.fromkeys(
+        ("cautious", "cautious_factor"),
+        "its statistic is over whole tensors, and flat partitions hide where those begin. Use ShardedLion or "
+        "fully_shard (FSDP2) for it",
+    ),
+    "skip_spikes": "the norm over all ranks' gradients is DeepSpeed's, which does not hand it on. Use ShardedLion or "
+    "fully_shard (FSDP2) for it",
     "max_grad_norm": 'use the top-level "gradient_clipping" of the config',
 }
 
@@ -86,9 +93,9 @@ def _object(parent: Mapping, name: str, default: Mapping, remedy: str, *, null: 
 def read_params(params: Mapping) -> dict:
     """The ``"params"`` of a DeepSpeed optimizer section, checked, as keyword arguments of ``Lion``.
 
-    Keys: lr (1e-4), betas ([0.9, 0.99]), weight_decay (0), decoupled_weight_decay (false), use_triton (null), and those
-    of ``PrecisionPolicy``: momentum_dtype ("fp32", "bf16", or null: as the partition, which is fp32),
-    momentum_rounding, main_params, seed.
+    Keys: lr (1e-4), betas ([0.9, 0.99]), weight_decay (0), decoupled_weight_decay, cautious_wd, corrected_weight_decay
+    and maximize (false), use_triton (null), and those of ``PrecisionPolicy``: momentum_dtype ("fp32", "bf16", or null:
+    as the partition, which is fp32), momentum_rounding, main_params, seed.
 
     Raises:
         ValueError: a key that Lion does not have, or a value of the wrong kind.
@@ -106,9 +113,9 @@ def read_params(params: Mapping) -> dict:
     for key in ("lr", "weight_decay"):
         if key in params:
             _check_rate(key, params[key])
-    for key, optional in (("decoupled_weight_decay", False), ("use_triton", True)):
+    for key in (*FLAGS, "use_triton"):
         if key in params:
-            values.flag(f'"{key}"', params[key], optional=optional)
+            values.flag(f'"{key}"', params[key], optional=key == "use_triton")
     keywords = {key: params[key] for key in LION_KEYS if key in params}
     if "betas" in params:
         keywords["betas"] = _read_betas(params["betas"])

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-# No contraction: the definition rounds every operation. Nothing here reads the floating-point environment.
+# No contraction: the reference rounds every operation. Nothing here reads the floating-point environment.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 FLAGS += ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
 if platform.machine() == "x86_64":

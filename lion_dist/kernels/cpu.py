@@ -38,8 +38,10 @@ class _Factors:
         return cls(float(scalars.lr), *(torch.as_tensor(x, dtype=torch.float32) for x in factors))
 
 
-def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, seed) -> None:
-    """Arguments as ``lion_update_``'s, on the CPU."""
+def update(
+    tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, seed, cautious_lrs=None, cautious_wd=False
+) -> None:
+    """Arguments as ``lion_update_``'s, on the CPU. A cautious step is the reference's, chunk by chunk."""
     if skip is not None and skip.item() != 0:
         return
     scale = None if grad_scale is None else grad_scale.item()
@@ -54,12 +56,16 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
         index = None if tensors.index_starts is None else tensors.index_starts[i]
         columns = [None if tensors.mains is None else tensors.mains[i], tensors.exp_avgs[i], grads[i].reshape(-1)]
         chunks = [repeat(None) if column is None else column.split(chunk) for column in columns]
+        rule = {"cautious_lrs": None if cautious_lrs is None else cautious_lrs[i], "cautious_wd": cautious_wd}
         for part, *parts in zip(param.split(chunk), *chunks, strict=False):
             numel = part.numel()
             bits = None
             if tensors.is_stochastic:
                 bits = random_bits(torch.arange(index, index + numel), seed, tensors.steps[i])
                 index += numel
+            if cautious_wd or cautious_lrs is not None:
+                _update_by_reference(part, *parts, scalars, scale, bits, tensors.stochastic_momentum, **rule)
+                continue
             views = scratch if scratch[0].numel() == numel else [buffer[:numel] for buffer in scratch]
             _update_chunk(part, *parts, scalars, factors, scale, bits, tensors.stochastic_momentum, views)
 
@@ -87,7 +93,7 @@ def _update_chunk(param, main, exp_avg, grad, scalars, factors, scale, bits, sto
         _update_by_reference(param, main, exp_avg, grad, scalars, scale, bits, stochastic_momentum)
         return
 
-    # Update. lr * sign is exact, so the fused multiply-add behind ``alpha`` rounds as the definition does.
+    # Update. lr * sign is exact, so the fused multiply-add behind ``alpha`` rounds as the reference does.
     torch.mul(g, factors.one_minus_beta1, out=product)
     torch.mul(m, factors.beta1, out=update_c)
     update_c.add_(product).sign_()
@@ -115,7 +121,7 @@ def _store_upper_bits(target: Tensor, value: Tensor, addend) -> None:
     target.view(torch.int16).copy_((value.view(torch.int32) + addend).bitwise_right_shift_(16))
 
 
-def _update_by_reference(param, main, exp_avg, grad, scalars, scale, bits, stochastic_momentum) -> None:
+def _update_by_reference(param, main, exp_avg, grad, scalars, scale, bits, stochastic_momentum, **rule) -> None:
     new = lion_step(
         param,
         main,
@@ -125,6 +131,7 @@ def _update_by_reference(param, main, exp_avg, grad, scalars, scale, bits, stoch
         grad_scale=None if scale is None else torch.tensor(scale),
         bits=bits,
         stochastic_momentum=stochastic_momentum,
+        **rule,
     )
     for old, value in zip((param, main, exp_avg), new, strict=True):
         if old is not None:

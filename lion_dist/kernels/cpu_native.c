@@ -16,11 +16,16 @@ enum { NEAREST = 0, STOCHASTIC = 1 };
 
 typedef struct {
   float lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, grad_scale;
+  float disagreeing_lr; /* of the cautious step, where update and gradient differ in sign; lr is for the others */
   uint32_t key_1, key_2; /* of this step: reference.random_keys */
+  int32_t rule;          /* which terms the step has beyond the plain one: CAUTIOUS | CAUTIOUS_DECAY */
 } Scalars;
+
+enum { CAUTIOUS = 1, CAUTIOUS_DECAY = 2 };
 
 static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline int same_sign(float a, float b) { return ((a > 0.f) & (b > 0.f)) | ((a < 0.f) & (b < 0.f)); }
 /* The bits of x; a NaN's such that what is added to the lower half does not carry out of it. */
 static inline uint32_t quiet_bits(float x) { return x == x ? bits_of(x) : 0x7FC00000u; }
 
@@ -57,18 +62,33 @@ static void draw_bits(uint32_t *restrict out, uint64_t index, const Scalars *s, 
 }
 
 /* An element whose gradient is not finite keeps its values: rounding them again gives the bits they had. */
-static void update(float *restrict p, float *restrict m, const float *restrict g, uint32_t *restrict finite,
-                   const Scalars *s, int64_t n) {
+static inline __attribute__((always_inline)) void update_by(
+    float *restrict p, float *restrict m, const float *restrict g, uint32_t *restrict finite, const Scalars *s,
+    int64_t n, const int rule) {
   const float lr = s->lr, decay = s->decay, b1 = s->beta1, a1 = s->one_minus_beta1, b2 = s->beta2,
-              a2 = s->one_minus_beta2;
+              a2 = s->one_minus_beta2, other_lr = s->disagreeing_lr;
   EACH {
     float c = m[i] * b1 + g[i] * a1;
     float sign = (c > 0.f ? 1.f : 0.f) - (c < 0.f ? 1.f : 0.f);
-    float new_p = p[i] * decay - sign * lr, new_m = m[i] * b2 + g[i] * a2;
+    float step = sign * lr, decayed = p[i] * decay;
+    if (rule & CAUTIOUS) step = same_sign(c, g[i]) ? step : sign * other_lr;
+    if (rule & CAUTIOUS_DECAY) decayed = same_sign(step, p[i]) ? decayed : p[i];
+    float new_p = decayed - step, new_m = m[i] * b2 + g[i] * a2;
     int ok = fabsf(g[i]) <= FLT_MAX;
     p[i] = ok ? new_p : p[i];
     m[i] = ok ? new_m : m[i];
     finite[i] = ok;
+  }
+}
+
+/* One loop for each rule: the plain step asks for none. */
+static void update(float *restrict p, float *restrict m, const float *restrict g, uint32_t *restrict finite,
+                   const Scalars *s, int64_t n) {
+  switch (s->rule) {
+    case CAUTIOUS: update_by(p, m, g, finite, s, n, CAUTIOUS); break;
+    case CAUTIOUS_DECAY: update_by(p, m, g, finite, s, n, CAUTIOUS_DECAY); break;
+    case CAUTIOUS | CAUTIOUS_DECAY: update_by(p, m, g, finite, s, n, CAUTIOUS | CAUTIOUS_DECAY); break;
+    default: update_by(p, m, g, finite, s, n, 0);
   }
 }
 
@@ -102,7 +122,15 @@ static void store_copy(void *restrict out, int type, const float *restrict x, co
 
 static const int64_t SIZE[] = {4, 2, 2, 2, 0};
 
-/* n elements of one tensor; index: canonical index of the first. main_type NONE: no main params. What is fp32 in memory
+/* The gradient as the step reads it: where it is in memory, or in fp32 and scaled in a block of scratch. */
+static const float *read_grad(float *restrict block, const char *grad, int type, float scale, int64_t n) {
+  if (type == FP32 && scale == 1.0f) return (const float *)grad;
+  read_fp32(block, grad, type, n);
+  if (scale != 1.0f) EACH block[i] *= scale;
+  return block;
+}
+
+/* n elements of one tensor; index: global element index of the first. main_type NONE: no main params. What is fp32 in memory
  * is updated where it is, the rest in a block's worth of scratch. */
 void lion_update(char *param, char *main, char *exp_avg, const char *grad, int param_type, int main_type,
                  int exp_avg_type, int grad_type, int momentum_rounding, const Scalars *s, uint64_t index, int64_t numel) {
@@ -113,12 +141,7 @@ void lion_update(char *param, char *main, char *exp_avg, const char *grad, int p
     const int64_t n = numel - start < BLOCK ? numel - start : BLOCK;
     float *p = main_type == FP32 ? (float *)main : param_type == FP32 ? (float *)param : p_block;
     float *m = exp_avg_type == FP32 ? (float *)exp_avg : m_block;
-    const float *g = (const float *)grad;
-    if (grad_type != FP32 || s->grad_scale != 1.0f) {
-      read_fp32(g_block, grad, grad_type, n);
-      if (s->grad_scale != 1.0f) EACH g_block[i] *= s->grad_scale;
-      g = g_block;
-    }
+    const float *g = read_grad(g_block, grad, grad_type, s->grad_scale, n);
     if (main_type == INT16) read_split(p, (const uint16_t *)param, (const int16_t *)main, n);
     else if (p == p_block) read_fp32(p, param, param_type, n);
     if (m == m_block) read_fp32(m, exp_avg, exp_avg_type, n);
@@ -143,4 +166,29 @@ void lion_update(char *param, char *main, char *exp_avg, const char *grad, int p
     exp_avg += n * SIZE[exp_avg_type];
     grad += n * SIZE[grad_type];
   }
+}
+
+/* reference.count_aligned of n elements of one tensor. */
+int64_t lion_count_aligned(const char *exp_avg, const char *grad, int exp_avg_type, int grad_type, const Scalars *s,
+                           int64_t numel) {
+  float m_block[BLOCK], g_block[BLOCK];
+  const float b1 = s->beta1, a1 = s->one_minus_beta1;
+  int64_t total = 0;
+  for (int64_t start = 0; start < numel; start += BLOCK) {
+    const int64_t n = numel - start < BLOCK ? numel - start : BLOCK;
+    const float *g = read_grad(g_block, grad, grad_type, s->grad_scale, n), *m = (const float *)exp_avg;
+    if (exp_avg_type != FP32) {
+      read_fp32(m_block, exp_avg, exp_avg_type, n);
+      m = m_block;
+    }
+    int32_t count = 0;
+    EACH {
+      float c = m[i] * b1 + g[i] * a1;
+      count += same_sign(c, g[i]) & (fabsf(g[i]) <= FLT_MAX);
+    }
+    total += count;
+    exp_avg += n * SIZE[exp_avg_type];
+    grad += n * SIZE[grad_type];
+  }
+  return total;
 }

@@ -30,6 +30,22 @@ further there: with ``numel`` and ``count`` of such elements taken over the whol
 
     p  = p * (1 - lr * weight_decay) - lr * numel / (count + 1) * sign(c)   where c * g > 0
     p  = p * (1 - lr * weight_decay)                                        elsewhere
+
+``factor``, lion-pytorch's ``cautious_factor``, is what a step elsewhere is multiplied by; above it is 0. The step then
+counts for as much less, so that its mean over the tensor stays lr::
+
+    weight = count + factor * (numel - count)
+    p  = p * (1 - lr * weight_decay) - lr * numel / (weight + 1) * sign(c)            where c * g > 0
+    p  = p * (1 - lr * weight_decay) - lr * numel / (weight + 1) * factor * sign(c)   elsewhere
+
+Cautious weight decay (Chen et al., arXiv 2510.12402) decays only where the step goes against the parameter's own
+sign, hence towards zero: where ``step``, which is what is subtracted above, has the sign of ``p``::
+
+    p  = p * (1 - lr * weight_decay) - step   where step * p > 0
+    p  = p - step                             elsewhere
+
+(The paper writes ``>= 0``. The two differ where the step is 0: the paper decays there, this rule and lion-pytorch's
+``cautious_wd`` do not, so that an element that no gradient has reached keeps its value.)
 """
 
 from __future__ import annotations
@@ -141,7 +157,7 @@ def join_main(param: Tensor, remainder: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Random bits: a counter-based hash keyed by (seed, step); the counter is the element's canonical index.
+# Random bits: a counter-based hash keyed by (seed, step); the counter is the global element index.
 #
 # Three multiply-xorshift rounds (constants: "triple32" of Wellons' search, github.com/skeeto/hash-prospector), with a
 # key before each of the first two. Two rounds were not enough: elements whose indices differ in one middle bit
@@ -207,7 +223,7 @@ def random_keys_int(seed: int, step: int) -> tuple[int, int]:
 
 
 def random_bits(index: Tensor, seed: int, step: Tensor) -> Tensor:
-    """32 random bits an element, as int32. ``index``: [n] int64, canonical indices.
+    """32 random bits an element, as int32. ``index``: [n] int64, global element indices.
 
     The low 16 bits round the parameter, the high 16 the momentum.
     """
@@ -225,22 +241,29 @@ def random_bits(index: Tensor, seed: int, step: Tensor) -> Tensor:
 # Cautious Lion's statistic. Counts are integers, so their sums over chunks and ranks have no order.
 
 
-def are_aligned(c: Tensor, g: Tensor) -> Tensor:
-    """Where the update and the gradient have the same sign. (Their product may underflow.)"""
-    return ((c > 0) & (g > 0)) | ((c < 0) & (g < 0))
+def have_same_sign(a: Tensor, b: Tensor) -> Tensor:
+    """Where both are above 0 or both below. (Their product may underflow.)"""
+    return ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))
 
 
 def count_aligned(exp_avg: Tensor, grad: Tensor, scalars: StepScalars, grad_scale: Tensor | None) -> Tensor:
     """[] int64: how many elements of a (part of a) tensor the cautious step moves."""
     g = grad.float() if grad_scale is None else grad.float() * grad_scale
     c = exp_avg.float() * scalars.beta1 + g * (1.0 - scalars.beta1)
-    return (are_aligned(c, g) & (g.abs() < torch.inf)).sum()
+    return (have_same_sign(c, g) & (g.abs() < torch.inf)).sum()
 
 
-def cautious_lr(lr: float | Tensor, count: Tensor, numel: Tensor) -> Tensor:
-    """fp32 ``lr * numel / (count + 1)``, computed in fp64; ``count`` and ``numel``: int64 of one shape."""
+def cautious_lrs(lr: float | Tensor, count: Tensor, numel: Tensor, factor: float = 0.0) -> Tensor:
+    """[..., 2] fp32: the step where update and gradient agree in sign, and the step elsewhere; computed in fp64.
+
+    ``count`` and ``numel``: int64 of one shape [...]. A step beyond fp32 is fp32's largest number.
+    """
     lr64 = lr.double() if isinstance(lr, Tensor) else lr
-    return (lr64 * (numel.double() / (count + 1).double())).float()
+    weight = count.double()
+    if factor:
+        weight = weight + factor * (numel - count).double()
+    agreeing = lr64 * (numel.double() / (weight + 1.0))
+    return torch.stack([agreeing, agreeing * factor], dim=-1).clamp(max=torch.finfo(torch.float32).max).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -264,7 +287,8 @@ def lion_step(
     grad_scale: Tensor | None = None,  # [] fp32
     bits: Tensor | None = None,  # [numel] int32, random_bits(); needed by stochastic rounding
     stochastic_momentum: bool = False,
-    cautious_lr: Tensor | None = None,  # [] fp32, cautious_lr(); None: every element steps by lr
+    cautious_lrs: Tensor | None = None,  # [2] fp32, cautious_lrs(); None: every element steps by lr
+    cautious_wd: bool = False,  # decay only where step and parameter have the same sign
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """One Lion step on one tensor, out of place.
 
@@ -278,10 +302,13 @@ def lion_step(
 
     c = m * scalars.beta1 + g * (1.0 - scalars.beta1)
     sign = (c > 0).float() - (c < 0).float()
-    if cautious_lr is None:
-        new_p = p * scalars.decay - sign * scalars.lr
-    else:
-        new_p = p * scalars.decay - sign * are_aligned(c, g) * cautious_lr
+    step = sign * scalars.lr
+    if cautious_lrs is not None:
+        step = sign * torch.where(have_same_sign(c, g), *cautious_lrs)
+    decayed = p * scalars.decay
+    if cautious_wd:
+        decayed = torch.where(have_same_sign(step, p), decayed, p)
+    new_p = decayed - step
     new_m = m * scalars.beta2 + g * (1.0 - scalars.beta2)
 
     if exp_avg.dtype == torch.bfloat16:

@@ -132,20 +132,31 @@ def _read_block(param, main, exp_avg, grad, mask, grad_scale):  # [n] pointers, 
 
 
 @triton.jit
-def _step_param(p, c, lr, decay):
-    """The step is lr with the sign of c, and 0 where c is 0 or NaN."""
-    signed_lr = (_bits(lr) | (_bits(c) & 0x80000000)).to(tl.float32, bitcast=True)
-    return p * decay - tl.where(tl.abs(c) > 0, signed_lr, 0.0)
+def _have_same_sign(a, b):
+    return ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))
 
 
 @triton.jit
-def _step_block(p, m, g, scalars):  # [n] fp32, g scaled
+def _step_param(p, c, lr, decay, CAUTIOUS_WD: tl.constexpr = False):  # lr: fp32 scalar, or [n]
+    """The step is lr with the sign of c, and 0 where c is 0 or NaN."""
+    signed_lr = (_bits(lr) | (_bits(c) & 0x80000000)).to(tl.float32, bitcast=True)
+    step = tl.where(tl.abs(c) > 0, signed_lr, 0.0)
+    decayed = p * decay
+    if CAUTIOUS_WD:
+        decayed = tl.where(_have_same_sign(step, p), decayed, p)
+    return decayed - step
+
+
+@triton.jit
+def _step_block(p, m, g, scalars, cautious_lrs=None, CAUTIOUS_WD: tl.constexpr = False):  # [n] fp32, g scaled
     """New p and m, and where the gradient is finite. An element without a finite gradient keeps its values; rounding
     them again gives their old bits."""
     lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, _ = scalars
     finite = tl.abs(g) < float("inf")
     c = m * beta1 + g * one_minus_beta1
-    new_p = _step_param(p, c, lr, decay)
+    if cautious_lrs is not None:  # a pointer to two
+        lr = tl.where(_have_same_sign(c, g), tl.load(cautious_lrs), tl.load(cautious_lrs + 1))
+    new_p = _step_param(p, c, lr, decay, CAUTIOUS_WD)
     new_m = m * beta2 + g * one_minus_beta2
     return tl.where(finite, new_p, p), tl.where(finite, new_m, m), finite
 
@@ -199,6 +210,8 @@ def _update_block(
     mask,  # [BLOCK] bool, or None: all
     random,  # [BLOCK] uint32, or None
     scalars,  # from _read_scalars
+    cautious_lrs,  # pointer to the tensor's two, or None
+    CAUTIOUS_WD: tl.constexpr,
     STOCHASTIC_MOMENTUM: tl.constexpr,
 ):
     ALIGNED: tl.constexpr = mask is None
@@ -208,7 +221,7 @@ def _update_block(
     if main is not None:
         main = _pointers(main, start, offsets, ALIGNED)
     p, m, g = _read_block(param, main, exp_avg, grad, mask, scalars[6])
-    new_p, new_m, finite = _step_block(p, m, g, scalars)
+    new_p, new_m, finite = _step_block(p, m, g, scalars, cautious_lrs, CAUTIOUS_WD)
     _store_exp_avg(exp_avg, new_m, mask, random, STOCHASTIC_MOMENTUM)
     _store_param(param, main, new_p, finite, mask, random)
 
@@ -221,10 +234,12 @@ def _update_tensor(
     exp_avg,
     grad,
     numel,  # int64
-    index_start,  # int64, canonical index of the first element
+    index_start,  # int64, global element index of the first element
     step,  # pointer to int64, completed steps; or None
     seed_key,  # int32, reference.seed_key_int()
     scalars,
+    cautious_lrs,  # pointer to the tensor's two, or None
+    CAUTIOUS_WD: tl.constexpr,
     STOCHASTIC_MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED_BLOCK: tl.constexpr,
@@ -248,7 +263,20 @@ def _update_tensor(
             random = _random_bits(index + offsets, index >> 32, keys)
         else:
             random = None
-        _update_block(param, main, exp_avg, grad, start, offsets, None, random, scalars, STOCHASTIC_MOMENTUM)
+        _update_block(
+            param,
+            main,
+            exp_avg,
+            grad,
+            start,
+            offsets,
+            None,
+            random,
+            scalars,
+            cautious_lrs,
+            CAUTIOUS_WD,
+            STOCHASTIC_MOMENTUM,
+        )
     else:  # in smaller pieces: masked accesses need an address and a predicate an element, hence registers
         for first in range(0, BLOCK, MASKED_BLOCK):
             piece = first + tl.arange(0, MASKED_BLOCK)
@@ -266,6 +294,8 @@ def _update_tensor(
                 piece < numel - start,
                 masked_random,
                 scalars,
+                cautious_lrs,
+                CAUTIOUS_WD,
                 STOCHASTIC_MOMENTUM,
             )
 
@@ -304,7 +334,7 @@ def _takes_part(skip, active, i):
 
 NOT_SPECIALIZED = [
     *("param", "main", "exp_avg", "grad", "numel", "index_start", "step", "rows", "grads", "first_blocks"),
-    *("search_table", "lr", "decay", "grad_scale", "skip", "active", "seed_key"),
+    *("search_table", "lr", "decay", "grad_scale", "skip", "active", "cautious_lrs", "seed_key"),
 ]
 
 
@@ -326,8 +356,10 @@ def _flat_kernel(
     grad_scale,
     skip,
     active,
+    cautious_lrs,  # [T, 2] fp32, or None: reference.cautious_lrs
     seed_key: tl.int32,
     SCALARS_ON_DEVICE: tl.constexpr,
+    CAUTIOUS_WD: tl.constexpr,
     STOCHASTIC_MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED_BLOCK: tl.constexpr,
@@ -346,6 +378,8 @@ def _flat_kernel(
             step,
             seed_key,
             scalars,
+            cautious_lrs,
+            CAUTIOUS_WD,
             STOCHASTIC_MOMENTUM,
             BLOCK,
             MASKED_BLOCK,
@@ -381,12 +415,14 @@ def _list_kernel(
     grad_scale,
     skip,
     active,
+    cautious_lrs,  # [T, 2] fp32, or None: reference.cautious_lrs
     seed_key: tl.int32,
     PARAM_DTYPE: tl.constexpr,
     MAIN_DTYPE: tl.constexpr,
     EXP_AVG_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     SCALARS_ON_DEVICE: tl.constexpr,
+    CAUTIOUS_WD: tl.constexpr,
     STOCHASTIC_MOMENTUM: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -397,6 +433,8 @@ def _list_kernel(
     i = _find_tensor(tl.program_id(0), first_blocks, search_table, STRIDE)
     if _takes_part(skip, active, i):
         row = rows + i * ROW
+        if cautious_lrs is not None:
+            cautious_lrs += 2 * i
         main = None
         if MAIN_DTYPE is not None:
             main = tl.load(row + MAIN).to(tl.pointer_type(MAIN_DTYPE))
@@ -414,6 +452,8 @@ def _list_kernel(
             step,
             seed_key,
             scalars,
+            cautious_lrs,
+            CAUTIOUS_WD,
             STOCHASTIC_MOMENTUM,
             BLOCK,
             MASKED_BLOCK,

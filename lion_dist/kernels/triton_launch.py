@@ -132,6 +132,15 @@ class AddressTable:
         tables = (rows, first_blocks, search_table)
         return cls(*(upload(table, tensors.device) for table in tables), num_blocks)
 
+    def arguments(self, grads) -> dict[str, Tensor]:
+        """Of a kernel that looks up tensors here."""
+        return {
+            "rows": self.rows,
+            "grads": self.grads_on_device(grads),
+            "first_blocks": self.first_blocks,
+            "search_table": self.search_table,
+        }
+
     def grads_on_device(self, grads) -> Tensor:
         addresses = list(map(Tensor.data_ptr, grads))
         if not self.rows.is_cuda:
@@ -163,7 +172,7 @@ class AddressTable:
         return table
 
 
-def _launch_shape(tensors, grads) -> LaunchShape:
+def launch_shape(tensors, grads) -> LaunchShape:
     if INTERPRETED.value:
         largest = max(param.numel() for param in tensors.params)
         return LaunchShape(min(INTERPRETER_BLOCK, triton.next_power_of_2(largest)), num_warps=4, vector=1)
@@ -182,11 +191,13 @@ def launch_on(device: torch.device) -> torch.cuda.device:
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
-def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, seed) -> None:
+def update(
+    tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, seed, cautious_lrs=None, cautious_wd=False
+) -> None:
     """Arguments as ``lion_update_``'s, on one GPU (or, in Triton's interpreter, on the CPU)."""
     if not any(tensors.numels):
         return
-    shape = _launch_shape(tensors, grads)
+    shape = launch_shape(tensors, grads)
     on_device = isinstance(scalars.lr, Tensor)
     arguments = {
         "lr": scalars.lr,
@@ -198,8 +209,10 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
         "grad_scale": grad_scale,
         "skip": skip,
         "active": active,
+        "cautious_lrs": cautious_lrs,
         "seed_key": reference.as_int32(reference.seed_key_int(seed)),
         "SCALARS_ON_DEVICE": on_device,
+        "CAUTIOUS_WD": cautious_wd,
         "STOCHASTIC_MOMENTUM": tensors.stochastic_momentum,
         "BLOCK": shape.block,
         "MASKED_BLOCK": masked_block(shape),
@@ -207,6 +220,7 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
     }
     # All that the binary depends on besides ``tensors``; of numbers nothing but their types, which are always the same.
     variant = shape, grads[0].dtype, on_device, *[t if t is None else t.dtype for t in (grad_scale, skip, active)]
+    variant += (cautious_lrs is not None, cautious_wd)
     with launch_on(tensors.device):
         if len(tensors.params) == 1:
             kernel, num_blocks, own_arguments = _flat_kernel, *_flat_arguments(tensors, grads[0], shape)
@@ -219,6 +233,19 @@ def update(tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, se
             tensors.launch_cache[variant] = kernel[(num_blocks,)](**arguments, **options)  # None in the interpreter
         else:  # as above, in a tenth of the host's time: Triton does not look for the binary once more
             compiled[(num_blocks, 1, 1)](*map(arguments.get, kernel.arg_names))
+
+
+def address_table(tensors, block: int) -> AddressTable:
+    """By which programs of ``block`` elements find their tensors; made at the first launch."""
+    table = tensors.launch_cache.get(block)
+    if table is None:
+        if tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is captured over parameters that no step has seen: their table of addresses cannot be "
+                "uploaded now. Run a step before the capture, as torch.cuda.graph's warm-up does anyway."
+            )
+        table = tensors.launch_cache[block] = AddressTable.build(tensors, block)
+    return table
 
 
 def _flat_arguments(tensors, grad, shape: LaunchShape) -> tuple[int, dict]:
@@ -237,19 +264,8 @@ def _flat_arguments(tensors, grad, shape: LaunchShape) -> tuple[int, dict]:
 
 def _list_arguments(tensors, grads, shape: LaunchShape) -> tuple[int, dict]:
     """How many blocks there are, and the arguments of ``_list_kernel`` alone."""
-    table = tensors.launch_cache.get(shape.block)
-    if table is None:
-        if tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a CUDA graph is captured over parameters that no step has seen: their table of addresses cannot be "
-                "uploaded now. Run a step before the capture, as torch.cuda.graph's warm-up does anyway."
-            )
-        table = tensors.launch_cache[shape.block] = AddressTable.build(tensors, shape.block)
-    return table.num_blocks, {
-        "rows": table.rows,
-        "grads": table.grads_on_device(grads),
-        "first_blocks": table.first_blocks,
-        "search_table": table.search_table,
+    table = address_table(tensors, shape.block)
+    return table.num_blocks, table.arguments(grads) | {
         "PARAM_DTYPE": TL_DTYPES[tensors.params[0].dtype],
         "MAIN_DTYPE": None if tensors.mains is None else TL_DTYPES[tensors.mains[0].dtype],
         "EXP_AVG_DTYPE": TL_DTYPES[tensors.exp_avgs[0].dtype],

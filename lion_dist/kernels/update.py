@@ -35,7 +35,7 @@ class LionTensors:
     params: Sequence[Tensor]  # T x [numel_i]
     exp_avgs: Sequence[Tensor]  # T x [numel_i]
     mains: Sequence[Tensor] | None = None  # T x [numel_i]
-    index_starts: Sequence[int] | None = None  # T canonical indices of the first elements; random bits need them
+    index_starts: Sequence[int] | None = None  # T global element indices of the first elements, for random bits
     steps: Tensor | None = None  # [T] int64 on the device, completed steps; random bits need them
     stochastic_momentum: bool = False
     launch_cache: dict = field(default_factory=dict, repr=False)  # the backend's: what outlives a call
@@ -151,7 +151,8 @@ def lion_update_(
     skip: Tensor | None = None,  # [] fp32 on the device: nonzero leaves everything as it was
     active: Tensor | None = None,  # [T] fp32 on the device: 0 leaves that tensor as it was
     seed: int = 0,
-    cautious_lrs: Tensor | None = None,  # [T] fp32 on the device, reference.cautious_lr(): the cautious step
+    cautious_lrs: Tensor | None = None,  # [T, 2] fp32 on the device, reference.cautious_lrs(): the cautious step
+    cautious_wd: bool = False,  # decay only where step and parameter have the same sign
     backend: str = "cpu",
     check: bool = True,  # False: the caller has asked tensors.accept(grads), which takes host time
 ) -> None:
@@ -162,15 +163,23 @@ def lion_update_(
     """
     if check:
         tensors.check_grads(grads)
-    if cautious_lrs is not None:
-        update = functools.partial(_update_by_reference, cautious_lrs=cautious_lrs)
-    elif backend == "triton":
+    if backend == "triton":
         from lion_dist.kernels import triton_launch
 
         update = triton_launch.update
     else:
         update = UPDATES[backend]
-    update(tensors, grads, scalars, grad_scale=grad_scale, skip=skip, active=active, seed=seed)
+    update(
+        tensors,
+        grads,
+        scalars,
+        grad_scale=grad_scale,
+        skip=skip,
+        active=active,
+        seed=seed,
+        cautious_lrs=cautious_lrs,
+        cautious_wd=cautious_wd,
+    )
     if tensors.is_stochastic:
         _count_steps(tensors.steps, skip, active)
 
@@ -186,21 +195,38 @@ def _count_steps(steps: Tensor, skip: Tensor | None, active: Tensor | None) -> N
 
 @torch.no_grad()
 def count_aligned_elements(
-    tensors: LionTensors, grads: Sequence[Tensor], scalars: StepScalars, *, grad_scale: Tensor | None = None
+    tensors: LionTensors,
+    grads: Sequence[Tensor],
+    scalars: StepScalars,
+    *,
+    grad_scale: Tensor | None = None,
+    backend: str = "cpu",
+    check: bool = True,  # this and all others: as lion_update_'s
 ) -> Tensor:
-    """[T] int64 on the device: the elements of each tensor that the cautious step moves (``reference.count_aligned``).
+    """[T] int64 on the device: the elements of each tensor whose update and gradient agree in sign
+    (``reference.count_aligned``).
 
-    It reads momentum and gradients once more than the update does.
+    It reads momentum and gradients once more than the update does, in one launch, and waits for nothing.
     """
-    tensors.check_grads(grads)
+    if check:
+        tensors.check_grads(grads)
+    if backend == "triton":
+        from lion_dist.kernels import cautious_triton
+
+        return cautious_triton.count_aligned(tensors, grads, scalars, grad_scale=grad_scale)
+    if backend == "cpu_native":
+        return torch.tensor(cpu_native.count_aligned(tensors, grads, scalars, grad_scale=grad_scale))
+    chunk = cpu.CHUNK if backend == "cpu" else REFERENCE_CHUNK
     counts = []
     for exp_avg, grad in zip(tensors.exp_avgs, grads, strict=True):
-        parts = zip(exp_avg.split(REFERENCE_CHUNK), grad.reshape(-1).split(REFERENCE_CHUNK), strict=True)
+        parts = zip(exp_avg.split(chunk), grad.reshape(-1).split(chunk), strict=True)
         counts.append(sum(count_aligned(m, g, scalars, grad_scale) for m, g in parts))
     return torch.stack(counts)
 
 
-def _update_by_reference(tensors, grads, scalars, *, grad_scale, skip, active, seed, cautious_lrs=None) -> None:
+def _update_by_reference(
+    tensors, grads, scalars, *, grad_scale, skip, active, seed, cautious_lrs=None, cautious_wd=False
+) -> None:
     """The definition itself, in chunks that bound its temporaries; on any device, without waiting for it."""
     for i, (param, exp_avg) in enumerate(zip(tensors.params, tensors.exp_avgs, strict=True)):
         main = None if tensors.mains is None else tensors.mains[i]
@@ -224,7 +250,8 @@ def _update_by_reference(tensors, grads, scalars, *, grad_scale, skip, active, s
                 grad_scale=grad_scale,
                 bits=bits,
                 stochastic_momentum=tensors.stochastic_momentum,
-                cautious_lr=None if cautious_lrs is None else cautious_lrs[i],
+                cautious_lrs=None if cautious_lrs is None else cautious_lrs[i],
+                cautious_wd=cautious_wd,
             )
             for old_tensor, new_tensor in zip(old, new, strict=True):
                 if old_tensor is not None:

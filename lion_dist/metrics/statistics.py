@@ -1,4 +1,4 @@
-"""What one Lion step is about to do, in numbers: THE definition of the statistics, and ``measure()`` for lists.
+"""What one Lion step is about to do, in numbers: their reference implementation, and ``measure()`` for lists.
 
 Measured before the update, from what the update reads: the step is computed as in ``reference.py``, bits of stochastic
 rounding included, and thrown away. With ``p`` the fp32 value of the parameter, ``m`` the momentum and ``g`` the scaled
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lion_dist.kernels.reference import StepScalars, random_bits, read_main, round_stochastic
+from lion_dist.kernels.reference import StepScalars, have_same_sign, random_bits, read_main, round_stochastic
 from lion_dist.kernels.update import LionTensors
 
 COLUMNS = (
@@ -48,7 +48,8 @@ def statistics(
     *,
     grad_scale: Tensor | None = None,  # [] fp32
     bits: Tensor | None = None,  # [numel] int32, needed where the param is rounded stochastically
-    cautious_lr: Tensor | None = None,  # [] fp32
+    cautious_lrs: Tensor | None = None,  # [2] fp32
+    cautious_wd: bool = False,
 ) -> Tensor:
     """[COLUMNS] fp64 of one step on one tensor."""
     # Read and update as reference.lion_step does, on what it keeps of an element without a finite gradient.
@@ -57,11 +58,15 @@ def statistics(
         g = g * grad_scale
     finite = g.abs() < torch.inf
     c = m * scalars.beta1 + g * (1.0 - scalars.beta1)
-    up, down, lr = c > 0, c < 0, scalars.lr
-    agreement = (up & (g > 0)) | (down & (g < 0))
-    if cautious_lr is not None:
-        up, down, lr = up & agreement, down & agreement, cautious_lr
-    new_p = torch.where(finite, p * scalars.decay - (up.float() - down.float()) * lr, p)
+    up, down, step_size = c > 0, c < 0, scalars.lr
+    agreement = have_same_sign(c, g)
+    if cautious_lrs is not None:
+        moving = agreement | (cautious_lrs[1] > 0)
+        up, down, step_size = up & moving, down & moving, torch.where(agreement, *cautious_lrs)
+    step, decayed = (up.float() - down.float()) * step_size, p * scalars.decay
+    if cautious_wd:
+        decayed = torch.where(have_same_sign(step, p), decayed, p)
+    new_p = torch.where(finite, decayed - step, p)
     stored = new_p
     if main is None and param.dtype == torch.bfloat16:
         stored = round_stochastic(new_p, bits & 0xFFFF).float()
@@ -89,13 +94,14 @@ def measure(
     active: Tensor | None = None,
     seed: int = 0,
     cautious_lrs: Tensor | None = None,
+    cautious_wd: bool = False,
     backend: str = "cpu",
 ) -> Tensor:
     """[COLUMNS] fp64 on the device: the sum over the group's tensors that are ``active``. Call it before the update.
 
     It changes nothing and waits for nothing. It reads params, main params, momentum and gradients once.
     """
-    if backend == "triton" and cautious_lrs is None:
+    if backend == "triton" and cautious_lrs is None and not cautious_wd:
         from lion_dist.metrics import statistics_triton
 
         return statistics_triton.measure(tensors, grads, scalars, grad_scale=grad_scale, active=active, seed=seed)
@@ -113,7 +119,8 @@ def measure(
                 scalars,
                 grad_scale=grad_scale,
                 bits=_bits_of(tensors, i, part, seed) if tensors.stochastic_param else None,
-                cautious_lr=None if cautious_lrs is None else cautious_lrs[i],
+                cautious_lrs=None if cautious_lrs is None else cautious_lrs[i],
+                cautious_wd=cautious_wd,
             )
         # Not a product: an inactive tensor may hold numbers that are not finite.
         total += of_tensor if active is None else torch.where(active[i] != 0, of_tensor, 0.0)

@@ -72,7 +72,7 @@ def _add_piece(
     start,  # int64, the first element
     offsets,  # [PIECE] int32, from there
     mask,  # [PIECE] bool, or None: all
-    index,  # int64, canonical index of the first element
+    index,  # int64, global element index of the first element
     keys,  # of the random bits, or None
     scalars,
 ):

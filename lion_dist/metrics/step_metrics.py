@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lion_dist.kernels.update import LionTensors
+from lion_dist.local_shard import LocalShard
 from lion_dist.metrics.statistics import COLUMNS, measure
 from lion_dist.sharding import collectives
 from lion_dist.sharding.phases import PHASES, WAITING, Interval, PhaseClock
@@ -23,19 +24,13 @@ from lion_dist.sharding.process_groups import ShardGroups
 Axes = tuple[tuple, ...]  # (mesh, axis) pairs along which a tensor is cut
 
 
-def sharding_axes(param: Tensor) -> Axes:
-    """The mesh axes that cut ``param`` into shards: none for a plain tensor, or one that is only replicated."""
-    placements = getattr(param, "placements", ())
-    return tuple((param.device_mesh, axis) for axis, place in enumerate(placements) if not place.is_replicate())
-
-
 class Meter:
     """When to measure, and what the last measured step left on the device.
 
     Statistics are kept apart by the axes that cut their tensors, because they are summed along those later.
 
     Args:
-        every: measure each ``every``-th step; 0 never.
+        every: measure each ``every``-th step.
         device: of the parameters.
     """
 
@@ -51,12 +46,10 @@ class Meter:
         self._start_clock_before_a_measured_step()
 
     def _start_clock_before_a_measured_step(self) -> None:
-        if self.every and (self.steps + 1) % self.every == 0:
+        if (self.steps + 1) % self.every == 0:
             self.clock.start()
 
     def begin_step(self) -> None:
-        if not self.every:
-            return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"metrics_every={self.every}, but a CUDA graph is captured: a replayed step does not ask whether it is "
@@ -75,8 +68,6 @@ class Meter:
 
         ``counters``: [n] int64 on the device, the steps so far, taken or skipped; None: as counted here.
         """
-        if not self.every:
-            return
         skipped = None
         if skip is not None and (self.is_measuring or counters is None):
             skipped = skip.reshape(()) != 0
@@ -98,8 +89,6 @@ class Meter:
 
     def record(self, axes: Iterable[Axes] = ((),)) -> dict[Axes, Tensor]:
         """[1 + COLUMNS] fp64 on the device for each of ``axes``: the number of the step, and its sums on this rank."""
-        if not self.every:
-            raise RuntimeError("metrics() of an optimizer that does not measure: construct it with metrics_every=K")
         return {key: self._record.get(key, self._nothing) for key in dict.fromkeys(axes)}
 
     def skipped_steps(self) -> int:
@@ -107,12 +96,9 @@ class Meter:
         return 0 if self._skipped is None else int(self._skipped)
 
 
-OFF = Meter(0, torch.device("cpu"))  # of every optimizer that does not measure
-
-
 def measure_batch(meter: Meter, params: Sequence[Tensor], tensors: LionTensors, grads, scalars, **arguments) -> None:
     """Measure one of ``Lion``'s batches, apart by the axes that cut the ``params``. Arguments as ``measure``'s."""
-    axes = list(map(sharding_axes, params))
+    axes = [LocalShard.of(param).axes for param in params]
     kinds = dict.fromkeys(axes)
     for kind in kinds:
         active = None
@@ -173,7 +159,7 @@ def metrics_over_ranks(meter: Meter, groups: ShardGroups) -> dict:
 
 def metrics_of_rank(meter: Meter, params: Iterable[Tensor], process_group: ProcessGroup | None) -> dict:
     """All keys, for an optimizer of tensors that somebody else shards and whose communication somebody else does."""
-    step, sums = sum_over_shards(meter.record(map(sharding_axes, params)), process_group)
+    step, sums = sum_over_shards(meter.record(LocalShard.of(param).axes for param in params), process_group)
     times = describe_times([0], [times_of(meter.clock.last)])
     times["ms_by_phase"] = {phase: times["ms_by_phase"][phase] for phase in ("update", "measure", "elsewhere")}
     unknown = {"bytes_by_phase": {}, "rank_ms": [], "slowest_rank": None}

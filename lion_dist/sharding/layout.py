@@ -10,7 +10,7 @@ so that it divides into equal shards, each a multiple of ALIGNMENT. An example w
     rank 1               c...dddddddd                slices: c[0:1] d[0:8]
     rank 2                           d...eeee....    slices: d[8:9] e[0:4]
 
-A slice is a piece of one flattened parameter. Its *canonical index* is the element's place among all parameters of
+A slice is a piece of one flattened parameter. The *global element index* is an element's place among all parameters of
 the optimizer, unpadded, in registration order: it depends neither on buckets nor on the number of ranks, and keys the
 random bits of stochastic rounding. All ranges are half-open, in elements.
 """

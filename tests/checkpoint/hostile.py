@@ -25,7 +25,7 @@ def small(dtype=torch.bfloat16):
 
 
 def bits_of(model, optimizer):
-    """All that a load could change, by bits."""
+    """All that a load could change, bit for bit."""
     tensors = dict(model.state_dict())
     for i, param in enumerate(model.parameters()):
         tensors |= {f"{i}.{kind}": tensor for kind, tensor in optimizer.state[param].items()}

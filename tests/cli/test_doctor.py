@@ -51,7 +51,7 @@ def test_on_a_sound_machine_nothing_is_broken(capsys, monkeypatch):
     fake_deepspeed(monkeypatch, "0.19.8")
     code, printed = doctor_says(capsys)
     assert code == 0, printed
-    assert "nothing is broken" in printed and "equal to the definition by bits" in printed
+    assert "nothing is broken" in printed and "bit-identical to the reference implementation" in printed
     assert f"torch          {torch.__version__}" in printed
     ranks = torch.cuda.device_count() or 2
     assert f"{ranks} ranks: sums are right" in printed
@@ -64,7 +64,7 @@ def test_no_compiler_is_a_note_with_its_remedy(no_ranks, no_compiler, monkeypatc
     assert "note    CPU step" in printed and "/nowhere/cc did not compile it" in printed
     assert "install gcc or clang, or set CC" in printed
     if not torch.cuda.is_available():
-        assert "cpu, equal to the definition by bits" in printed  # the step that is used instead
+        assert "cpu, bit-identical to the reference implementation" in printed  # the step that is used instead
 
 
 def test_a_deepspeed_out_of_range_is_broken(no_ranks, monkeypatch, capsys):
@@ -107,7 +107,8 @@ def test_a_kernel_that_differs_by_one_bit_is_broken(no_ranks, monkeypatch, capsy
     monkeypatch.setattr(machine_checks, "lion_update_", wrong)
     code, printed = doctor_says(capsys)
     assert code == 1
-    assert "differs from the definition in bf16 split" in printed and "do not train on this machine" in printed
+    assert "differs from the reference implementation in bf16 split" in printed
+    assert "do not train on this machine" in printed
 
 
 def test_a_kernel_that_fails_is_broken(monkeypatch):

@@ -44,6 +44,7 @@ def compile_kernel(kernel: str, name: str):
     if name == "none":
         types["keys"] = "*i32"
     constants = {"KIND": kind.value, "RADIX": layout.radix, "PER_BYTE": layout.per_byte, "STOCHASTIC_MOMENTUM": False}
+    constants["CAUTIOUS_WD"] = False
     is_wide = integer == "i32" or (kernel == "update and encode" and main == "fp32")
     constants["GROUPS"] = codes_triton.GROUPS[4 if is_wide else 2]
     return compile_for_hopper(function, types, constants, num_warps=4, aligned=ALIGNED)

@@ -49,7 +49,8 @@ class Shard:
         rows = enumerate(zip(self.starts, self.case.params, self.case.index_starts, strict=True))
         slices = [CodedSlice(i, start, start + len(param), index) for i, (start, param, index) in rows]
         has_main = self.main is not None
-        return ShardCodec(self.param.dtype, has_main, self.numel, [slices], 0, DEVICE, self.case.seed, backend)
+        how = (self.case.seed, backend, self.case.cautious_wd)
+        return ShardCodec(self.param.dtype, has_main, self.numel, [slices], 0, DEVICE, *how)
 
     def slices_of(self, flat: Tensor) -> list[Tensor]:
         return [flat[start : start + len(p)] for start, p in zip(self.starts, self.case.params, strict=True)]
@@ -132,11 +133,15 @@ def check(case: Case, padding: int) -> None:
     padding=st.integers(0, 3),
     index_start=st.sampled_from([0, 12345, 2**32 - 100]),
     seed=st.integers(0, 2**31),
+    cautious_wd=st.booleans(),
 )
-def test_one_launch_updates_and_encodes(storage, grad_dtype, numels, active, skip, padding, index_start, seed):
+def test_one_launch_updates_and_encodes(
+    storage, grad_dtype, numels, active, skip, padding, index_start, seed, cautious_wd
+):
     case = Case.make(
         storage, grad_dtype, numels, data_seed=seed, index_start=index_start, step=seed, seed=seed,
         grad_scale=torch.tensor(0.25), skip=torch.tensor(skip), active=torch.tensor(active[: len(numels)]),
+        cautious_wd=cautious_wd,
     )  # fmt: skip
     check(in_training(case), padding)
 
@@ -160,7 +165,7 @@ def test_a_shard_without_a_slice_sends_an_empty_message():
     assert not codec.packed_of(codec.fixed).any() and not param.any()
 
 
-def test_random_bits_are_those_of_the_definition():
+def test_random_bits_are_those_of_the_reference():
     """The case that a wrong key would pass by chance half of the time is too small to be trusted: 4,096 elements."""
     storage = next(s for s in STORAGES if s.param == BF16 and s.main is None and s.stochastic_momentum)
     case = in_training(Case.make(storage, BF16, [4096], step=2**33, seed=2**40 + 3, grad_scale=torch.tensor(1.0)))

@@ -1,4 +1,4 @@
-"""Update codes: what the definition promises, over every bf16 value there is, and that every backend sends the same."""
+"""Update codes: what the reference promises, over every bf16 value there is, and that every backend sends the same."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def all_splits() -> tuple[Tensor, Tensor, Tensor]:
     return param[exists], remainder[exists], sign[exists].float()
 
 
-def move(param, main, sign, lr, weight_decay, bits=None) -> Tensor:
-    """One step of the definition, whose update has the given signs."""
+def move(param, main, sign, lr, weight_decay, bits=None, cautious_wd=False) -> Tensor:
+    """One step of the reference implementation, whose update has the given signs."""
     scalars = StepScalars.from_group(lr, (0.9, 0.99), weight_decay)
-    return lion_step(param, main, torch.zeros_like(param), sign, scalars, bits=bits)[0]
+    return lion_step(param, main, torch.zeros_like(param), sign, scalars, bits=bits, cautious_wd=cautious_wd)[0]
 
 
-def codecs(dtype, has_main, slices, shard_numel, backend, seed=7) -> tuple[ShardCodec, ShardCodec]:
+def codecs(dtype, has_main, slices, shard_numel, backend, seed=7, cautious_wd=False) -> tuple[ShardCodec, ShardCodec]:
     """The owner's and a replica's; the replica's own shard is the second."""
     rows = [slices, [CodedSlice(0, 0, 1, 0)]]
-    return tuple(ShardCodec(dtype, has_main, shard_numel, rows, i, CPU, seed, backend) for i in (0, 1))
+    return tuple(ShardCodec(dtype, has_main, shard_numel, rows, i, CPU, seed, backend, cautious_wd) for i in (0, 1))
 
 
 def send(owner, replica, old, new, lr, decay, steps=None) -> tuple[Tensor, int]:
@@ -72,7 +72,7 @@ def as_rates(lr: float, weight_decay: float) -> tuple[Tensor, Tensor]:
     return torch.tensor([scalars.lr]), torch.tensor([scalars.decay])
 
 
-# ---- the definition
+# ---- the reference implementation
 
 
 def test_the_order_of_16_bit_values_is_theirs_and_undoes_itself():
@@ -95,15 +95,17 @@ def test_least_main_rounds_to_its_parameter_and_what_lies_below_does_not(dtype):
     assert (codes.round_main(below, dtype) < magnitude).all()
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    "weight_decay, cautious_wd", [(0.0, False), (0.1, False), (1.0, False), (0.1, True), (1.0, True)]
+)
 @pytest.mark.parametrize("lr", LRS)
-def test_every_step_of_every_bf16_parameter_is_coded_exactly_or_escapes(lr, weight_decay):
-    """And escapes are only what the definition says: it ends many times closer to zero than it began, or is a NaN."""
+def test_every_step_of_every_bf16_parameter_is_coded_exactly_or_escapes(lr, weight_decay, cautious_wd):
+    """And escapes are only what the reference says: it ends many times closer to zero than it began, or is a NaN."""
     old, remainder, sign = all_splits()
-    new = move(old, remainder, sign, lr, weight_decay)
+    new = move(old, remainder, sign, lr, weight_decay, cautious_wd=cautious_wd)
     rates = as_rates(lr, weight_decay)
-    digits, escapes = codes.encode(old, new, *rates, SENARY)
-    replayed = codes.replay(old, digits, *rates, SENARY)
+    digits, escapes = codes.encode(old, new, *rates, SENARY, cautious_wd=cautious_wd)
+    replayed = codes.replay(old, digits, *rates, SENARY, cautious_wd=cautious_wd)
     assert torch.equal(replayed.view(torch.int16)[~escapes], new.view(torch.int16)[~escapes])
     if lr * weight_decay < 2**-9:  # else the decay alone moves by more than half an ulp
         escaped = escapes & ~new.isnan() & (sign != 0)
@@ -114,23 +116,24 @@ def test_every_step_of_every_bf16_parameter_is_coded_exactly_or_escapes(lr, weig
     assert escapes[new.isnan()].all()
 
 
+@pytest.mark.parametrize("cautious_wd", [False, True])
 @pytest.mark.parametrize("lr", LRS)
-def test_every_step_of_a_parameter_without_main_params_is_coded(lr):
+def test_every_step_of_a_parameter_without_main_params_is_coded(lr, cautious_wd):
     old, sign = (x.flatten() for x in torch.meshgrid(torch.arange(2**16), torch.tensor(SIGNS), indexing="ij"))
     old, sign = old.to(torch.int16).view(BF16), sign.float()
     bits = random_bits(torch.arange(len(old)), 3, torch.tensor(5))
-    new = move(old, None, sign, lr, 0.1, bits)
-    _, escapes = codes.encode(old, new, *as_rates(lr, 0.1), TERNARY, bits)
+    new = move(old, None, sign, lr, 0.1, bits, cautious_wd)
+    _, escapes = codes.encode(old, new, *as_rates(lr, 0.1), TERNARY, bits, cautious_wd)
     assert torch.equal(escapes, new.isnan())
 
 
-@given(lr=st.floats(1e-7, 1.0), weight_decay=st.floats(0.0, 1.0), seed=st.integers(0, 2**32))
-def test_every_step_of_an_fp32_parameter_is_coded(lr, weight_decay, seed):
+@given(lr=st.floats(1e-7, 1.0), weight_decay=st.floats(0.0, 1.0), seed=st.integers(0, 2**32), cautious_wd=st.booleans())
+def test_every_step_of_an_fp32_parameter_is_coded(lr, weight_decay, seed, cautious_wd):
     generator = torch.Generator().manual_seed(seed)
     old = torch.randint(-(2**31), 2**31, (4096,), generator=generator).to(torch.int32).view(FP32)
     sign = torch.randint(-1, 2, (4096,), generator=generator).float()
-    new = move(old, None, sign, lr, weight_decay)
-    _, escapes = codes.encode(old, new, *as_rates(lr, weight_decay), TERNARY)
+    new = move(old, None, sign, lr, weight_decay, cautious_wd=cautious_wd)
+    _, escapes = codes.encode(old, new, *as_rates(lr, weight_decay), TERNARY, cautious_wd=cautious_wd)
     assert torch.equal(escapes, new.isnan())
 
 
@@ -190,8 +193,8 @@ def layouts(draw) -> Layout:
     numels = draw(st.lists(st.integers(1, 300), min_size=1, max_size=5))
     slices, start = [], 0
     for row, numel in enumerate(numels):
-        canonical = draw(st.sampled_from([0, 12345, 2**32 - 100, 2**45 + 7]))
-        slices.append(CodedSlice(row, start, start + numel, canonical))
+        index = draw(st.sampled_from([0, 12345, 2**32 - 100, 2**45 + 7]))
+        slices.append(CodedSlice(row, start, start + numel, index))
         start += -(-numel // 64) * 64
     return Layout(slices, start + 64 * draw(st.integers(0, 2)))
 
@@ -205,8 +208,9 @@ def layouts(draw) -> Layout:
     weight_decay=st.sampled_from([0.0, 0.1, 3.0]),
     trouble=st.booleans(),
     seed=st.integers(0, 2**31),
+    cautious_wd=st.booleans(),
 )
-def test_any_new_values_arrive_bit_for_bit(layout, storage, backend, lrs, weight_decay, trouble, seed):
+def test_any_new_values_arrive_bit_for_bit(layout, storage, backend, lrs, weight_decay, trouble, seed, cautious_wd):
     """Those that the codes foresee and those that they do not, in slices with rates of their own."""
     (dtype, has_main), numel = storage, layout.shard_numel
     generator = torch.Generator().manual_seed(seed)
@@ -219,16 +223,19 @@ def test_any_new_values_arrive_bit_for_bit(layout, storage, backend, lrs, weight
         part, count = slice(s.start, s.stop), s.stop - s.start
         main = troubled(count, FP32, generator) if trouble else torch.randn(count, generator=generator) * 0.02
         sign = torch.randint(-1, 2, (count,), generator=generator).float()
-        bits = random_bits(torch.arange(count) + s.canonical_start, 7, steps[s.row])
+        bits = random_bits(torch.arange(count) + s.index_start, 7, steps[s.row])
         scalars = StepScalars(lr[s.row], decay[s.row], 0.9, 0.99)
         old[part] = codes.round_main(main, dtype) if dtype != FP32 else main
         main = main if has_main else None
-        new[part] = lion_step(old[part], main, torch.zeros(count), sign, scalars, bits=bits)[0]
+        step = lion_step(old[part], main, torch.zeros(count), sign, scalars, bits=bits, cautious_wd=cautious_wd)
+        new[part] = step[0]
     surprises = torch.randint(numel, (3,), generator=generator)
     surprises = surprises[[any(s.start <= i < s.stop for s in layout.slices) for i in surprises]]
     new[surprises] = 0.123
-    received, escapes = send(*codecs(dtype, has_main, layout.slices, numel, backend), old, new, lr, decay, steps)
-    _, expected_escapes = send(*codecs(dtype, has_main, layout.slices, numel, "cpu"), old, new, lr, decay, steps)
+    how = {"cautious_wd": cautious_wd}
+    message = old, new, lr, decay, steps
+    received, escapes = send(*codecs(dtype, has_main, layout.slices, numel, backend, **how), *message)
+    _, expected_escapes = send(*codecs(dtype, has_main, layout.slices, numel, "cpu", **how), *message)
     assert escapes == expected_escapes
     if received is not None:
         assert torch.equal(received, new.view(INTEGER[dtype]))

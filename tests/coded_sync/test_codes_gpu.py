@@ -1,4 +1,4 @@
-"""The update codes on a GPU: the definition's digits and escapes, and messages that a CPU and a GPU replay alike."""
+"""The update codes on a GPU: the reference's digits and escapes, and messages that CPU and GPU replay alike."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def one_step(dtype, has_main) -> tuple[torch.Tensor, torch.Tensor]:
         part = torch.randn(numel, generator=generator) * 0.02
         part[::20] = troubled(numel, FP32, generator)[::20]
         part = part.to(dtype)
-        bits = random_bits(torch.arange(numel) + s.canonical_start, 7, STEPS[s.row])
+        bits = random_bits(torch.arange(numel) + s.index_start, 7, STEPS[s.row])
         digits = torch.randint(layout.radix, (numel,), generator=generator)
         moved = codes.replay(part, digits, LR[s.row], DECAY[s.row], layout, bits)
         moved[::100] = 5.0
@@ -55,7 +55,7 @@ def encode(codec: ShardCodec, old: torch.Tensor, new: torch.Tensor) -> tuple[set
 
 
 @STORAGES
-def test_a_gpu_encodes_as_the_definition_does(dtype, has_main):
+def test_a_gpu_encodes_as_the_reference_does(dtype, has_main):
     old, new = one_step(dtype, has_main)
     places, packed, _ = encode(codec(dtype, has_main, 0, *GPU), old, new)
     expected_places, expected_packed, _ = encode(codec(dtype, has_main, 0, *CPU), old, new)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist import PrecisionPolicy
 from lion_dist.coded_sync.send_codes import SendCodes
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.collective_transport import CollectiveTransport
@@ -43,7 +44,7 @@ class NotedCodec:
 def sync_two_buckets(escapes_by_rank: list[tuple[int, int]], written_on: int | None) -> list:
     groups = resolve_groups(None)
     notes: list = []
-    sync = SendCodes()
+    sync = SendCodes(PrecisionPolicy(), "reference")
     buckets = []
     for escapes in escapes_by_rank[dist.get_rank()]:
         param = Parameter(torch.full((300,), float(dist.get_rank())))

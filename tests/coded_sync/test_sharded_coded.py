@@ -39,6 +39,8 @@ class Case:
     micro_batches: int = 1
     clip: float | None = None
     cautious: bool = False
+    cautious_wd: bool = False
+    corrected_weight_decay: bool = False
     lr: float = 2e-3
     lr_on_device: bool = False
     weight_decay: float = 0.1
@@ -66,6 +68,10 @@ CASES = [
     Case("cautious", cautious=True),
     Case("cautious-none", cautious=True, precision=policy("none")),
     Case("cautious-fp32", cautious=True, dtype=FP32),
+    Case("cautious-decay", cautious_wd=True),
+    Case("cautious-decay-none", cautious_wd=True, corrected_weight_decay=True, precision=policy("none")),
+    Case("both-cautious-fp32", cautious=True, cautious_wd=True, dtype=FP32),
+    Case("corrected-decay-lr-on-device", corrected_weight_decay=True, lr_on_device=True),
     Case("lr-on-device", lr_on_device=True),
     Case("lr-on-device-fp32", lr_on_device=True, dtype=FP32),
     Case("lr-1", lr=1.0, weight_decay=0.5),
@@ -94,6 +100,9 @@ def make_optimizer(model: nn.Module, case: Case, param_sync: str, **settings) ->
         sharding=ShardingConfig(zero_stage=case.stage, bucket_numel=case.bucket_numel, param_sync=param_sync),
         precision=case.precision,
         cautious=case.cautious,
+        cautious_wd=case.cautious_wd,
+        corrected_weight_decay=case.corrected_weight_decay,
+        maximize=case.cautious_wd,
         use_triton=case.use_triton,
         **settings,
     )

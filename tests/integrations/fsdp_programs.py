@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
 from lion_dist import Lion
-from lion_dist.local_tensors import local_tensor
+from lion_dist.local_shard import local_tensor
 from tests.integrations.trainer_programs import counting_sequences, leave, tiny_llama
 
 SETTINGS = {"lr": 3e-3, "weight_decay": 0.01}

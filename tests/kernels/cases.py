@@ -1,4 +1,4 @@
-"""Cases for the kernels: every combination of storage, tensors full of trouble, and what the definition makes of them.
+"""Cases for the kernels: every combination of storage, tensors full of trouble, and what the reference makes of them.
 
 A new kind of storage is one line in ``STORAGES``.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lion_dist.kernels.reference import StepScalars, lion_step, random_bits, split_main
+from lion_dist.kernels.reference import StepScalars, cautious_lrs, count_aligned, lion_step, random_bits, split_main
 from lion_dist.kernels.update import LionTensors
 
 FP32, BF16, FP16, INT16 = torch.float32, torch.bfloat16, torch.float16, torch.int16
@@ -74,6 +74,8 @@ class Case:
     skip: Tensor | None = None
     active: Tensor | None = None
     seed: int = 0
+    cautious_lrs: Tensor | None = None
+    cautious_wd: bool = False
 
     @classmethod
     def make(cls, storage, grad_dtype, numels, *, data_seed=0, index_start=0, step=0, **arguments) -> Case:
@@ -96,7 +98,7 @@ class Case:
 
     def to(self, device) -> Case:
         move = lambda x: [t.to(device) for t in x] if isinstance(x, list) else x.to(device)  # noqa: E731
-        names = ["params", "mains", "exp_avgs", "grads", "steps", "grad_scale", "skip", "active"]
+        names = ["params", "mains", "exp_avgs", "grads", "steps", "grad_scale", "skip", "active", "cautious_lrs"]
         moved = {name: move(getattr(self, name)) for name in names if getattr(self, name) is not None}
         scalars = self.scalars
         if isinstance(scalars.lr, Tensor):
@@ -119,14 +121,24 @@ class Case:
         )
 
     def arguments(self) -> dict:
-        return {name: getattr(self, name) for name in ("grads", "scalars", "grad_scale", "skip", "active", "seed")}
+        names = ("grads", "scalars", "grad_scale", "skip", "active", "seed", "cautious_lrs", "cautious_wd")
+        return {name: getattr(self, name) for name in names}
+
+    def counts(self) -> Tensor:
+        """What the definition counts for a cautious step."""
+        pairs = zip(self.exp_avgs, self.grads, strict=True)
+        return torch.stack([count_aligned(m, g, self.scalars, self.grad_scale) for m, g in pairs])
+
+    def cautious(self, factor: float) -> Case:
+        numels = torch.tensor([param.numel() for param in self.params])
+        return replace(self, cautious_lrs=cautious_lrs(self.scalars.lr, self.counts(), numels, factor))
 
     def takes_part(self, i: int) -> bool:
         skipped = self.skip is not None and self.skip.item() != 0
         return not skipped and (self.active is None or self.active[i].item() != 0)
 
     def expected(self) -> LionTensors:
-        """What the definition says, tensor by tensor."""
+        """What the reference implementation says, tensor by tensor."""
         result = self.tensors()
         for i in range(len(self.params)):
             if not self.takes_part(i):
@@ -146,6 +158,8 @@ class Case:
                 grad_scale=self.grad_scale,
                 bits=bits,
                 stochastic_momentum=self.storage.stochastic_momentum,
+                cautious_lrs=None if self.cautious_lrs is None else self.cautious_lrs[i],
+                cautious_wd=self.cautious_wd,
             )
             for old, value in zip((result.params[i], main, result.exp_avgs[i]), new, strict=True):
                 if old is not None:

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lion_dist.kernels import triton_kernels, triton_launch
+from lion_dist.kernels import cautious_triton, triton_kernels, triton_launch
 from lion_dist.kernels.triton_launch import TL_DTYPES, LaunchShape
 from tests.kernels.cases import BF16, FP16, FP32, INT16, Storage
 
@@ -34,17 +34,27 @@ VARIANTS = {
 }
 
 
+# What of a rule is compiled: the precision that is the default, and the one that draws random bits.
+RULED = [("split", "list", "cautious"), ("split", "flat", "both"), ("none", "list", "cautious decay")]
+COUNTED = ("own", "split")
+
+
 def launch_shape(storage: Storage, grad_dtype: torch.dtype) -> LaunchShape:
     dtypes = [storage.param, storage.exp_avg, grad_dtype, storage.main or storage.param]
     return triton_launch.LAUNCH_SHAPES[max(dtype.itemsize for dtype in dtypes), storage.is_stochastic]
 
 
-def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype):
+RULES = {"plain": (False, False), "cautious": (True, False), "cautious decay": (False, True), "both": (True, True)}
+
+
+def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype, rule: str = "plain"):
     """``kernel``: "flat", with the fewest arguments that a step can have, or "list", with all there are."""
+    is_cautious, cautious_wd = RULES[rule]
     shape = launch_shape(storage, grad_dtype)
-    types = dict.fromkeys(SCALARS, "fp32") | {"seed_key": "i32"}
+    types = dict.fromkeys(SCALARS, "fp32") | {"seed_key": "i32"} | ({"cautious_lrs": "*fp32"} if is_cautious else {})
     constants = {
         "SCALARS_ON_DEVICE": kernel == "list",
+        "CAUTIOUS_WD": cautious_wd,
         "STOCHASTIC_MOMENTUM": storage.stochastic_momentum,
         "BLOCK": shape.block,
         "MASKED_BLOCK": triton_launch.masked_block(shape),
@@ -67,6 +77,17 @@ def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype):
         constants |= {f"{name}_DTYPE": ty for name, ty in tl_types.items()}
         constants["STRIDE"] = triton_launch.SEARCH_STRIDE
     return compile_for_hopper(function, types, constants, shape.num_warps)
+
+
+def compile_count(storage: Storage, grad_dtype: torch.dtype):
+    """The kernel that counts for a cautious step, with all arguments that it can have."""
+    shape = launch_shape(storage, grad_dtype)
+    block, piece = cautious_triton.count_shape(shape)
+    types = {"rows": "*i64", "grads": "*i64", "first_blocks": "*i32", "search_table": "*i32", "counts": "*i64"}
+    types |= {"beta1": "fp32", "one_minus_beta1": "fp32", "grad_scale": "*fp32"}
+    constants = {"EXP_AVG_DTYPE": TL_DTYPES[storage.exp_avg], "GRAD_DTYPE": TL_DTYPES[grad_dtype]}
+    constants |= {"STRIDE": triton_launch.SEARCH_STRIDE, "BLOCK": block, "PIECE": piece, "VECTOR": shape.vector}
+    return compile_for_hopper(cautious_triton._count_kernel, types, constants, shape.num_warps)
 
 
 def compile_for_hopper(function, types: dict[str, str], constants: dict, num_warps: int, aligned: Sequence[str] = ()):
@@ -92,6 +113,10 @@ def main() -> None:
     for kernel in ("flat", "list"):
         for name, (storage, grad_dtype) in VARIANTS.items():
             result[f"{kernel}: {name}"] = count_instructions(compile_kernel(kernel, storage, grad_dtype))
+    for name, kernel, rule in RULED:
+        result[f"{rule}, {kernel}: {name}"] = count_instructions(compile_kernel(kernel, *VARIANTS[name], rule))
+    for name in COUNTED:
+        result[f"count: {name}"] = count_instructions(compile_count(*VARIANTS[name]))
     print(json.dumps(result))
 
 

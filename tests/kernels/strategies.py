@@ -22,7 +22,7 @@ def cases(draw, block: int) -> Case:
     hyper = draw(lr), (draw(beta), draw(beta)), draw(st.sampled_from([0.0, 0.1, 1.0]))
     if draw(st.booleans()):
         hyper = (torch.tensor(hyper[0]), *hyper[1:])
-    return Case.make(
+    case = Case.make(
         draw(st.sampled_from(STORAGES)),
         draw(st.sampled_from(GRAD_DTYPES)),
         numels,
@@ -34,4 +34,7 @@ def cases(draw, block: int) -> Case:
         skip=None if skip is None else torch.tensor(skip),
         active=None if active is None else torch.tensor(active),
         seed=draw(st.integers(0, 2**63 - 1)),
+        cautious_wd=draw(st.booleans()),
     )
+    factor = optional([0.0, 0.25, 1.0])
+    return case if factor is None else case.cautious(factor)

@@ -1,4 +1,4 @@
-"""Every backend gives the definition's bits, whatever it is fed."""
+"""Every backend is bit-identical to the reference implementation, whatever it is fed."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lion_dist.kernels import cpu, triton_kernels, triton_launch, update
 from lion_dist.kernels.reference import StepScalars, join_main, split_main
-from lion_dist.kernels.update import LionTensors, lion_update_
+from lion_dist.kernels.update import LionTensors, count_aligned_elements, lion_update_
 from tests.kernels.cases import BF16, FP16, FP32, GRAD_DTYPES, INT16, STORAGES, Case, Storage, assert_same
 from tests.kernels.strategies import cases
 
@@ -46,6 +46,39 @@ def test_every_storage(backend, storage, grad_dtype):
 @given(case=cases(BLOCK), misalignment=st.sampled_from([0, 0, 1, 8]))
 def test_anything(backend, case, misalignment):
     check(case, backend, misalignment)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases(BLOCK), misalignment=st.sampled_from([0, 0, 1, 8]))
+def test_elements_whose_update_agrees_with_the_gradient_are_counted(backend, case, misalignment):
+    tensors = case.tensors(misalignment)
+    for _ in range(2):
+        counts = count_aligned_elements(tensors, case.grads, case.scalars, grad_scale=case.grad_scale, backend=backend)
+        assert counts.tolist() == case.counts().tolist()
+
+
+@pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
+@pytest.mark.parametrize("factor, cautious_wd", [(0.0, False), (None, True), (0.25, True)])
+def test_every_rule(backend, storage, factor, cautious_wd):
+    case = Case.make(storage, BF16, [2 * BLOCK + 5, 0, 1, BLOCK], step=3, cautious_wd=cautious_wd)
+    check(case if factor is None else case.cautious(factor), backend)
+
+
+def test_a_cautious_step_beyond_fp32_is_its_largest_number(backend):
+    """One element of many agrees: lr * numel / 2 overflows, and 0 times infinity would be a NaN elsewhere."""
+    case = Case.make(Storage(FP32, None, FP32), FP32, [70], scalars=StepScalars.from_group(3e38, (0.9, 0.99), 0.0))
+    grads = torch.ones(70)
+    grads[1:] = -0.01
+    case = replace(case, params=[torch.zeros(70)], exp_avgs=[torch.ones(70)], grads=[grads]).cautious(0.0)
+    result = check(case, backend).params[0]
+    assert result[0] == -torch.finfo(FP32).max and (result[1:] == 0).all()
+
+
+def test_an_element_whose_step_is_zero_does_not_decay_cautiously(backend):
+    case = Case.make(Storage(FP32, None, FP32), FP32, [3], cautious_wd=True)
+    case = replace(case, params=[torch.ones(3)], exp_avgs=[torch.zeros(3)], grads=[torch.tensor([1.0, -1.0, 0.0])])
+    lr, decay = torch.tensor(case.scalars.lr), torch.tensor(case.scalars.decay)
+    assert check(case, backend).params[0].tolist() == [decay - lr, 1 + lr, 1.0]
 
 
 def test_a_skipped_step_changes_nothing(backend):

@@ -4,9 +4,12 @@ from collections import Counter
 
 import pytest
 
-from tests.kernels.compile_ahead import VARIANTS, launch_shape
+from lion_dist.kernels.cautious_triton import PIECES
+from tests.kernels.compile_ahead import COUNTED, RULED, VARIANTS, launch_shape
 
 NAMES = [f"{kernel}: {name}" for kernel in ("flat", "list") for name in VARIANTS]
+RULED_NAMES = [f"{rule}, {kernel}: {name}" for name, kernel, rule in RULED]
+COUNT_NAMES = [f"count: {name}" for name in COUNTED]
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +17,7 @@ def instructions(compiled_by) -> dict[str, dict[str, int]]:
     return compiled_by("tests.kernels.compile_ahead")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + RULED_NAMES)
 def test_whole_blocks_move_in_wide_accesses_each_byte_once(instructions, name):
     """16 bytes a thread and access; 8 for the 16-bit tensors of a kernel that also touches 32-bit ones."""
     storage, grad_dtype = VARIANTS[name.split(": ")[1]]
@@ -36,13 +39,32 @@ def test_whole_blocks_move_in_wide_accesses_each_byte_once(instructions, name):
     assert found["ld.global.v4.b32"] and found["st.global.v4.b32"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + RULED_NAMES + COUNT_NAMES)
 def test_no_operation_is_fused_or_free_to_be(instructions, name):
     """An unrounded ``mul.f32`` may still be contracted below PTX; ``mul.rn.f32`` may not."""
     assert not [op for op in instructions[name] if op.startswith("fma.") or op in ("mul.f32", "add.f32")]
     assert instructions[name]["mul.rn.f32"] and instructions[name]["add.rn.f32"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + RULED_NAMES)
 def test_nothing_goes_through_local_or_shared_memory(instructions, name):
     assert not [op for op in instructions[name] if ".local" in op or ".shared" in op]
+
+
+@pytest.mark.parametrize("name", RULED_NAMES)
+def test_a_rule_moves_what_the_plain_step_moves(instructions, name):
+    """No byte of a tensor more; what it reads beside is two learning rates a tensor."""
+    rule, plain = name.split(", ")
+    loads = {op: n for op, n in instructions[name].items() if op.startswith(("ld.global", "st.global"))}
+    of_plain = {op: n for op, n in instructions[plain].items() if op.startswith(("ld.global", "st.global"))}
+    more = {op: n - of_plain.get(op, 0) for op, n in loads.items() if n != of_plain.get(op, 0)}
+    assert more.keys() <= ({"ld.global.b32"} if rule != "cautious decay" else set())
+
+
+@pytest.mark.parametrize("name", COUNT_NAMES)
+def test_counting_reads_momentum_and_gradient_once_in_wide_accesses(instructions, name):
+    storage, grad_dtype = VARIANTS[name.split(": ")[1]]
+    shape = launch_shape(storage, grad_dtype)
+    accesses = PIECES * shape.block // (32 * shape.num_warps) // shape.vector
+    assert instructions[name]["ld.global.v4.b32"] == 2 * accesses
+    assert not [op for op in instructions[name] if ".local" in op]

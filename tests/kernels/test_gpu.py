@@ -1,4 +1,4 @@
-"""The compiled kernels on a GPU: the definition's bits, one launch, no waiting, no memory."""
+"""The compiled kernels on a GPU: bit-identical to the reference, one launch, no waiting, no memory."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lion_dist.kernels import triton_launch
 from lion_dist.kernels.reference import StepScalars
-from lion_dist.kernels.update import LionTensors, lion_update_
+from lion_dist.kernels.update import LionTensors, count_aligned_elements, lion_update_
 from tests.kernels.cases import BF16, FP32, GRAD_DTYPES, INT16, STORAGES, Case, Storage, assert_same
 from tests.kernels.strategies import cases
 
@@ -30,7 +30,7 @@ def to_cpu(tensors: LionTensors) -> LionTensors:
 
 
 def check(case: Case, backend: str = "triton", misalignment: int = 0) -> None:
-    """On the GPU, against the definition on the CPU."""
+    """On the GPU, against the reference implementation on the CPU."""
     on_gpu = case.to("cuda")
     actual = on_gpu.tensors(misalignment)
     lion_update_(actual, backend=backend, **on_gpu.arguments())
@@ -51,6 +51,16 @@ def test_every_storage(storage, grad_dtype, numels):
 @given(case=cases(BLOCK), misalignment=st.sampled_from([0, 0, 1, 8]))
 def test_anything(case, misalignment):
     check(case, misalignment=misalignment)
+
+
+@pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
+def test_elements_whose_update_agrees_with_the_gradient_are_counted(storage):
+    case = Case.make(storage, BF16, [9 * BLOCK + 5, 0, 1, 4 * BLOCK], grad_scale=torch.tensor(0.37))
+    on_gpu = case.to("cuda")
+    for misalignment in (0, 1):
+        how = {"grad_scale": on_gpu.grad_scale, "backend": "triton"}
+        counts = count_aligned_elements(on_gpu.tensors(misalignment), on_gpu.grads, on_gpu.scalars, **how)
+        assert counts.tolist() == case.counts().tolist()
 
 
 @pytest.mark.parametrize("others", [[], [70, BLOCK]], ids=["flat", "list"])

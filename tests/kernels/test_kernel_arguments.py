@@ -8,16 +8,24 @@ import torch
 
 pytest.importorskip("triton")
 
+from lion_dist import spike_guard_triton
 from lion_dist.coded_sync import codes_triton
 from lion_dist.coded_sync import update_triton as coded_update_triton
-from lion_dist.kernels import triton_kernels, triton_launch
+from lion_dist.kernels import cautious_triton, triton_kernels, triton_launch
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.metrics import statistics_triton
 from tests.kernels.cases import BF16, INT16, Case, Storage
 
 KERNELS = {
     name: function.fn
-    for module in (triton_kernels, statistics_triton, codes_triton, coded_update_triton)
+    for module in (
+        triton_kernels,
+        cautious_triton,
+        statistics_triton,
+        codes_triton,
+        coded_update_triton,
+        spike_guard_triton,
+    )
     for name, function in vars(module).items()
     if name.endswith("_kernel") and hasattr(function, "fn")
 }
@@ -63,6 +71,7 @@ def test_a_compiled_kernel_is_launched_with_the_arguments_that_it_was_compiled_f
     kinds = [{}, {"grad_scale": one}, {"skip": one}, {"active": active}, {"grad_scale": one, "skip": one}]
     kinds += [{"grads": [grad.float() for grad in case.grads]}]
     kinds += [{"scalars": StepScalars.from_group(one, (0.9, 0.99), 0.1)}]
+    kinds += [{"cautious_lrs": torch.ones(len(numels), 2)}, {"cautious_wd": True}]
     for kind in kinds * 2:
         triton_launch.update(tensors, **(case.arguments() | kind))
     assert len(kernel.compiled) == len(kinds)
@@ -71,6 +80,22 @@ def test_a_compiled_kernel_is_launched_with_the_arguments_that_it_was_compiled_f
         for key, value in first[1].items():
             same = torch.equal if key == "grads" else operator.is_ if isinstance(value, torch.Tensor) else operator.eq
             assert same(second[1][key], value), key
+
+
+def test_all_tensors_are_counted_in_one_launch_by_the_arguments_that_it_was_compiled_for(monkeypatch):
+    kernel = Kernel(cautious_triton._count_kernel.arg_names)
+    monkeypatch.setattr(cautious_triton, "_count_kernel", kernel)
+    case = Case.make(Storage(BF16, INT16, BF16), BF16, [5000, 0, 70])
+    tensors, one = case.tensors(), torch.ones(())
+    kinds = [{"grad_scale": None}, {"grad_scale": one}, {"grad_scale": one, "grads": [g.float() for g in case.grads]}]
+    for kind in kinds * 2:
+        cautious_triton.count_aligned(tensors, **({"grads": case.grads, "scalars": case.scalars} | kind))
+    assert len(kernel.compiled) == len(kinds)
+    for first, second in (compiled.launches for compiled in kernel.compiled):
+        assert first[0] == second[0] and first[1].keys() == second[1].keys()
+        for key, value in first[1].items():
+            if key not in ("grads", "counts"):  # made anew
+                assert value is second[1][key] or value == second[1][key], key
 
 
 def test_integers_among_the_hyperparameters_make_no_other_kernel():

@@ -101,7 +101,7 @@ def test_rounding_over_steps_follows_the_expected_spread():
 
 
 @given(seed=st.integers(-(2**63), 2**63 - 1), step=st.integers(0, 2**63 - 1))
-def test_keys_made_on_the_host_are_the_definitions(seed, step):
+def test_keys_made_on_the_host_are_the_references(seed, step):
     expected = [key.item() for key in random_keys(seed, torch.tensor(step))]
     assert [as_int32(key) for key in random_keys_int(seed, step)] == expected
 

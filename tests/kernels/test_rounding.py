@@ -1,4 +1,4 @@
-"""The rounding of the definition, on its own: what it must keep, and what it must be on average."""
+"""The rounding of the reference implementation, on its own: what it must keep, and what it must be on average."""
 
 import torch
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
 import compare_engines
 from comparison import engines, resuming
-from lion_dist import sharded_lion, sharded_params
+from lion_dist import param_sync, sharded_params
 from lion_dist.sharding import collectives
 
 Act = Callable[..., object]  # may be told the step that it belongs to; else it is the present one
@@ -83,7 +83,7 @@ def before_the_step(act: Act) -> None:
 KILLS: dict[str, Callable[[Act], None]] = {
     "backward": in_backward,
     "reduce-scatter": lambda act: after(collectives, "reduce_scatter", act),
-    "step": lambda act: before(sharded_lion, "lion_update_", act),
+    "step": lambda act: before(param_sync, "lion_update_", act),
     "all-gather": lambda act: after(collectives, "all_gather", act),
     "save": in_save,
 }

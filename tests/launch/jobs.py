@@ -76,7 +76,7 @@ def rows(out: Path) -> list[dict]:
 
 
 def losses(out: Path) -> list[tuple]:
-    """(step, loss, lr, grad norm) of each step so far: what a resumed run repeats by bits."""
+    """(step, loss, lr, grad norm) of each step so far: what a resumed run repeats bit for bit."""
     return [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in rows(out)]
 
 

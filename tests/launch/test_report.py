@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from comparison import report
-from comparison.report import Metrics, Progress, duration, read_metrics
+from comparison.report import Metrics, Progress, read_metrics
 from comparison.throughput import Throughput, flops_per_token, peak_flops, peak_of
 
 
@@ -116,15 +117,11 @@ def test_tensorboard_gets_every_number_and_hides_the_steps_of_before(tmp_path, c
 def test_progress_shows_loss_speed_and_time_left(capsys, monkeypatch):
     now = iter([100.0, 110.0, 120.0])
     monkeypatch.setattr(report.time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr(report.sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     progress = Progress(total=100, completed_steps=80)
     progress.update({"step": 85, "loss": 2.0, "tokens_per_s": 12345})  # no tenth of the run yet
     progress.update({"step": 90, "loss": 1.5, "tokens_per_s": 12345, "mfu": 0.4})
     assert capsys.readouterr().out == "step 90/100  loss 1.5000  12,345 tokens/s  MFU 40.0%  10 s left\n"
-
-
-def test_durations_are_read_at_a_glance():
-    assert [duration(s) for s in (8.4, 99, 720, 11_100)] == ["8 s", "99 s", "12 min", "3 h 05 min"]
 
 
 # ---- throughput

@@ -44,7 +44,7 @@ class MeasuredLion(Lion):
         p, m, g, new_p = (torch.cat([x.flatten() for x in column]) for column in self._columns(before, grads, after))
         c = m * beta1 + g * (1.0 - beta1)
         u = torch.where(g.isfinite(), c.sign(), 0.0)
-        if self.cautious:
+        if self.rule.is_cautious:
             u = u * (c.sign() == g.sign())
         norm = lambda x: math.sqrt(x.double().square().sum().item())  # noqa: E731
         share = lambda mask: mask.sum().item() / len(u)  # noqa: E731

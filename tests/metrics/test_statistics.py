@@ -50,6 +50,8 @@ def expected(case: Case) -> dict[str, float]:
             g = g * case.grad_scale
         c = m * case.scalars.beta1 + g * (1.0 - case.scalars.beta1)
         u = torch.where(g.isfinite() & ~c.isnan(), c.sign(), 0.0)
+        if case.cautious_lrs is not None and case.cautious_lrs[i, 1] == 0:
+            u = torch.where(u * g.sign() > 0, u, 0.0)
         old, new = (stored(tensors, i) for tensors in (before, after))
         total["numel"] += grad.numel()
         total["grad_squares"] += squares(g)
@@ -131,7 +133,7 @@ def test_a_bf16_step_below_half_an_ulp_is_lost_without_stochastic_rounding_and_s
 def test_cautious_steps_count_as_zero_where_they_are_not_taken():
     case = Case.make(Storage(FP32, None, FP32), FP32, [2])
     case = replace(case, params=[torch.ones(2)], exp_avgs=[torch.ones(2)], grads=[torch.tensor([1.0, -1.0])])
-    lrs = torch.tensor([0.5])
+    lrs = torch.tensor([[0.5, 0.0]])
     total = measure(case.tensors(), case.grads, case.scalars, cautious_lrs=lrs, backend="triton")
     result = dict(zip(COLUMNS, total.tolist(), strict=True))
     assert (result["zero"], result["agreement"], result["flipped"]) == (1, 1, 0)

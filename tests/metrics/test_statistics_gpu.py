@@ -1,4 +1,4 @@
-"""The compiled statistics kernel: the definition's numbers, the same ones each time, no waiting, little memory."""
+"""The compiled statistics kernel: the reference's numbers, the same ones each time, no waiting, little memory."""
 
 from __future__ import annotations
 

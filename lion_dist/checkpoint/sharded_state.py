@@ -6,6 +6,7 @@ The names are those of the unwrapped model, whatever engine holds it::
     optimizer.<name>.exp_avg | main_param     fp32, bf16 or int16, in the parameter's full shape
     optimizer.<name>.step                     [] int64, with stochastic rounding
     counters                                  [2] int64, steps taken and skipped (ShardedLion)
+    spike_guard                               fp64, the window of skip_spikes (``spike_guard.py``)
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import values
-from lion_dist.boxes import Box, BoxedTensor, boxes_over
+from lion_dist.boxes import BoxedTensor
 from lion_dist.checkpoint import fsdp1
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.lion import Lion
-from lion_dist.local_tensors import local_tensor
+from lion_dist.local_shard import LocalShard
 from lion_dist.sharded_lion import ShardedLion
 from lion_dist.sharded_params import clean_name
 from lion_dist.sharding import collectives
 
+GROUP_KEYS = ("lr", "betas", "weight_decay", "initial_lr", "max_lr")  # of a param group, and saved with it
+
 
 @dataclass
-class OwnedParam:
+class ShardedParamState:
     """What this rank owns of one parameter and of its optimizer state; every rank lists every parameter.
 
     Attributes:
@@ -50,7 +53,7 @@ class OwnedParam:
 
 
 @dataclass
-class NamedState:
+class ShardedState:
     """A model and its optimizer.
 
     Attributes:
@@ -59,9 +62,10 @@ class NamedState:
         finish_load: called on every rank after the tensors have been loaded; it may communicate.
     """
 
-    params: dict[str, OwnedParam]
+    params: dict[str, ShardedParamState]
     buffers: dict[str, BoxedTensor]
     counters: Tensor | None
+    spike_window: Tensor | None
     tied: dict[str, str]
     param_groups: list[dict]
     finish_load: Callable[[], None]
@@ -71,15 +75,17 @@ class NamedState:
         named = {f"model.{name}": buffer for name, buffer in self.buffers.items()}
         for name, param in self.params.items():
             named[f"model.{name}"] = param.value
-            named |= {f"optimizer.{name}.{kind}": boxed for kind, boxed in param.state.items()}
+            named |= {f"optimizer.{name}.{kind}": held for kind, held in param.state.items()}
             if param.step is not None:
-                named[f"optimizer.{name}.step"] = whole(param.step)
+                named[f"optimizer.{name}.step"] = boxed(param.step)
         if self.counters is not None:
-            named["counters"] = whole(self.counters)
+            named["counters"] = boxed(self.counters)
+        if self.spike_window is not None:
+            named["spike_guard"] = boxed(self.spike_window)
         return named
 
 
-def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> NamedState:
+def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> ShardedState:
     """The live state of ``model`` and ``optimizer``, whose engine is found out from them. It does not communicate."""
     if not isinstance(optimizer, Lion | ShardedLion):
         raise CheckpointError(
@@ -94,42 +100,31 @@ def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> NamedState:
             module.reshard()  # after a forward without backward its parameters are full ones, not the optimizer's
     flats = fsdp1.flat_params(model)
     names = _names_by_param(model, flats)
-    _refuse_strangers(optimizer, names)
+    _refuse_unknown_params(optimizer, names)
     if isinstance(optimizer, ShardedLion):
         params, finish = _of_sharded_lion(optimizer, names), lambda: _gather_params(optimizer)
     else:
         params, finish = _of_lion(model, optimizer, flats)
     groups = _param_groups(optimizer, names, flats)
     for name, param in _plain_params(model, flats):
-        params.setdefault(name, OwnedParam(boxed_local(param.detach()), is_plain=_is_plain(param)))
-    return NamedState(
+        params.setdefault(name, ShardedParamState(boxed(param.detach()), is_plain=LocalShard.of(param).is_plain))
+    return ShardedState(
         params,
-        {name: boxed_local(buffer) for name, buffer in _persistent_buffers(model)},
+        {name: boxed(buffer) for name, buffer in _persistent_buffers(model)},
         optimizer.counters if isinstance(optimizer, ShardedLion) else None,
+        optimizer.spike_window,
         _tied_names(model, flats),
         groups,
         finish,
     )
 
 
-def whole(tensor: Tensor) -> BoxedTensor:
-    """``tensor`` as the one box that it is."""
-    boxes = {Box((0,) * tensor.ndim, tuple(tensor.shape)): tensor}
-    return BoxedTensor(tensor.shape, boxes, dtype=tensor.dtype, device=tensor.device)
-
-
-def boxed_local(tensor: Tensor) -> BoxedTensor:
-    """A plain tensor whole, or the local shard of a DTensor (n-D, possibly empty) as the box of the full one."""
-    local = local_tensor(tensor)
-    if local is tensor:
-        return whole(tensor)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    if tuple(sizes) != tuple(local.shape) or any(p.is_partial() for p in tensor.placements):
-        raise CheckpointError(f"a DTensor of {tensor.placements} holds {tuple(local.shape)} here, not {tuple(sizes)}")
-    boxes = {Box(tuple(offsets), tuple(sizes)): local}
-    return BoxedTensor(tensor.shape, boxes, dtype=local.dtype, device=local.device)
+def boxed(tensor: Tensor) -> BoxedTensor:
+    """Return what is here of ``tensor``, as boxes of the full one."""
+    try:
+        return LocalShard.of(tensor).boxed()
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 # ---- what ranks must agree about
@@ -137,8 +132,8 @@ def boxed_local(tensor: Tensor) -> BoxedTensor:
 _SAMPLE = 256  # elements of a tensor
 
 
-def descriptions(state: NamedState) -> dict[str, str]:
-    """Of each parameter, what must be the same on all ranks for what they save under its name to be one tensor.
+def descriptions(state: ShardedState) -> dict[str, str]:
+    """Describe of each parameter what must be equal on all ranks, so that what they save by its name is one tensor.
 
     Of parameters that every rank holds whole that is the contents too, but only a sample of them is looked at: it finds
     tensors that ranks train apart (experts, stages, hand-made tensor parallel), not a flipped bit.
@@ -149,8 +144,8 @@ def descriptions(state: NamedState) -> dict[str, str]:
         where = f"in param group {groups[name]}" if name in groups else "in no param group"
         words = [f"{tuple(param.value.shape)} {param.value.dtype} {where}"]
         if param.is_plain:
-            for kind, boxed in {"value": param.value, **param.state}.items():
-                words += [f"{kind} {_checksum(local)}" for local in boxed.boxes.values()]
+            for kind, held in {"value": param.value, **param.state}.items():
+                words += [f"{kind} {_checksum(local)}" for local in held.boxes.values()]
         result[name] = ", ".join(words)
     return result
 
@@ -172,9 +167,10 @@ def _of_lion(model: nn.Module, optimizer: Lion, flats: list[fsdp1.FlatParam]):
     for name, param in _plain_params(model, flats):
         if _has_state(param, optimizer, optimized):
             state = optimizer.state_of(param)
-            boxed = {kind: boxed_local(tensor) for kind, tensor in state.items() if kind != "step"}
-            step = state.get("step") if local_tensor(param).numel() else None
-            params[name] = OwnedParam(boxed_local(param.detach()), boxed, step, _is_plain(param))
+            kinds = {kind: boxed(tensor) for kind, tensor in state.items() if kind != "step"}
+            shard = LocalShard.of(param)
+            step = state.get("step") if shard.tensor.numel() else None
+            params[name] = ShardedParamState(boxed(param.detach()), kinds, step, shard.is_plain)
     finishes = []
     for flat in flats:
         owned, finish = _of_flat_param(flat, optimizer, optimized)
@@ -188,30 +184,25 @@ def _of_lion(model: nn.Module, optimizer: Lion, flats: list[fsdp1.FlatParam]):
     return params, finish_load
 
 
-def _is_plain(param: Tensor) -> bool:
-    return local_tensor(param) is param
-
-
 def _has_state(param: Tensor, optimizer: Lion, optimized: set) -> bool:
     """A frozen parameter has state when it was trained before."""
     return param in optimized and bool(param.requires_grad or optimizer.state.get(param))
 
 
 def _of_flat_param(flat: fsdp1.FlatParam, optimizer: Lion, optimized: set):
-    params: dict[str, OwnedParam] = {}
+    params: dict[str, ShardedParamState] = {}
     steps: dict[Tensor, list[Tensor]] = {}  # a flat parameter has one step, its file one for each original
-    for piece in flat.pieces:
-        param = params[piece.name] = OwnedParam(piece.boxed(piece.within(flat.local_shard)))
-        if not _has_state(piece.optimized, optimizer, optimized):
+    for original in flat.originals:
+        held = original.range
+        param = params[original.name] = ShardedParamState(flat.shard_of_value(original).boxed())
+        if not _has_state(held.optimized, optimizer, optimized):
             continue
-        state = optimizer.state_of(piece.optimized)
-        for kind, tensor in state.items():
-            if kind == "step" and piece.numel:
+        for kind, tensor in optimizer.state_of(held.optimized).items():
+            if kind == "step" and held.numel:
                 param.step = tensor.clone()
                 steps.setdefault(tensor, []).append(param.step)
             elif kind != "step":
-                own = piece.within(tensor) if piece.optimized is flat.param else tensor.view(-1)
-                param.state[kind] = piece.boxed(own)
+                param.state[kind] = flat.shard_of_state(original, tensor).boxed()
 
     def finish() -> None:
         for step, of_originals in steps.items():
@@ -220,7 +211,7 @@ def _of_flat_param(flat: fsdp1.FlatParam, optimizer: Lion, optimized: set):
     return params, finish
 
 
-def _of_sharded_lion(optimizer: ShardedLion, names: dict[Parameter, list[str]]) -> dict[str, OwnedParam]:
+def _of_sharded_lion(optimizer: ShardedLion, names: dict[Parameter, list[str]]) -> dict[str, ShardedParamState]:
     optimizer.finish_param_sync()
     params = {}
     all_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -232,17 +223,14 @@ def _of_sharded_lion(optimizer: ShardedLion, names: dict[Parameter, list[str]]) 
                 "its own), so other ranks may hold another parameter of this name: a checkpoint cannot tell them "
                 "apart. Keep such parameters in a model and optimizer that all ranks share, or save them by yourself."
             )
-        owned = {piece.param: i for i, piece in enumerate(bucket.slices)}
         flats = {"value": bucket.param_shard, "exp_avg": shard.exp_avg, "main_param": shard.main_param}
-        slices = {kind: (flat, shard.slices_of(flat)) for kind, flat in flats.items() if flat is not None}
-        for position, param in enumerate(bucket.params):
-            i = owned.get(position)
-            boxed, dims = {}, bucket.formats[position].dims
-            for kind, (flat, pieces) in slices.items():
-                boxes = {} if i is None else boxes_over(param.shape, bucket.slices[i].param_start, pieces[i], dims)
-                boxed[kind] = BoxedTensor(param.shape, boxes, dtype=flat.dtype, device=flat.device)
-            step = None if shard.steps is None or i is None else shard.steps[i]
-            params[names[param][0]] = OwnedParam(boxed.pop("value"), boxed, step)
+        held = {kind: shard.local_shards(flat) for kind, flat in flats.items() if flat is not None}
+        steps = (
+            {} if shard.steps is None else {s.param: step for s, step in zip(bucket.slices, shard.steps, strict=True)}
+        )
+        for i, param in enumerate(bucket.params):
+            kinds = {kind: shards[i].boxed() for kind, shards in held.items()}
+            params[names[param][0]] = ShardedParamState(kinds.pop("value"), kinds, steps.get(i))
     return params
 
 
@@ -257,7 +245,7 @@ def _gather_params(optimizer: ShardedLion) -> None:
 
 def _plain_params(model: nn.Module, flats: list[fsdp1.FlatParam]) -> Iterator[tuple[str, Parameter]]:
     """Parameters that are not part of a flat one."""
-    flattened = {param for flat in flats for param in (flat.param, *(p.optimized for p in flat.pieces))}
+    flattened = {param for flat in flats for param in (flat.param, *flat.optimized)}
     for name, param in model.named_parameters():
         if param not in flattened:
             yield fsdp1.unwrapped_name(clean_name(name)), param
@@ -275,8 +263,8 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _names_by_param(model: nn.Module, flats: list[fsdp1.FlatParam]) -> dict[Parameter, list[str]]:
     names = {param: [name] for name, param in _plain_params(model, flats)}
     for flat in flats:
-        for piece in flat.pieces:
-            names.setdefault(piece.optimized, []).append(piece.name)
+        for original in flat.originals:
+            names.setdefault(original.range.optimized, []).append(original.name)
     return names
 
 
@@ -293,11 +281,10 @@ def _tied_names(model: nn.Module, flats: list[fsdp1.FlatParam]) -> dict[str, str
 def _param_groups(
     optimizer: Lion | ShardedLion, names: dict[Parameter, list[str]], flats: list[fsdp1.FlatParam]
 ) -> list[dict]:
-    keys = ("lr", "betas", "weight_decay", "initial_lr")
-    places = {piece.name: piece.place for flat in flats for piece in flat.pieces}
+    places = {original.name: original.place for flat in flats for original in flat.originals}
     groups = []
     for group in optimizer.param_groups:
-        settings = {key: _plain(group[key]) for key in keys if key in group}
+        settings = {key: _plain(group[key]) for key in GROUP_KEYS if key in group}
         members = [name for p in group["params"] for name in names[p]]
         if all(name in places for name in members):  # flat parameters do not come in the order of the model
             members.sort(key=places.__getitem__)
@@ -306,7 +293,7 @@ def _param_groups(
 
 
 def _plain(value):
-    """As JSON: numbers may be tensors or NumPy's, ``betas`` any sequence of them."""
+    """Convert to JSON's values: numbers may be tensors or NumPy's, ``betas`` any sequence of them."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return list(map(_plain, value))
     found = values.plain_list(values.plain(value))
@@ -324,12 +311,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _refuse_strangers(optimizer: Lion | ShardedLion, names: dict[Parameter, list[str]]) -> None:
+def _refuse_unknown_params(optimizer: Lion | ShardedLion, names: dict[Parameter, list[str]]) -> None:
     for i, group in enumerate(optimizer.param_groups):
-        strangers = [p for p in group["params"] if p not in names]
-        if strangers:
+        unknown = [p for p in group["params"] if p not in names]
+        if unknown:
             raise CheckpointError(
-                f"param group {i} holds a parameter of shape {tuple(strangers[0].shape)} that the model does not have. "
+                f"param group {i} holds a parameter of shape {tuple(unknown[0].shape)} that the model does not have. "
                 "Pass save() and load() the model whose parameters the optimizer was given."
             )
 

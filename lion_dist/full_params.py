@@ -1,0 +1,151 @@
+"""The full parameters on this rank: whole or on their way, and written by the optimizer or by somebody else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from torch.nn import Parameter
+
+from lion_dist.param_sync import GatherParams
+from lion_dist.shard_state import BucketShard
+from lion_dist.sharding.bucket import Bucket
+from lion_dist.sharding.forward_hooks import ForwardHooks
+from lion_dist.version_tracker import ParamWatch
+
+
+class FullParams:
+    """Keeps parameters and main params in step with each other, and replicas with their owners.
+
+    Args:
+        shards: of the optimizer; more may come to the list.
+        hooks: on the module, which waits for its parameters; None: whoever updates waits itself.
+        param_sync: how updated shards reach the other ranks.
+    """
+
+    def __init__(self, shards: Sequence[BucketShard], hooks: ForwardHooks | None, param_sync: GatherParams):
+        self._shards, self._hooks, self.param_sync = shards, hooks, param_sync
+        self._versions = ParamWatch()
+        self._changed: set[Bucket] = set()  # by somebody else, since the last step
+        self._updating: set[Bucket] = set()  # by the update under way, or by one that an exception has ended
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return [shard.bucket for shard in self._shards]
+
+    def add(self, shards: Sequence[BucketShard]) -> None:
+        self._versions.add(shard.bucket for shard in shards)
+        if self._hooks is not None:
+            self._hooks.add_buckets([shard.bucket for shard in shards])
+
+    def finish_sync(self) -> None:
+        """Whatever follows may read every parameter."""
+        for shard in self._shards:
+            shard.bucket.finish_param_sync()
+
+    # ---- an update
+
+    def follow_outside_writes(self, shards: Iterable[BucketShard]) -> None:
+        """Main params follow parameters that somebody else has changed since our last update."""
+        for shard in shards:
+            if self._versions.find_changes(shard.bucket):
+                shard.refresh_main()
+                self._changed.add(shard.bucket)
+
+    def begin_updates(self, buckets: Collection[Bucket]) -> None:
+        """From here to :meth:`end_updates` an exception leaves parameters that ranks may not hold alike."""
+        self._updating.update(buckets)
+
+    def note_updates(self, buckets: Sequence[Bucket], params: Iterable[Parameter]) -> None:
+        """``params`` of ``buckets`` are the optimizer's own, new values."""
+        self._versions.note_updates(buckets, params)
+
+    def end_updates(self, buckets: Collection[Bucket]) -> None:
+        self._updating.difference_update(buckets)
+
+    def finish_sending(self) -> None:
+        """All buckets of the step have been updated."""
+        self.param_sync.after_updates(self._changed)
+        self._changed.clear()
+
+    def finish_step(self) -> None:
+        """What no module waits for is awaited now."""
+        if self._hooks is None:
+            self.finish_sync()
+        else:
+            self._hooks.finish_outside()
+
+    def note_sync_starts(self) -> None:
+        if self._hooks is not None:
+            self._hooks.note_sync_starts()
+
+    def look_at_modules(self) -> None:
+        """Parameters have moved within the module."""
+        if self._hooks is not None:
+            self._hooks.look_at_modules()
+
+    # ---- repairs
+
+    def refuse_interrupted(self) -> None:
+        if self._updating:
+            raise RuntimeError(
+                "an exception has ended an update of parameters: ranks may hold different ones. Call zero_grad() on "
+                "every rank, which gathers them anew, and run the step again from its first backward."
+            )
+
+    def gather_what_was_interrupted(self) -> None:
+        """If an exception has ended an update or a replay of codes, every rank gets what the owners hold."""
+        if not self._updating and not self.param_sync.is_interrupted:
+            return
+        self.param_sync.give_up()
+        for bucket in self.buckets:
+            bucket.gather_again()
+        self._note_all_updated()
+        self._updating.clear()
+
+    def sync_main_params(self) -> None:
+        """Main params follow parameters that were written through ``.data``, which leaves no trace."""
+        self.finish_sync()
+        for shard in self._shards:
+            self._versions.find_changes(shard.bucket)
+            shard.refresh_main()
+
+    def resync(self) -> None:
+        """Every rank's parameters become their owners'."""
+        self.param_sync.give_up()
+        self.finish_sync()
+        self.follow_outside_writes(self._shards)
+        for shard in self._shards:
+            shard.resync()
+
+    def close(self) -> None:
+        self.finish_sync()
+        if self._hooks is not None:
+            self._hooks.close()
+
+    # ---- what CapturedStep asks for
+
+    @contextlib.contextmanager
+    def synced_by(self, strategy: GatherParams) -> Iterator[None]:
+        """Updates inside leave parameters to ``strategy``."""
+        before, self.param_sync = self.param_sync, strategy
+        try:
+            yield
+        finally:
+            self.param_sync = before
+
+    def start_sync(self) -> None:
+        """Gather every bucket's parameters, beside what follows."""
+        self.note_sync_starts()
+        GatherParams().after_update(self.buckets)
+
+    def leave_stale(self) -> None:
+        """A captured step has updated the shards, and no gather is on its way."""
+        for bucket in self.buckets:
+            bucket.leave_stale()
+        self.note_sync_starts()
+        self._note_all_updated()
+
+    def _note_all_updated(self) -> None:
+        buckets = self.buckets
+        self._versions.note_updates(buckets, [param for bucket in buckets for param in bucket.params])

@@ -1,0 +1,91 @@
+"""What looks on at the steps of ``ShardedLion`` and may be absent: metrics, and the check of replicas.
+
+Both are imported when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lion_dist.meters import make_meter, refuse_unmeasured
+from lion_dist.shard_state import ShardBatch
+from lion_dist.sharded_params import ShardedParams
+from lion_dist.sharding.bucket import Bucket
+from lion_dist.sharding.comm_stream import CommStream
+from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.update_terms import UpdateTerms
+
+
+class StepObservers:
+    """Asked before and after a step, and before each launch.
+
+    Args:
+        copies: returns what all ranks must hold alike, as ``ReplicaCheck`` takes it.
+
+    Attributes:
+        clock: cuts the step into phases, for metrics and for labels under a profiler.
+    """
+
+    def __init__(
+        self,
+        groups: ShardGroups,
+        stream: CommStream,
+        device: torch.device,
+        *,
+        metrics_every: int,
+        check_replicas_every: int,
+        copies: Callable[[], tuple],
+    ):
+        self._groups, self._stream, self._device, self._copies = groups, stream, device, copies
+        self.metrics_every, self._check_replicas_every = metrics_every, check_replicas_every
+        self._meter, self._replica_check = make_meter(metrics_every, device), None
+        self.clock = self._meter.clock
+
+    def begin_step(self) -> None:
+        if self._check_replicas_every:
+            with self.clock.phase("measure"):
+                self._replicas().begin_step(self._copies)
+        self._meter.begin_step()
+
+    def before_update(self, batch: ShardBatch, active: Tensor | None, terms: UpdateTerms) -> None:
+        """``batch`` is about to be updated. Each element is measured once, by the first replica."""
+        if not self._meter.is_measuring or not batch.owning or batch.groups.replicate_rank:
+            return
+        from lion_dist.metrics.statistics import measure
+
+        with self.clock.phase("measure"):
+            arguments = terms.arguments(batch, active)
+            self._meter.add(measure(batch.tensors, batch.grads(), terms.of(batch), **arguments))
+
+    def end_step(self, skip: Tensor, counters: Tensor) -> None:
+        self._meter.end_step(skip, counters)
+
+    def metrics(self) -> dict:
+        refuse_unmeasured(self._meter)
+        from lion_dist.metrics.step_metrics import metrics_over_ranks
+
+        return metrics_over_ranks(self._meter, self._groups)
+
+    def check_replicas(self) -> None:
+        self._replicas().check(*self._copies())
+
+    def _replicas(self):
+        if self._replica_check is None:
+            from lion_dist.replica_check import ReplicaCheck
+
+            self._replica_check = ReplicaCheck(self._groups, self._stream, self._device, self._check_replicas_every)
+        return self._replica_check
+
+
+def copies_of(params: ShardedParams, buckets: list[Bucket]) -> tuple[list[Bucket], list[tuple]]:
+    """What all ranks must hold alike: buckets, and parameters that are not trained, the module's others too."""
+    names, groups_for = params.names, params.groups_for
+    frozen = [(names[p], p, groups_for(group)) for p, group in params.frozen.items()]
+    for param, name in params.module_names.items():
+        if param not in names and not param.requires_grad and type(param) is Parameter:
+            frozen.append((name, param, groups_for({})))
+    return buckets, frozen
