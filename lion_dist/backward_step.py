@@ -13,7 +13,7 @@ from lion_dist.shard_state import ShardBatch, UpdateOrder
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.backward_updates import BackwardUpdates
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.buffers import CommStream
+from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.foreign_wrappers import refuse_late_grads
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.step_gradients import StepGradients
@@ -50,7 +50,7 @@ class BackwardStep:
         self._scheduler, self._stream, self._order = scheduler, stream, order
         self._terms, self._update, self._send = terms, update, send
         self._updates = BackwardUpdates(stream, self._update_bucket, may_wait)
-        self._last_update = stream.new_mark()
+        self._last_update = stream.new_event()
         scheduler.after_start = self._updates
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class BackwardStep:
             active = torch.tensor([trained[s.param] for s in bucket.slices], dtype=torch.float32)
             active = active.to(bucket.device, non_blocking=True)
         self._update(batch, active, self._terms())
-        self._stream.mark(self._last_update)
+        self._stream.record_event(self._last_update)
         params.note_updates([bucket], filter(_requires_grad, bucket.params))
         self._send(batch)
         params.end_updates([bucket])
@@ -87,14 +87,14 @@ class BackwardStep:
         self._scheduler.start_all_but(begun)
         with self._stream.fork():
             agreement.exchange(self._gradients.choices)
-            self._stream.mark(self._last_update)  # it has read a learning rate or divisor on the device, too
+            self._stream.record_event(self._last_update)  # it has read a learning rate or divisor on the device, too
         if self._params.unfrozen():
             self._gradients.adopt_unfrozen()
             self._scheduler.start_all_but(self._updates.begun)
         self._updates.finish()
         self._updates.refuse_reduced_since()
         # A learning rate or divisor on the device may be changed from here on; the updates have read it.
-        self._stream.join(self._last_update)
+        self._stream.wait_event(self._last_update)
         self._stream.release()
 
     def forget_step(self) -> None:

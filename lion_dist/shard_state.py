@@ -230,4 +230,4 @@ def make_batches(shards: Sequence[ShardState]) -> list[ShardBatch]:
 
 def _launch_key(shard: ShardState) -> tuple:
     bucket = shard.bucket
-    return id(shard.group), bucket.groups, bucket.pool.dtype, shard.exp_avg.dtype, bucket.param_shard.dtype
+    return id(shard.group), bucket.groups, bucket.reduce_dtype, shard.exp_avg.dtype, bucket.param_shard.dtype

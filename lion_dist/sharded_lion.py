@@ -34,7 +34,7 @@ from lion_dist.shard_builder import ShardBuilder
 from lion_dist.shard_state import ShardBatch, ShardState, UpdateOrder
 from lion_dist.sharded_optimizer import ShardedOptimizer
 from lion_dist.sharded_params import ShardedParams
-from lion_dist.sharding.buffers import CommStream
+from lion_dist.sharding.comm_stream import make_comm_stream
 from lion_dist.sharding.foreign_wrappers import refuse_wrapped
 from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
@@ -135,7 +135,7 @@ class ShardedLion(ShardedOptimizer):
         # All user input has been checked: from here on ranks communicate, and tensors change.
         self.groups = self._meet_ranks()
         backend = choose_backend(device, use_triton)
-        stream = CommStream(device, bounded=sharding.wait_in_backward)
+        stream = make_comm_stream(device, bounded=sharding.wait_in_backward)
         self.shards: list[ShardState] = []
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)  # steps taken, steps skipped

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding import full_grad
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.buffers import CommStream
+from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.foreign_wrappers import refuse_late_grads
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.gradient_check import CheckResult, GradientCheck

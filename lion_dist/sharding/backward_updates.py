@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lion_dist.sharding.bucket import Bucket, GradState
-from lion_dist.sharding.buffers import CommStream
+from lion_dist.sharding.comm_stream import CommStream
 
 
 class BackwardUpdates:
