@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch.nn import Parameter
 
+from lion_dist.choose_transport import choose_transport
 from lion_dist.config import PrecisionPolicy, ShardingConfig
 from lion_dist.param_sync import GatherParams
 from lion_dist.shard_state import ShardState
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.choose_transport import choose_transport
 from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
 from lion_dist.sharding.phases import PhaseClock

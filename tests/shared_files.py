@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from lion_dist.sharding import choose_transport, collectives
-from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory
-from lion_dist.sharding.peer_transport import PeerTransport
+from lion_dist import choose_transport
+from lion_dist.peer_memory.memory import PeerBuffer, PeerMemory
+from lion_dist.peer_memory.transport import PeerTransport
+from lion_dist.sharding import collectives
 
 
 class SharedFiles(PeerMemory):

@@ -1,4 +1,4 @@
-"""The door to NCCL and gloo. (``peer_memory.py`` is the other way between ranks.)
+"""The door to NCCL and gloo. (``peer_memory/`` is the other way between ranks.)
 
 Each function starts a collective on the current stream (NCCL) or in the background (gloo) and returns what has yet to
 be done: a callable that completes it. On a CUDA stream the rest is queued at once and the callable does nothing; on

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lion_dist import ShardedLion, ShardingConfig
-from lion_dist.sharding.ordered_sum import OrderedSum
+from lion_dist.peer_memory.ordered_sum import OrderedSum
 from tests.models import GivenGradients
 from tests.shared_files import over_shared_files
 
@@ -58,7 +58,7 @@ def train_without_triton() -> list[torch.Tensor]:
             model.loss(grads).backward()
         opt.clip_grad_norm_(0.5)
         opt.step()
-    used = [name for name in sys.modules if name == "lion_dist.sharding.ordered_sum_triton"]
+    used = [name for name in sys.modules if name == "lion_dist.peer_memory.ordered_sum_triton"]
     sys.modules.update(kept)
     assert not used
     return [p.detach().clone() for p in model.parameters()]

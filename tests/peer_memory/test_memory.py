@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lion_dist import ShardedLion, ShardingConfig
-from lion_dist.sharding import collectives, peer_connect, peer_memory
+from lion_dist.peer_memory import connect as peer_connect
+from lion_dist.peer_memory import memory as peer_memory
+from lion_dist.peer_memory.memory import PeerBuffer, PeerMemory, Recording
+from lion_dist.peer_memory.ordered_sum_triton import OrderedSum
+from lion_dist.peer_memory.transport import PeerCopies
+from lion_dist.sharding import collectives
 from lion_dist.sharding.layout import BucketLayout
 from lion_dist.sharding.memory_format import MemoryFormat
-from lion_dist.sharding.ordered_sum_triton import OrderedSum
-from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory, Recording
-from lion_dist.sharding.peer_transport import PeerCopies
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the kernel; interpreted on a CPU
 DTYPES = [torch.float32, torch.bfloat16]

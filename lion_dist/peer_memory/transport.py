@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lion_dist.peer_memory.memory import PeerBuffer, PeerMemory, Prepare
+from lion_dist.peer_memory.ordered_sum import OrderedSum
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import GradBuffer, GradBufferPool, views_of
 from lion_dist.sharding.collective_transport import sum_replicas
@@ -23,8 +25,6 @@ from lion_dist.sharding.collectives import COMPLETED, Work
 from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.layout import BucketLayout
 from lion_dist.sharding.memory_format import MemoryFormat
-from lion_dist.sharding.ordered_sum import OrderedSum
-from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory, Prepare
 from lion_dist.sharding.process_groups import ShardGroups
 
 RECEIVE_BUFFERS = 2  # in turn; each of all but a rank's own share of a bucket: three buckets on two ranks, up to four
@@ -133,7 +133,7 @@ class PeerCopies:
             self._sum = OrderedSum(pieces, memory.device)
             self._own_addend, self._run = self._own_pieces, _run_anew
         else:
-            from lion_dist.sharding import ordered_sum_triton
+            from lion_dist.peer_memory import ordered_sum_triton
 
             self._sum = ordered_sum_triton.OrderedSum(pieces, memory.device)
             self._starts = [(s.param, s.param_start * dtype.itemsize) for s in self._own]  # bytes from its beginning

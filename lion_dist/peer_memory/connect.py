@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch.distributed import ProcessGroup
 
+from lion_dist.peer_memory.memory import PeerMemory
 from lion_dist.sharding import collectives
-from lion_dist.sharding.peer_memory import PeerMemory
 from lion_dist.sharding.process_groups import backend_for
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,6 @@ import torch
 
 from lion_dist.sharding.collective_transport import CollectiveTransport
 from lion_dist.sharding.comm_stream import CommStream
-from lion_dist.sharding.peer_connect import connect
-from lion_dist.sharding.peer_transport import PeerTransport
 from lion_dist.sharding.process_groups import ShardGroups
 from lion_dist.sharding.transport import Transport
 
@@ -20,7 +18,12 @@ Connector = Callable[[ShardGroups, torch.device, CommStream, bool | None, bool |
 
 def over_peer_memory(
     groups: ShardGroups, device: torch.device, stream: CommStream, peer_memory: bool | None, use_triton: bool | None
-) -> PeerTransport | None:
+) -> Transport | None:
+    if peer_memory is False or not (peer_memory or device.type == "cuda"):
+        return None
+    from lion_dist.peer_memory.connect import connect
+    from lion_dist.peer_memory.transport import PeerTransport
+
     memory = connect(groups.shard_group, device, peer_memory, use_triton)
     return None if memory is None else PeerTransport(memory, groups, stream, use_triton)
 

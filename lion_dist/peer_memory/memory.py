@@ -8,7 +8,7 @@ wire's dtype.
 
 Memory comes from ``torch.distributed._symmetric_memory``, whose interface torch calls alpha; all use of it is here.
 A gather is closed by barriers on both sides, kernels that wait for the other GPUs: before it every rank's part is
-there, after it nobody reads that any more. (A reduction does with one: ``peer_transport.py``.) All is enqueued on the
+there, after it nobody reads that any more. (A reduction does with one: ``transport.py``.) All is enqueued on the
 current stream and the host waits for nothing.
 
 What has the same tensors and addresses as in an earlier step is recorded as a CUDA graph and replayed from then on:
@@ -64,7 +64,7 @@ class PeerBuffer(FlatBuffer):
 
 
 class PeerMemory:
-    """The ranks of one group, who reach each other's memory (``peer_connect.connect()`` asks whether they do)."""
+    """The ranks of one group, who reach each other's memory (``connect.connect()`` asks whether they do)."""
 
     def __init__(self, group: ProcessGroup, device: torch.device):
         """All ranks of ``group`` together, as every method. RuntimeError where the driver or the container forbids."""
