@@ -1,7 +1,7 @@
 """A whole training step of ``ShardedLion`` as one CUDA graph.
 
 What is in the graph, in this order: the all-gather of the parameters that the step before has updated, bucket by bucket
-beside the forward; forward, backward and the reductions; clipping, the verdict and the update. So the gather of step n
+beside the forward; forward, backward and the reductions; clipping, the check and the update. So the gather of step n
 is at the head of the graph of step n + 1, where it stays hidden, and between two replays **parameters are stale**: each
 rank holds its own shard's new values and the others' old ones. Whatever comes between (an evaluation, a checkpoint, an
 eager step) waits for parameters as it always does, by the module's hooks or ``finish_param_sync()``; the difference is

@@ -117,7 +117,7 @@ class ShardingConfig:
             where all ranks of the shard group can (NCCL elsewhere; a warning says why when one host's GPUs cannot).
             False: NCCL. True: an error where they cannot.
         update_in_backward: update each bucket as soon as its gradients are reduced, and gather it, inside backward;
-            ``step()`` finishes what is left. There is no norm to clip by and no verdict to skip by: an element whose
+            ``step()`` finishes what is left. There is no norm to clip by and no check to skip by: an element whose
             gradient is not finite stays. A parameter that nobody used counts as one with a zero gradient. All backward
             passes of a step but the last go inside ``no_sync()``.
         wait_in_backward: True: when the gradients of a few buckets are under way, backward waits for the first of them
@@ -125,6 +125,8 @@ class ShardingConfig:
             memory at once. So it must be where ranks would wait for each other: where some ranks take another branch,
             in a model that has collectives of its own inside backward (a loss that compares with other ranks'
             examples), or in one of several models with a ShardedLion each in one backward pass.
+        overlap_param_sync: True: given ``module``, parameters arrive during the next forward. False: ``step()`` returns
+            with all of them whole, for code that holds references to them (a log of their norms, an average).
         check_replicas_every: in every n-th step, compare checksums of all ranks' parameters, without waiting; a
             difference is raised by the next step (``ShardedLion.check_replicas``). 0: never.
     """
@@ -138,6 +140,7 @@ class ShardingConfig:
     peer_memory: bool | None = None
     update_in_backward: bool = False
     wait_in_backward: bool = True
+    overlap_param_sync: bool = True
     check_replicas_every: int = 0
 
     def __post_init__(self):
@@ -160,6 +163,7 @@ class ShardingConfig:
             peer_memory=values.flag("peer_memory", self.peer_memory, optional=True),
             update_in_backward=values.flag("update_in_backward", self.update_in_backward),
             wait_in_backward=values.flag("wait_in_backward", self.wait_in_backward),
+            overlap_param_sync=values.flag("overlap_param_sync", self.overlap_param_sync),
             check_replicas_every=check_interval("check_replicas_every", self.check_replicas_every),
         )
         if self.bucket_numel is not None:

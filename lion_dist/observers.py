@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lion_dist.meters import make_meter, refuse_unmeasured
+from lion_dist.optional_metrics import make_step_metrics, refuse_unmeasured
 from lion_dist.shard_state import ShardBatch
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.buffers import CommStream
+from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.process_groups import ShardGroups
 from lion_dist.update_terms import UpdateTerms
 
@@ -49,34 +49,35 @@ class StepObservers:
         self._groups, self._stream, self._device, self._copies = groups, stream, device, copies
         self._parts = parts
         self.metrics_every, self._check_replicas_every = metrics_every, check_replicas_every
-        self._meter, self._replica_check = make_meter(metrics_every, device), None
-        self.clock = self._meter.clock
+        self._step_metrics, self._replica_check = make_step_metrics(metrics_every, device), None
+        self.clock = self._step_metrics.clock
 
     def begin_step(self) -> None:
         if self._check_replicas_every:
             with self.clock.phase("measure"):
                 self._replicas().begin_step(self._copies)
-        self._meter.begin_step()
+        self._step_metrics.begin_step()
 
     def before_update(self, batch: ShardBatch, active: Tensor | None, terms: UpdateTerms) -> None:
         """``batch`` is about to be updated. Each element is measured once, by the first replica."""
-        if not self._meter.is_measuring or not batch.owning or batch.groups.replicate_rank or not batch.is_counted:
+        measuring = self._step_metrics.is_measuring and batch.owning and batch.is_counted
+        if not measuring or batch.groups.replicate_rank:
             return
         from lion_dist.metrics.statistics import measure
 
         with self.clock.phase("measure"):
             arguments = terms.arguments(batch, active)
-            self._meter.add(measure(batch.tensors, batch.grads(), terms.of(batch), **arguments))
+            self._step_metrics.add(measure(batch.tensors, batch.grads(), terms.of(batch), **arguments))
 
     def end_step(self, skip: Tensor, counters: Tensor) -> None:
-        self._meter.end_step(skip, counters)
+        self._step_metrics.end_step(skip, counters)
 
     def metrics(self) -> dict:
-        refuse_unmeasured(self._meter)
+        refuse_unmeasured(self._step_metrics)
         from lion_dist.metrics.step_metrics import metrics_over_ranks
 
         ranks = self._groups if self._parts is None else self._parts.all_ranks(self._groups)
-        return metrics_over_ranks(self._meter, ranks)
+        return metrics_over_ranks(self._step_metrics, ranks)
 
     def check_replicas(self) -> None:
         self._replicas().check(*self._copies())

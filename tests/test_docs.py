@@ -17,7 +17,7 @@ from lion_dist import checkpoint
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RUNNABLE = ("quick-start.md", "precision.md")
+RUNNABLE = ("quick-start.md", "precision.md", "huggingface.md")
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")], key=str)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)

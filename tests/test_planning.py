@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import Lion, ShardedLion, ShardingConfig
 from lion_dist.benchmarks.llama import Llama
@@ -338,3 +340,48 @@ def test_deepspeed_has_no_plan_without_its_fp32_main_params():
 def test_a_job_that_does_not_spread_over_its_nodes_is_refused():
     with pytest.raises(ValueError, match="10 ranks do not spread evenly over 3 nodes"):
         Job(10, 3)
+
+
+# ---- DDP, and AdamW to compare with
+
+
+def memory_of_ddp(bucket_view: bool, zero: bool) -> dict[str, int]:
+    """Gradients with DDP's buckets, and the state of AdamW on this rank."""
+    model = make("wide", torch.float32)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=bucket_view)
+    if zero:
+        opt = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.AdamW)
+    else:
+        opt = torch.optim.AdamW(ddp.parameters())
+    ddp(torch.randint(64, (1, 9))).backward()
+    opt.step()
+    grads = sum(param.grad.nbytes for param in model.parameters())
+    buckets = sum(map(int, str(ddp._get_ddp_logging_data()["bucket_sizes"]).split(",")))
+    moments = [v for state in (opt.optim if zero else opt).state.values() for key, v in state.items() if key != "step"]
+    return {"grads": buckets if bucket_view else grads + buckets, "exp_avg": sum(v.nbytes for v in moments)}
+
+
+def test_plan_of_ddp_has_its_buckets_beside_the_gradients(gloo):
+    plans = {p.engine: p.memory for p in plan(shapes("wide"), Job(2), "fp32")}
+    for engine, bucket_view in (("DDP + Lion", False), ("DDP + Lion, bucket view", True), ("DDP + AdamW", False)):
+        for found in gloo.run(2, memory_of_ddp, bucket_view, False):
+            assert plans[engine]["grads"] == found["grads"]
+    assert plans["DDP + AdamW"]["exp_avg"] == found["exp_avg"] == 2 * plans["DDP + Lion"]["exp_avg"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_plan_of_zero_1_adamw_is_what_the_fullest_rank_holds(gloo, ranks):
+    planned = {p.engine: p.memory for p in plan(shapes("wide"), Job(ranks), "fp32")}["DDP + ZeRO-1 AdamW"]
+    assert planned["exp_avg"] == max(found["exp_avg"] for found in gloo.run(ranks, memory_of_ddp, False, True))
+
+
+def test_adamw_has_no_plan_with_main_params_or_a_momentum_of_another_dtype():
+    for precision in PRECISIONS:
+        engines = {p.engine for p in plan(shapes("deep"), Job(8), precision)}
+        assert ("FSDP2 + AdamW" in engines) == (precision in ("bf16-none", "fp32"))
+
+
+def test_the_published_example_of_ddp_counts_its_buckets():
+    """7 B parameters on 8 ranks: bf16 gradients are 12.55 GiB, and DDP's default holds them twice."""
+    plans = {p.engine: p.total for p in plan(preset("7b"), Job(8), "bf16-split")}
+    assert (plans["DDP + Lion"] - plans["DDP + Lion, bucket view"]) / 2**30 == pytest.approx(12.55, abs=0.005)

@@ -81,6 +81,42 @@ def test_without_the_module_parameters_are_complete_when_step_returns(gloo):
         assert events == ["gather starts"] * 4 + ["gather ends"] * 4
 
 
+def hold_references(overlap: bool, in_backward: bool) -> list[bool]:
+    """As an average of weights or a log of their norms does: a list of parameters, made once, read after each step."""
+    model = mlp(*WIDTHS)
+    sharding = ShardingConfig(bucket_numel=72, overlap_param_sync=overlap, update_in_backward=in_backward)
+    opt = ShardedLion(model.parameters(), lr=1e-3, module=model, sharding=sharding)
+    held = list(model.parameters())
+    are_whole = []
+    with poisoned_gathers():
+        for step in range(3):
+            train_step(model, opt, step)
+            are_whole.append(all(bool(p.isfinite().all()) for p in held))
+    return are_whole
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_without_overlap_held_references_are_whole_after_every_step(gloo, in_backward):
+    for are_whole in gloo.run(2, hold_references, False, in_backward):
+        assert are_whole == [True] * 3
+    for are_whole in gloo.run(2, hold_references, True, in_backward):
+        assert are_whole == [False] * 3, "the double shows nothing"
+
+
+def trained_params(overlap: bool) -> list[Tensor]:
+    model = mlp(*WIDTHS)
+    sharding = ShardingConfig(bucket_numel=72, overlap_param_sync=overlap)
+    opt = ShardedLion(model.parameters(), lr=1e-3, module=model, sharding=sharding)
+    for step in range(3):
+        train_step(model, opt, step)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_overlap_changes_no_bit(gloo):
+    with_overlap, without = gloo.run(2, trained_params, True)[0], gloo.run(2, trained_params, False)[0]
+    assert all(map(torch.equal, with_overlap, without))
+
+
 def follow_one_backward(bucket_numel: int) -> list:
     model = mlp(*WIDTHS)
     opt = ShardedLion(model.parameters(), module=model, sharding=ShardingConfig(bucket_numel=bucket_numel))

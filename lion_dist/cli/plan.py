@@ -10,6 +10,7 @@ import textwrap
 
 from lion_dist.cli.errors import UsageError
 from lion_dist.planning.estimates import PRECISIONS, Job, activation_bytes, plan
+from lion_dist.planning.model_families import FAMILIES
 from lion_dist.planning.model_shapes import PRESETS, read_shapes
 from lion_dist.reporting import aligned
 
@@ -39,7 +40,8 @@ def add_parser(verbs) -> None:
         "--bandwidth 300/40",
     )
     add = parser.add_argument
-    add("--params", required=True, metavar="SIZE|CONFIG.json", help=f"{', '.join(PRESETS)}, or a Hugging Face config")
+    add("--params", required=True, metavar="SIZE|NAME|CONFIG.json",
+        help=f"{', '.join(PRESETS)}; a number as 6.7e9; {', '.join(FAMILIES)}; or a Hugging Face config")  # fmt: skip
     add("--ranks", required=True, type=int, help="GPUs in all")
     add("--nodes", type=int, help="machines they are spread over; default: 8 ranks a node where that divides")
     add("--gpu-mem", type=_memory, metavar="80GiB", help="memory of one GPU; says what fits")
@@ -96,7 +98,8 @@ def run(args) -> int:
         return 0
     print(f"{model.name}: {model.numel / 1e9:.2f} B parameters in {len(model.params)} tensors ({model.source})")
     print(_job_line(job, args))
-    print(f"\n{args.precision}, GiB a rank\n" + _detailed_table(rows[args.precision], args))
+    detailed = _with_adamw(rows, args.precision)
+    print(f"\n{args.precision}, GiB a rank\n" + _detailed_table(detailed, args))
     print("\nall precisions, GiB a rank in total\n" + _totals_table(rows, args))
     print("\n" + _notes(args))
     return 0
@@ -146,6 +149,15 @@ def _job_line(job, args) -> str:
     return textwrap.fill(", ".join(parts), WIDTH)
 
 
+def _with_adamw(rows: dict[str, list[dict]], precision: str) -> list[dict]:
+    """The rows of one precision, and AdamW's over fp32 parameters, to compare with, where it has no row of its own."""
+    found = rows[precision]
+    if any("AdamW" in row["engine"] for row in found):
+        return found
+    others = [row for row in rows["fp32"] if "AdamW" in row["engine"]]
+    return found + [row if "compute" in row["engine"] else row | {"engine": f"{row['engine']}, fp32"} for row in others]
+
+
 def _detailed_table(rows: list[dict], args) -> str:
     kinds = list(rows[0]["bytes"])
     columns = ["", *(HEADINGS.get(kind, kind) for kind in kinds), "total"]
@@ -193,7 +205,9 @@ def _notes(args) -> str:
     notes = [
         "transient: gradients not yet packed, layers that FSDP2 has gathered, DeepSpeed's buckets; an estimate.",
         "GiB sent: by each rank in one step, forward to step, padding included.",
-        "-: DeepSpeed keeps fp32 main params for bf16 parameters, whatever the optimizer would do without.",
+        "DDP: buckets stand beside the gradients unless gradient_as_bucket_view=True (bucket view). ZeRO-1: torch's.",
+        "AdamW: torch's, both moments in the parameters' dtype (under momentum), no main params.",
+        "-: DeepSpeed keeps fp32 main params for bf16 parameters, whatever the optimizer would do without; AdamW none.",
     ]
     if args.gpu_mem is not None:
         notes.append(f"! does not fit: more than --gpu-mem less {RESERVED // GIB} GiB for CUDA, NCCL, fragmentation.")

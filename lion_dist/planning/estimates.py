@@ -11,8 +11,9 @@ that no bucket has taken yet, layers that FSDP2 has gathered, DeepSpeed's bucket
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -33,10 +34,14 @@ DEEPSPEED_BUCKET, DEEPSPEED_PREFETCH, DEEPSPEED_KEEPS_WHOLE = 500_000_000, 50_00
 
 @dataclass(frozen=True)
 class Precision:
-    """A parameter dtype and the policy that goes with it."""
+    """A parameter dtype and the policy that goes with it.
+
+    ``moments``: how many values of the momentum's dtype the optimizer keeps for each element; AdamW 2.
+    """
 
     param_dtype: torch.dtype
     policy: PrecisionPolicy
+    moments: int = 1
 
     @property
     def param_bytes(self) -> int:
@@ -48,7 +53,7 @@ class Precision:
 
     @property
     def momentum_bytes(self) -> int:
-        return self.policy.momentum_dtype_for(self.param_dtype).itemsize
+        return self.moments * self.policy.momentum_dtype_for(self.param_dtype).itemsize
 
 
 PRECISIONS = {
@@ -143,17 +148,42 @@ def _traffic(job: Job, *collectives: tuple[str, int, int]) -> tuple[Collective, 
 # ---- engines
 
 
-def plan_replicated(model: ModelShapes, precision: Precision, job: Job) -> tuple[dict, tuple]:
-    """``Lion`` on one rank, or under DDP (gradient_as_bucket_view=True: its buckets are the gradients)."""
+def plan_replicated(
+    model: ModelShapes, precision: Precision, job: Job, *, bucket_view: bool = False
+) -> tuple[dict, tuple]:
+    """``Lion`` on one rank, or under DDP.
+
+    ``bucket_view``: DDP's gradient_as_bucket_view, by which its buckets are the gradients; without it both are kept.
+    """
     numel, grads = model.numel, model.numel * precision.param_bytes
     memory = {
         "params": numel * precision.param_bytes,
         "main_params": numel * precision.main_bytes,
         "exp_avg": numel * precision.momentum_bytes,
-        "grads": grads,
+        "grads": grads if job.ranks == 1 or bucket_view else 2 * grads,
         "transient": 0,
     }
     return memory, _traffic(job, ("all-reduce gradients", 2 * _share(grads, job.ranks), job.ranks))
+
+
+def plan_zero_redundancy(model: ModelShapes, precision: Precision, job: Job) -> tuple[dict, tuple]:
+    """torch's ``ZeroRedundancyOptimizer`` under DDP: each rank keeps the state of whole parameters, and sends those."""
+    memory, traffic = plan_replicated(model, precision, job)
+    owned = [0] * job.ranks
+    for numel in sorted(model.numels, reverse=True):  # each to the rank that has the least, as it does
+        heapq.heapreplace(owned, owned[0] + numel)
+    memory["exp_avg"] = max(owned) * precision.momentum_bytes
+    sent = "broadcast parameters", _share(model.numel * precision.param_bytes, job.ranks), job.ranks
+    return memory, traffic + _traffic(job, sent)
+
+
+def plan_adamw(
+    model: ModelShapes, precision: Precision, job: Job, *, engine: Callable, **settings
+) -> tuple[dict, tuple] | None:
+    """torch's AdamW in ``engine``: two moments in the parameters' dtype, no main params. Other precisions: no plan."""
+    if precision.main_bytes or precision.policy.momentum_dtype_for(precision.param_dtype) != precision.param_dtype:
+        return None
+    return engine(model, replace(precision, moments=2), job, **settings)
 
 
 def bucket_layouts(model: ModelShapes, shard_ranks: int, bucket_numel: int | None) -> list[BucketLayout]:
@@ -292,6 +322,8 @@ def plan_deepspeed(model: ModelShapes, precision: Precision, job: Job, *, stage:
 def engines_for(precision: Precision, job: Job) -> dict[str, tuple[Callable, dict]]:
     """The engines that make sense for a job: {name in tables: (function above, its settings)}."""
     engines: dict[str, tuple[Callable, dict]] = {"Lion" if job.ranks == 1 else "DDP + Lion": (plan_replicated, {})}
+    if job.ranks > 1:
+        engines["DDP + Lion, bucket view"] = plan_replicated, {"bucket_view": True}
     engines |= {f"ShardedLion stage {stage}": (plan_sharded, {"stage": stage}) for stage in (1, 2)}
     engines["ShardedLion stage 2, coded"] = plan_sharded, {"stage": 2, "coded": True}
     hybrid = job.nodes > 1 and job.ranks_per_node > 1
@@ -303,7 +335,21 @@ def engines_for(precision: Precision, job: Job) -> dict[str, tuple[Callable, dic
         engines["FSDP2 + Lion, hybrid"] = plan_fsdp, {"hybrid": True}
     if precision.param_dtype == FP32:
         engines["FSDP2 + Lion, bf16 compute"] = plan_fsdp, {"compute": BF16}
-    return engines | {f"DeepSpeed stage {stage}": (plan_deepspeed, {"stage": stage}) for stage in range(4)}
+    engines |= {f"DeepSpeed stage {stage}": (plan_deepspeed, {"stage": stage}) for stage in range(4)}
+    return engines | _engines_of_adamw(precision, job)
+
+
+def _engines_of_adamw(precision: Precision, job: Job) -> dict[str, tuple[Callable, dict]]:
+    if job.ranks == 1:
+        return {"AdamW": (plan_adamw, {"engine": plan_replicated})}
+    engines = {
+        "DDP + AdamW": (plan_adamw, {"engine": plan_replicated}),
+        "DDP + ZeRO-1 AdamW": (plan_adamw, {"engine": plan_zero_redundancy}),
+        "FSDP2 + AdamW": (plan_adamw, {"engine": plan_fsdp}),
+    }
+    if precision.param_dtype == FP32:
+        engines["FSDP2 + AdamW, bf16 compute"] = plan_adamw, {"engine": plan_fsdp, "compute": BF16}
+    return engines
 
 
 def plan(model: ModelShapes, job: Job, precision: str) -> list[EnginePlan]:

@@ -1,6 +1,6 @@
 """The shapes of a model's parameters, without the model: what ``planning.py`` counts.
 
-From a preset (``"7b"``), from a Hugging Face ``config.json``, or from a module that is there.
+From a preset (``"7b"``), a family (``model_families.py``), a Hugging Face ``config.json``, or a module that is there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib.util
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +17,14 @@ from pathlib import Path
 from torch import nn
 
 from lion_dist import values
+from lion_dist.planning.model_families import (
+    ALIASES,
+    FAMILIES,
+    decoder_shapes,
+    family_shapes,
+    parse_size,
+    sized_like_llama,
+)
 
 # Llama-shaped, by their published configs. kv: key and value heads; tied: one matrix is embedding and head.
 PRESETS = {
@@ -37,7 +45,7 @@ PRESET_NAMES = {
     "70b": "Llama 2 70B",
     "405b": "Llama 3.1 405B",
 }
-# Config types whose parameters are exactly those of llama_shapes; others need transformers.
+# Config types whose parameters are exactly those of decoder_shapes; others need transformers.
 LLAMA_LIKE = ("llama", "mistral")
 # What most configs call their sizes. Lists, one value a layer, are left to the model.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -83,40 +91,31 @@ def shapes_of(model: nn.Module, name: str, source: str, *, hidden: int, layers: 
     return ModelShapes(name, source, tuple(named), hidden, layers, vocab)
 
 
-def llama_shapes(
-    *, hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, tied: bool, head_dim: int | None = None
-) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """(name, shape) as ``LlamaForCausalLM`` registers them; without biases."""
-    head_dim = head_dim or hidden // heads
-    yield "model.embed_tokens.weight", (vocab, hidden)
-    for layer in range(layers):
-        for part, shape in (
-            ("self_attn.q_proj", (heads * head_dim, hidden)),
-            ("self_attn.k_proj", (kv * head_dim, hidden)),
-            ("self_attn.v_proj", (kv * head_dim, hidden)),
-            ("self_attn.o_proj", (hidden, heads * head_dim)),
-            ("mlp.gate_proj", (ffn, hidden)),
-            ("mlp.up_proj", (ffn, hidden)),
-            ("mlp.down_proj", (hidden, ffn)),
-            ("input_layernorm", (hidden,)),
-            ("post_attention_layernorm", (hidden,)),
-        ):
-            yield f"model.layers.{layer}.{part}.weight", shape
-    yield "model.norm.weight", (hidden,)
-    if not tied:
-        yield "lm_head.weight", (vocab, hidden)
-
-
 def preset(name: str) -> ModelShapes:
     """One of ``PRESETS``."""
     sizes = PRESETS[name]
-    params = tuple(llama_shapes(**sizes))
+    params = tuple(decoder_shapes(**sizes))
     source = f"the shapes of {PRESET_NAMES[name]}"
     return ModelShapes(name, source, params, sizes["hidden"], sizes["layers"], sizes["vocab"])
 
 
+def family(name: str) -> ModelShapes:
+    """One of ``model_families.FAMILIES``."""
+    sizes, shapes = family_shapes(name)
+    source = f"the shapes of {name}"
+    return ModelShapes(name, source, tuple(shapes), sizes["hidden"], sizes["layers"], sizes["vocab"])
+
+
+def of_size(numel: int) -> ModelShapes:
+    """A model like Llama with about ``numel`` parameters."""
+    sizes = sized_like_llama(numel)
+    source = f"made up, shaped like Llama: {sizes['layers']} layers, {sizes['hidden']} wide"
+    params = tuple(decoder_shapes(**sizes))
+    return ModelShapes(f"{numel:.3g}", source, params, sizes["hidden"], sizes["layers"], sizes["vocab"])
+
+
 def read_shapes(where: str) -> ModelShapes:
-    """``where``: the name of a preset, or the path of a Hugging Face config.json.
+    """``where``: the name of a preset or a family, a number of parameters, or the path of a Hugging Face config.json.
 
     With transformers installed its own model is built on the meta device, which holds no data; without it Llama-like
     configs are read by the formula above.
@@ -125,12 +124,22 @@ def read_shapes(where: str) -> ModelShapes:
         ValueError: neither, or a config that cannot be made into a causal language model here.
     """
     path = values.path("where", where)
-    if str(where).lower() in PRESETS:
-        return preset(str(where).lower())
+    name = str(where).lower()
+    name = ALIASES.get(name, name)
+    if name in PRESETS:
+        return preset(name)
+    if name in FAMILIES:
+        return family(name)
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        raise ValueError(f"--params {where}: neither a file nor one of {', '.join(PRESETS)}. Pass a config.json.")
+        numel = parse_size(name)
+        if numel is not None:
+            return of_size(numel)
+        raise ValueError(
+            f"--params {where}: neither a file nor one of {', '.join([*PRESETS, *FAMILIES, *ALIASES])}, nor a number "
+            "such as 6.7e9. Pass a config.json."
+        )
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -215,6 +224,6 @@ def _by_formula(path: Path, config: dict) -> ModelShapes:
         "tied": tied,
         "head_dim": optional.get("head_dim"),
     }
-    params = tuple(llama_shapes(**sizes))
+    params = tuple(decoder_shapes(**sizes))
     source = f"formula for {kind} configs (transformers is not installed)"
     return ModelShapes(path.stem, source, params, sizes["hidden"], sizes["layers"], sizes["vocab"])

@@ -17,9 +17,12 @@ from torch.nn import Parameter
 
 ENGINES = ("DeepSpeedEngine", "FSDPModule")  # by name: no library needs to be installed
 SHARDED = {"FlatParameter": "FullyShardedDataParallel", "DTensor": "fully_shard"}  # parameters, and who makes them
+REPLACED = "DDPWithoutReducer"  # a DistributedDataParallel that has left its gradients to a sharded optimizer
 REMEDY = (
     "Pass the bare module and call it, not the wrapper: ShardedLion reduces the gradients itself, and makes replicas "
-    "equal when it is constructed. With FSDP, fully_shard or DeepSpeed use lion_dist.Lion."
+    "equal when it is constructed. A DistributedDataParallel (not a subclass) may stay where it comes before the "
+    "optimizer, as ShardedLion(ddp.parameters(), module=ddp), which replaces its reducer. With FSDP, fully_shard or "
+    "DeepSpeed use lion_dist.Lion."
 )
 
 _grad = operator.attrgetter("grad")
@@ -29,24 +32,28 @@ _grad = operator.attrgetter("grad")
 def wrapper_name(kind: type) -> str | None:
     """The class for which modules of ``kind`` reduce gradients, or None.
 
-    The wrappers of torch, apex, fairscale and Megatron are all called "...DataParallel".
+    Wrappers of torch, apex, fairscale and Megatron are all called "...DataParallel".
     """
+    if kind.__name__ == REPLACED:
+        return None
     names = (base.__name__ for base in kind.__mro__)
     return next((name for name in names if name.endswith("DataParallel") or name in ENGINES), None)
 
 
-def find_wrapper(params: Iterable[Parameter], module: nn.Module | None) -> str | None:
-    """The name of a data-parallel wrapper that holds one of ``params``, or that ``module`` is or contains."""
+def find_wrapper(
+    params: Iterable[Parameter], module: nn.Module | None, replaced: nn.Module | None = None
+) -> str | None:
+    """The name of a data-parallel wrapper, not ``replaced``, that holds one of ``params`` or is in ``module``."""
     params = set(params)
     inside = [] if module is None else (wrapper_name(type(child)) for child in module.modules())
     found = next((name for name in inside if name is not None), None)
-    if found is None and _find_around(params) is not None:
+    if found is None and _find_around(params, replaced) is not None:
         gc.collect()  # it may be waiting for no more than that
-        found = _find_around(params)
+        found = _find_around(params, replaced)
     return found
 
 
-def _find_around(params: set[Parameter]) -> str | None:
+def _find_around(params: set[Parameter], replaced: nn.Module | None) -> str | None:
     objects = gc.get_objects()
     # The types first, in C: a large job has a million objects, and a Python loop over them takes 0.1 s. type(), not
     # isinstance(), which asks lazy proxies for their class.
@@ -54,14 +61,14 @@ def _find_around(params: set[Parameter]) -> str | None:
     wrappers = {kind: name for kind, name in kinds.items() if name is not None}
     for candidate in objects if wrappers else ():
         name = wrappers.get(type(candidate))
-        if name is not None and not params.isdisjoint(candidate.parameters()):
+        if name is not None and candidate is not replaced and not params.isdisjoint(candidate.parameters()):
             return name
     return None
 
 
-def refuse_wrapped(params: Iterable[Parameter], module: nn.Module | None) -> None:
-    """Raise TypeError when gradients of ``params`` are reduced by somebody else, or ``module``'s are."""
-    found = find_wrapper(params, module)
+def refuse_wrapped(params: Iterable[Parameter], module: nn.Module | None, replaced: nn.Module | None = None) -> None:
+    """Raise TypeError when gradients of ``params`` or ``module`` are reduced by somebody else than ``replaced``."""
+    found = find_wrapper(params, module, replaced)
     if found is not None:
         raise TypeError(f"the model is wrapped in {found}, which reduces gradients too. {REMEDY}")
 

@@ -104,7 +104,7 @@ class CompiledCall:
 
 
 class ForwardHooks:
-    """Lets each module's forward wait for its own parameters only.
+    """Lets each module's forward wait for its own parameters only. The module gets hooks with the first buckets.
 
     Attributes:
         all_whole: nothing is in flight; known since ``finish_all()``, and until ``note_sync_starts()``.
@@ -128,7 +128,6 @@ class ForwardHooks:
             reason="ShardedLion waits for parameters here. Compile the model before ShardedLion is made, or in place "
             "(model.compile(), block.compile()), and the graph stays whole.",
         )
-        self._hook_up()
 
     # ---- hooks
 

@@ -125,6 +125,6 @@ def _make(given: ProcessGroup, name: str) -> ProcessGroup:
 
 
 def _backends(group: ProcessGroup) -> str:
-    """As ``init_process_group`` takes them: "gloo", or "cpu:gloo,cuda:nccl"."""
+    """Return the backends as ``init_process_group`` takes them: "gloo", or "cpu:gloo,cuda:nccl"."""
     backend, _ = distributed_c10d._world.pg_map[group]
     return str(backend)

@@ -78,6 +78,7 @@ class GradScheduler:
         self._hook = not_traced(held_weakly(self._on_grad))
         self._start_ready = torch.compiler.disable(self._start_ready)
         self.in_no_sync = False
+        self.is_closed = False
         self._handles: list[RemovableHandle] = []
         self._order: list[Bucket] = []  # the order in which reductions start
         self._place: dict[Parameter, tuple[Bucket, int]] = {}
@@ -115,6 +116,7 @@ class GradScheduler:
 
     def close(self) -> None:
         """Gradients stay with autograd from here on."""
+        self.is_closed = True
         for handle in self._handles:
             handle.remove()
         for param in self._place:
@@ -234,7 +236,7 @@ class GradScheduler:
             if bucket.grad_state is GradState.EMPTY:
                 bucket.start_grad_sync()
 
-    def finish_absent_pass(self) -> None:
+    def join_backward(self) -> None:
         """This rank has no micro-batch where others run one: it takes part with what is in ``.grad``, or zeros."""
         if self.in_no_sync and self.keep_local_grads:
             self._pending_local = True  # as on the ranks that run it

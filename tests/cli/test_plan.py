@@ -64,6 +64,14 @@ def test_tables_show_engines_verdicts_and_what_is_an_estimate(capsys):
     assert max(map(len, lines)) <= 120
 
 
+def test_adamw_stands_beside_every_precision_and_a_number_is_a_model(capsys):
+    for precision in PRECISIONS:
+        assert cli.main(["plan", "--params", "6.7e9", "--ranks", "8", "--precision", precision]) == 0
+        detailed = capsys.readouterr().out.split("all precisions")[0]
+        assert all(f"\n{engine}" in detailed for engine in ("DDP + AdamW", "DDP + ZeRO-1 AdamW", "FSDP2 + AdamW"))
+        assert "made up, shaped like Llama" in detailed
+
+
 def test_tables_without_memory_and_bandwidth_give_no_verdict(capsys):
     assert cli.main(["plan", "--params", "1b", "--ranks", "2"]) == 0
     printed = capsys.readouterr().out

@@ -8,6 +8,7 @@ of the step kill the rank there with SIGKILL, which no program can prepare for.
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,12 @@ OTHERS: dict[str, tuple[Callable[[Act], None], Act]] = {
 }
 
 
+def say(line: str) -> None:
+    """One write, which nothing that other threads and ranks print to the same pipe comes between."""
+    sys.stdout.flush()
+    os.write(sys.stdout.fileno(), line.encode())
+
+
 def install(drill: str) -> None:
     name, rank, step = drill.split(":")
     if rank not in ("any", os.environ.get("RANK", "0")):
@@ -112,12 +119,15 @@ def install(drill: str) -> None:
     else:
         where, act = OTHERS[name]
 
+    one_at_a_time = threading.Lock()  # several threads of a save may come here, and the first one's act may be the last
+
     def at_its_step(of: int | None = None):
         if step not in ("any", str(now["step"] if of is None else of)):
             return False
-        if step != "any":
-            print(f"drill: rank {rank}, {name}, step {step}", flush=True)
-        return act()
+        with one_at_a_time:
+            if step != "any":
+                say(f"drill: rank {rank}, {name}, step {step}\n")
+            return act()
 
     where(at_its_step)
 
