@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lion_dist.composed.clip import clip_grad_norm_
     from lion_dist.composed.model_parallel import ModelParallel
     from lion_dist.replica_check import ReplicaError
+    from lion_dist.two_levels.levels import TwoLevels
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ShardedLion",
     "ShardingConfig",
     "SpikeGuard",
+    "TwoLevels",
     "clip_grad_norm_",
     "this_ranks_part",
 ]
@@ -34,6 +36,7 @@ __all__ = [
 _IN_ROOMS = {
     "ModelParallel": "lion_dist.composed.model_parallel",
     "ReplicaError": "lion_dist.replica_check",
+    "TwoLevels": "lion_dist.two_levels.levels",
     "clip_grad_norm_": "lion_dist.composed.clip",
 }
 

@@ -75,10 +75,6 @@ class Place:
         """The row-major index, in the larger tensor, of the first element of the box."""
         return row_major_index(self.shape, self.offsets)
 
-    def view_of(self, larger: Tensor, shape: Sequence[int]) -> Tensor:
-        """The box in ``larger``; ``shape``: of the tensor here."""
-        return larger[tuple(slice(first, first + size) for first, size in zip(self.offsets, shape, strict=True))]
-
     def moved(self, box: Box) -> Box:
         """``box``, told within the tensor here, within the larger one."""
         return Box(tuple(a + b for a, b in zip(self.offsets, box.offsets, strict=True)), box.sizes)

@@ -125,7 +125,7 @@ class ShardState:
             if tensor is not None:
                 words = tensor.view(torch.uint8)  # gloo knows no int16
                 collectives.broadcast(words, self.bucket.groups.replicate_group)
-        collectives.all_gather(self.bucket.flat_params, self.bucket.param_shard, self.bucket.groups.shard_group)()
+        self.bucket.groups.all_gather(self.bucket.flat_params, self.bucket.param_shard)()
 
     def refresh_main(self) -> None:
         """Let fp32 main params follow parameters that were changed from outside."""

@@ -38,6 +38,7 @@ from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.comm_stream import make_comm_stream
 from lion_dist.sharding.foreign_wrappers import refuse_wrapped
 from lion_dist.sharding.forward_hooks import ForwardHooks
+from lion_dist.sharding.grad_norm import GradNorm
 from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained, resolve_groups
@@ -166,7 +167,7 @@ class ShardedLion(ShardedOptimizer):
             lambda: self.param_groups,
             lambda: self._loss_scale,
             self.grad_scheduler,
-            GradientCheck(self.groups, device, divisor, choose_sum_of_squares(backend), self._params.parts),
+            GradientCheck(self._make_grad_norm(device, backend), divisor),
             None if skip_spikes is None else SpikeWatch(skip_spikes, device, backend),
             stream,
             self._observers.clock,
@@ -207,6 +208,10 @@ class ShardedLion(ShardedOptimizer):
         if self.groups.is_first:
             logger.info("%s", self._builder.description(self.shards))
         self._guard.note_params(groups)
+
+    def _make_grad_norm(self, device: torch.device, backend: str) -> GradNorm:
+        of_parts = GradNorm if self._params.parts is None else self._params.parts.grad_norm
+        return of_parts(self.groups, device, choose_sum_of_squares(backend))
 
     def _make_param_sync(self, backend: str) -> GatherParams:
         if self.sharding.param_sync != "coded":
@@ -357,10 +362,8 @@ def _model_axes(model_parallel: ModelParallel | None) -> ModelAxes | None:
     if model_parallel is None:
         return None
     from lion_dist.composed.axes import ModelAxes
-    from lion_dist.composed.model_parallel import ModelParallel
 
-    remedy = "Pass lion_dist.ModelParallel(tensor=mesh['tp'], pipeline=mesh['pp']), for example."
-    return ModelAxes(values.instance("model_parallel", model_parallel, ModelParallel, remedy))
+    return ModelAxes(model_parallel)
 
 
 def _takeover_of(module: nn.Module | None):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from lion_dist.shard_builder import ShardBuilder
 from lion_dist.shard_state import ShardState
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.process_groups import Progress, RankGroups, ShardGroups, explained
+from lion_dist.sharding.process_groups import Progress, ShardGroups, explained
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.spike_guard import not_guarded
 from lion_dist.state_dict.access import StateAccess
@@ -29,6 +30,9 @@ from lion_dist.state_dict.live_state import LiveState
 from lion_dist.step_gradients import StepGradients
 from lion_dist.step_guard import StepGuard
 from lion_dist.update_terms import GroupScalars
+
+if TYPE_CHECKING:
+    from lion_dist.composed.axes import ModelAxes
 
 
 class ShardedOptimizer(Optimizer):
@@ -295,17 +299,10 @@ class ShardedOptimizer(Optimizer):
         total["grads"] += self._builder.pooled_nbytes
         return total
 
-    # ---- what checkpoints ask for
-
-    def tied_names(self) -> dict[Parameter, str]:
-        """Of parameters that an earlier pipeline stage has too, the name there."""
-        return {} if self._params.parts is None else self._params.parts.tied_names
-
-    def holders(self, param: Parameter | None = None, groups: ShardGroups | None = None) -> RankGroups:
-        """The ranks that hold parts or copies of ``param``, whose param group is on ``groups``; None: of any other
-        parameter of the module."""
-        groups = self.groups if groups is None else groups
-        return groups if self._params.parts is None else self._params.parts.holders(param, groups)
+    @property
+    def parts(self) -> ModelAxes | None:
+        """The ranks that hold other parts of the model; for checkpoints."""
+        return self._params.parts
 
     # ---- state_dict: this rank's part in torch's format (``state_dict/``), or on one rank the whole
 

@@ -31,7 +31,7 @@ from lion_dist.lion import Lion
 from lion_dist.local_shard import LocalShard
 from lion_dist.sharded_lion import ShardedLion
 from lion_dist.sharded_params import clean_name
-from lion_dist.sharding import collectives
+from lion_dist.sharding.process_groups import RankGroups, ShardGroups
 
 GROUP_KEYS = ("lr", "betas", "weight_decay", "initial_lr", "max_lr")  # of a param group, and saved with it
 
@@ -121,10 +121,11 @@ def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> ShardedState:
     _refuse_unknown_params(optimizer, names)
     num_ranks, tied = None, _tied_names(model, flats)
     if isinstance(optimizer, ShardedLion):
-        for param, name in optimizer.tied_names().items():  # by the name on the first stage that has it
+        parts = optimizer.parts
+        for param, name in ({} if parts is None else parts.tied_names).items():  # the name on the first stage with it
             tied[names[param][0]], names[param] = name, [name]
         params, finish = _of_sharded_lion(optimizer, names), lambda: _gather_params(optimizer)
-        num_ranks = optimizer.holders().num_ranks
+        num_ranks = _holders(optimizer, None, optimizer.groups).num_ranks
     else:
         params, finish = _of_lion(model, optimizer, flats)
     groups = _param_groups(optimizer, names, flats)
@@ -247,15 +248,21 @@ def _of_sharded_lion(optimizer: ShardedLion, names: dict[Parameter, list[str]]) 
         for i, param in enumerate(bucket.params):
             kinds = {kind: shards[i].boxed() for kind, shards in local.items()}
             held = ShardedParamState(kinds.pop("value"), kinds, steps.get(i), is_saved=shard.is_counted)
-            held.num_ranks = optimizer.holders(param, bucket.groups).num_ranks
+            held.num_ranks = _holders(optimizer, param, bucket.groups).num_ranks
             params[names[param][0]] = held
     return params
+
+
+def _holders(optimizer: ShardedLion, param: Parameter | None, groups: ShardGroups) -> RankGroups:
+    """The ranks that hold parts or copies of ``param``, which ``groups`` share; None: of another parameter."""
+    parts = optimizer.parts
+    return groups if parts is None else parts.holders(param, groups)
 
 
 def _gather_params(optimizer: ShardedLion) -> None:
     """Each rank has loaded its shard of the parameters: make them full again."""
     for bucket in optimizer.buckets:
-        collectives.all_gather(bucket.flat_params, bucket.param_shard, bucket.groups.shard_group)()
+        bucket.groups.all_gather(bucket.flat_params, bucket.param_shard)()
 
 
 # ---- names

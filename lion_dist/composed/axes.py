@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from lion_dist import values
 from lion_dist.composed.model_parallel import ModelParallel
 from lion_dist.composed.places import ModelPlace, checksum
 from lion_dist.sharding import collectives
 from lion_dist.sharding.agreement import Entry, check_ranks_agree
+from lion_dist.sharding.grad_norm import GradNorm, SumOfSquares
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import ShardGroups, resolve_groups
 
@@ -43,6 +45,8 @@ class ModelAxes:
     """Args: ``given``: by the program; its groups are used until :meth:`take_own_groups`."""
 
     def __init__(self, given: ModelParallel):
+        remedy = "Pass lion_dist.ModelParallel(tensor=mesh['tp'], pipeline=mesh['pp']), for example."
+        values.instance("model_parallel", given, ModelParallel, remedy)
         self._given = given
         tensor, pipeline, expert = (
             None if where is None else resolve_groups(where).shard_group
@@ -85,6 +89,15 @@ class ModelAxes:
 
     def all_ranks(self, groups: ShardGroups) -> JoinedGroups:
         return JoinedGroups((*groups.axes, *self._groups.axes))
+
+    def check_consolidation(self) -> None:
+        """Raise RuntimeError where no rank can have the whole state."""
+        if self.pipeline is not None:
+            raise RuntimeError(
+                "consolidate_state_dict() gathers the state of one model, and each pipeline stage has another part of "
+                "it, with parameters numbered from 0. Save with lion_dist.checkpoint, which goes by name and holds all "
+                "stages."
+            )
 
     # ---- parameters
 
@@ -237,6 +250,11 @@ class ModelAxes:
             raise ValueError(found)
 
     # ---- every step
+
+    def grad_norm(self, groups: ShardGroups, device: torch.device, sum_of_squares: SumOfSquares) -> GradNorm:
+        from lion_dist.composed.norm import NormOfParts
+
+        return NormOfParts(groups, device, sum_of_squares, self)
 
     def join(self, total: Tensor, used: Tensor, also: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What data-parallel ranks have found, over all ranks: one message an axis.

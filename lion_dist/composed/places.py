@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from lion_dist.local_shard import LocalShard, Place, local_tensor
+from lion_dist.sharding import collectives
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,13 @@ class ModelPlace(Place):
     is_cut: bool = False
     is_tied: bool = False
     is_counted: bool = True
+
+    def put_together(self, part: Tensor, group: ProcessGroup) -> Tensor:
+        """The whole parameter's tensor, of which each rank of ``group`` holds such a ``part``; all of them together."""
+        whole = torch.zeros(self.shape, dtype=part.dtype, device=part.device)
+        whole[tuple(slice(first, first + size) for first, size in zip(self.offsets, part.shape, strict=True))] = part
+        collectives.all_reduce_max(whole.view(-1).view(torch.uint8), group)  # any dtype, as it is
+        return whole
 
     @classmethod
     def of_whole(cls, param: Parameter) -> ModelPlace:

@@ -9,11 +9,9 @@ overflows it: it is finite exactly when every gradient is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
@@ -28,19 +26,6 @@ def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64)).square().sum()
 
 
-class OtherParts(Protocol):
-    """The ranks that hold other parts of the model (``composed/axes.py``)."""
-
-    def is_counted(self, param: Parameter) -> bool:
-        """Whether this rank's squares of ``param`` count; another rank's do where it has the same gradient."""
-
-    def alike(self, groups: ShardGroups) -> RankGroups:
-        """The ranks that train the same parameters: ``groups``, and those that cut tensors with this one."""
-
-    def join(self, total: Tensor, used: Tensor, also: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What :class:`GradNorm` returns of data-parallel ranks, over all ranks."""
-
-
 class GradNorm:
     """Sums what a step's check needs to know; all ranks call it together, with all grad shards reduced.
 
@@ -49,23 +34,13 @@ class GradNorm:
     some rank.
     """
 
-    def __init__(
-        self,
-        main_groups: ShardGroups,
-        device: torch.device,
-        sum_of_squares: SumOfSquares,
-        other_parts: OtherParts | None = None,
-    ):
+    def __init__(self, main_groups: ShardGroups, device: torch.device, sum_of_squares: SumOfSquares):
         self.main_groups, self.device, self.sum_of_squares = main_groups, device, sum_of_squares
-        self.other_parts = other_parts
+        self.choosing_ranks: RankGroups = main_groups  # they have the same learning rates, divisors, ...
         self._uses: dict[tuple[bool, ...], Tensor] = {}  # the last pattern of uses of each group, on the device
 
     def __call__(self, buckets: Sequence[Bucket], also: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``total``, ``used``, and ``also`` [n] fp64 summed over all ranks that train the same parameters."""
-        found = self._over_data_parallel(buckets, also)
-        return found if self.other_parts is None else self.other_parts.join(*found)
-
-    def _over_data_parallel(self, buckets: Sequence[Bucket], also: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         by_groups: dict[ShardGroups, list[Bucket]] = {}
         for bucket in buckets:
             by_groups.setdefault(bucket.groups, []).append(bucket)
@@ -101,15 +76,6 @@ class GradNorm:
 
     def _squares_of(self, buckets: list[Bucket]) -> Tensor:
         """[] fp64, of the shards on this rank."""
-        if self.other_parts is not None:
-            counted = [bucket for bucket in buckets if self.other_parts.is_counted(bucket.params[0])]
-            others = [bucket for bucket in buckets if not self.other_parts.is_counted(bucket.params[0])]
-            parts = [self._sum_of(counted)] if counted else []
-            # Times 0 a sum that is not finite is NaN: the step is skipped for it all the same.
-            return torch.stack([*parts, *([self._sum_of(others) * 0.0] if others else [])]).sum()
-        return self._sum_of(buckets)
-
-    def _sum_of(self, buckets: list[Bucket]) -> Tensor:
         grads = [bucket.finish_grad_sync() for bucket in buckets]
         if buckets[0].squares is None:  # as of all that share its ranks
             return self.sum_of_squares(grads)

@@ -48,12 +48,8 @@ class StateAccess:
 
     @torch.no_grad()
     def consolidate(self, to: int) -> None:
-        if self._parts is not None and self._parts.pipeline is not None:
-            raise RuntimeError(
-                "consolidate_state_dict() gathers the state of one model, and each pipeline stage has another part of "
-                "it, with parameters numbered from 0. Save with lion_dist.checkpoint, which goes by name and holds all "
-                "stages."
-            )
+        if self._parts is not None:
+            self._parts.check_consolidation()
         check_rank(to, self._groups)
         live = self._settled()
         self._consolidated = None

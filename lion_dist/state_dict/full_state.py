@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from lion_dist.boxes import BoxedTensor, Part, read_box
-from lion_dist.local_shard import Place
 from lion_dist.shard_state import ShardState
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import views_of
@@ -131,10 +130,10 @@ def _whole_tensors(shard: ShardState) -> Iterator[tuple[Parameter, str, Tensor]]
         part = part.view(torch.bfloat16) if part.dtype == torch.int16 else part  # as in main_params.py
         flat = part.new_empty(bucket.layout.numel)
         flat[start:stop] = part
-        collectives.all_gather(flat, flat[start:stop], group)()
+        bucket.groups.all_gather(flat, flat[start:stop])()
         held = zip(bucket.params, views_of(flat, bucket.layout, bucket.formats), shard.places, strict=True)
         for param, full, place in held:
-            yield param, kind, full if shard.cut_group is None else put_together(full, place, shard.cut_group)
+            yield param, kind, full if shard.cut_group is None else place.put_together(full, shard.cut_group)
     if shard.steps is not None:
         steps = torch.zeros_like(shard.param_numels)
         steps[shard.slice_params] = shard.steps
@@ -142,14 +141,6 @@ def _whole_tensors(shard: ShardState) -> Iterator[tuple[Parameter, str, Tensor]]
             collectives.all_reduce_max(steps, axis)  # those who own elements of a parameter count alike
         for param, step in zip(bucket.params, steps, strict=True):
             yield param, "step", step
-
-
-def put_together(part: Tensor, place: Place, group: dist.ProcessGroup) -> Tensor:
-    """The whole tensor, of which each rank of ``group`` holds a part at its ``place``; all of them together."""
-    whole = torch.zeros(place.shape, dtype=part.dtype, device=part.device)
-    place.view_of(whole, part.shape).copy_(part)
-    collectives.all_reduce_max(whole.view(-1).view(torch.uint8), group)  # any dtype, as it is
-    return whole
 
 
 def _rank() -> int:
