@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lion_dist import Lion, ModelParallel, ReplicaError, ShardedLion, ShardingConfig
+from tests import gloo_workers
 from tests.composed.jobs import LR, OneProcess, gradients, mesh_of, place_on
 from tests.models import GivenGradients, given_loss, make_batch, make_model
 from tests.oracle import Oracle, assert_same_params
@@ -65,6 +66,16 @@ def train_on(axes: dict[str, int], config: dict) -> None:
 )
 def test_axes_together_equal_one_process(gloo, axes, config):
     gloo.run(4, train_on, axes, config)
+
+
+@pytest.mark.slow
+def test_eight_ranks_of_three_axes_equal_one_process(monkeypatch):
+    monkeypatch.setattr(gloo_workers, "MAX_RANKS", 8)
+    eight = gloo_workers.GlooPool()
+    try:
+        eight.run(8, train_on, {"pp": 2, "dp": 2, "tp": 2}, {})
+    finally:
+        eight.stop()
 
 
 # ---- experts

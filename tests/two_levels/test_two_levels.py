@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig, TwoLevels
+from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig, TwoLevels, checkpoint
 from lion_dist.sharding import collectives
-from tests.composed.jobs import mesh_of
+from tests.checkpoint.engines import assert_same_tensors
+from tests.composed.jobs import gradients, mesh_of
 from tests.models import GivenGradients, given_loss, make_batch, make_model
 from tests.oracle import Oracle, assert_same_on_all_ranks, assert_same_params, assert_same_state
 from tests.shared_files import over_shared_files
@@ -160,6 +161,55 @@ def test_bytes_across_nodes(gloo, param_sync, bytes_a_parameter):
         assert sum(across for across, _ in node) >= numel * share * 4
     if param_sync == "gather":
         assert sum(across for across, _ in sent[:2]) == pytest.approx(expected, rel=0.05)
+
+
+# ---- state dicts and checkpoints
+
+
+def trained(flat: bool, steps: int = 2) -> tuple[GivenGradients, ShardedLion]:
+    """Gradients are multiples of 1/8: their sums are exact in any order, so flat sharding has the same bits."""
+    model = GivenGradients((33, 7), (130,))
+    if flat:
+        opt = ShardedLion(model.parameters(), module=model, sharding=ShardingConfig(bucket_numel=300), **SETTINGS)
+    else:
+        opt = make(model)
+    for step in range(steps):
+        given_loss(model.weights, gradients(step, dist.get_rank(), ((33, 7), (130,)))).backward()
+        opt.step()
+        opt.zero_grad()
+    opt.finish_param_sync()
+    return model, opt
+
+
+def checkpoints_between(source_is_flat: bool, folder: str) -> None:
+    model, opt = trained(source_is_flat)
+    checkpoint.save(f"{folder}/first", model=model, optimizer=opt)
+    model, opt = trained(not source_is_flat, steps=1)
+    checkpoint.load(f"{folder}/first", model=model, optimizer=opt)
+    checkpoint.save(f"{folder}/second", model=model, optimizer=opt)
+    assert_same_tensors(f"{folder}/first", f"{folder}/second")
+
+
+@pytest.mark.parametrize("source_is_flat", [False, True])
+def test_a_checkpoint_goes_to_flat_sharding_and_back(gloo, tmp_path, source_is_flat):
+    gloo.run(4, checkpoints_between, source_is_flat, str(tmp_path))
+
+
+def full_state() -> None:
+    (model, opt), (flat_model, flat) = trained(flat=False), trained(flat=True)
+    assert_same_params(model, flat_model)
+    states = []
+    for each in (opt, flat):
+        each.consolidate_state_dict(3)
+        states.append(each.state_dict()["state"] if dist.get_rank() == 3 else {})
+    for mine, theirs in zip(states[0].values(), states[1].values(), strict=True):
+        assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
+    given_loss(model.weights, [torch.ones(33, 7), None]).backward()
+    assert torch.equal(opt.full_grad(model.weights[0]), torch.ones(33, 7, dtype=torch.float64))
+
+
+def test_a_full_state_and_a_full_gradient_are_those_of_flat_sharding(gloo):
+    gloo.run(4, full_state)
 
 
 @pytest.mark.parametrize("mesh", ["one axis", "no names", "a group"])
