@@ -1,7 +1,8 @@
-"""Trains train.py's model with tensor or pipeline parallel beside ZeRO, by torch's own engines.
+"""Trains train.py's model with tensor, pipeline or expert parallel beside ZeRO, by torch's own engines.
 
     torchrun --nproc-per-node 4 launch/composed.py --tensor-parallel 2       # data parallel 2 x tensor parallel 2
     torchrun --nproc-per-node 4 launch/composed.py --pipeline-parallel 2     # data parallel 2 x two stages
+    torchrun --nproc-per-node 4 launch/composed.py --experts 4 --expert-parallel 2   # two of four experts on a rank
 
 The ranks that are left are data-parallel. docs/composed.md explains what stands here; the checkpoint at the end is one
 of the whole model, which train.py goes on from.
@@ -18,11 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.nn.functional import all_to_all_single
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lion_dist import ModelParallel, PrecisionPolicy, ShardedLion, checkpoint
+from lion_dist import ModelParallel, PrecisionPolicy, ShardedLion, ShardingConfig, checkpoint
 from lion_dist.integrations.pipelining import reduce_in_last_backward
 from train import Transformer, global_batch, read_corpus, start_process_group
 
@@ -62,11 +64,53 @@ class Stage(nn.Module):
         return self.head(self.norm(x)) if self.is_last else x
 
 
+class Experts(nn.Module):
+    """A mixture beside the MLP of a block: each token goes to one expert, on whichever rank of ``group`` that is.
+
+    An expert has its own name (``blocks.0.experts.3.up.weight``), so checkpoints move between numbers of ranks.
+    """
+
+    def __init__(self, dim: int, count: int, group: dist.ProcessGroup):
+        super().__init__()
+        self.group, self.count, self.own = group, count, count // group.size()
+        self.router = nn.Linear(dim, count, bias=False)
+        for number in range(count):  # every rank makes all of them, and keeps its own
+            expert = nn.Sequential(nn.Linear(dim, 2 * dim, bias=False), nn.SiLU(), nn.Linear(2 * dim, dim, bias=False))
+            if number // self.own == group.rank():
+                self.add_module(str(number), expert.to(self.router.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        share, chosen = self.router(tokens).softmax(-1).max(-1)
+        order = chosen.argsort(stable=True)
+        leaving = chosen.bincount(minlength=self.count)
+        coming = torch.empty_like(leaving)
+        dist.all_to_all_single(coming, leaving, group=self.group)
+        leaving, coming = (counts.view(-1, self.own).tolist() for counts in (leaving, coming))
+        rows = self._exchange(tokens[order], leaving, coming)
+        parts = rows.split([count for of_rank in coming for count in of_rank])
+        done = [self.get_submodule(str(self.group.rank() * self.own + i % self.own))(p) for i, p in enumerate(parts)]
+        back = self._exchange(torch.cat(done), coming, leaving)
+        return (torch.zeros_like(tokens).index_copy(0, order, back) * share[:, None]).view_as(x)
+
+    def _exchange(self, rows: Tensor, leaving: list[list[int]], coming: list[list[int]]) -> Tensor:
+        """``leaving``, ``coming``: rows to and from each rank, expert by expert."""
+        sizes, wanted = list(map(sum, leaving)), list(map(sum, coming))
+        return all_to_all_single(rows.new_empty(sum(wanted), rows.shape[1]), rows, wanted, sizes, self.group)
+
+
+def add_experts(model: Transformer, dim: int, count: int, group: dist.ProcessGroup) -> list[nn.Parameter]:
+    for block in model.blocks:
+        block.experts = Experts(dim, count, group)
+        block.register_forward_hook(lambda block, _, output: output + block.experts(block.mlp_norm(output)))
+    return [p for name, p in model.named_parameters() if ".experts." in name and ".router." not in name]
+
+
 class Job:
     """This rank's part of the model, its optimizer, and its steps."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, mesh: DeviceMesh):
-        self.args, self.device, self.mesh = args, device, mesh
+        self.args, self.device, self.mesh, self.dp = args, device, mesh, mesh["edp", "ep"]._flatten("dp")
         torch.manual_seed(args.seed)  # every rank makes the whole model, and keeps its part
         model, stages = Transformer(args.layers, args.dim, args.heads).to(device), args.pipeline_parallel
         self.stage, tied = None, {}
@@ -78,13 +122,19 @@ class Job:
             self.first_and_last = self._first_and_last()
         if args.tensor_parallel > 1:
             parallelize_module(model, mesh["tp"], PLAN)
-        self.model = model
+        groups = []
+        if args.experts:
+            experts = add_experts(model, args.dim, args.experts, mesh["ep"].get_group())
+            groups = [{"params": experts, "weight_decay": 0.1, "process_group": mesh["edp"]}]
+        self.model, own = model.to(device), {p for group in groups for p in group["params"]}
         matrices, gains = ([p for p in model.parameters() if (p.dim() == 2) == is_2d] for is_2d in (True, False))
+        groups += [{"params": [p for p in matrices if p not in own], "weight_decay": 0.1}]
         self.optimizer = ShardedLion(
-            [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
+            [*groups, {"params": gains, "weight_decay": 0.0}],
             lr=args.lr,
             module=model,
-            process_group=mesh["dp"],
+            process_group=self.dp,
+            sharding=ShardingConfig(wait_in_backward=not args.experts),  # backward has collectives of its own then
             model_parallel=ModelParallel(tensor=mesh["tp"], pipeline=mesh["pp"], tied=tied),
             precision=PrecisionPolicy(seed=args.seed),
         )
@@ -123,7 +173,7 @@ class Job:
         return torch.stack([loss.detach() for loss in losses]).mean() if losses else None
 
     def train(self, text: Tensor) -> None:
-        args, dp = self.args, self.mesh["dp"]
+        args, dp = self.args, self.dp
         speaks = self.mesh.get_local_rank("pp") == args.pipeline_parallel - 1 and not self.mesh.get_local_rank("tp")
         for step in range(1, args.steps + 1):
             batch = global_batch(text, args.batch_size, args.seq_len, args.seed, step)
@@ -140,6 +190,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--tensor-parallel", type=int, default=1, help="ranks that cut the weights of a block")
     add("--pipeline-parallel", type=int, default=1, help="ranks that each have a part of the blocks")
+    add("--experts", type=int, default=0, help="experts beside the MLP of each block")
+    add("--expert-parallel", type=int, default=1, help="data-parallel ranks that divide the experts")
     add("--micro-batches", type=int, default=2, help="parts of a rank's batch; for a pipeline at least its stages")
     add("--data", help="a text file or a folder of them; None: the Python standard library's source")
     add("--out", type=Path, default=Path("runs/composed"), help="the checkpoint goes into a folder step-... there")
@@ -155,6 +207,11 @@ def parse_arguments() -> argparse.Namespace:
             f"{args.batch_size} one of the data-parallel ranks x {args.micro_batches} micro-batches"
         )
     args.data_parallel = ranks // parts
+    if args.data_parallel % args.expert_parallel or args.experts % args.expert_parallel or (args.experts and parts > 1):
+        parser.error(
+            f"--expert-parallel {args.expert_parallel} must divide the {args.data_parallel} data-parallel ranks and "
+            f"--experts {args.experts}, and goes without tensor and pipeline parallel here"
+        )
     return args
 
 
@@ -162,15 +219,16 @@ def main() -> None:
     args = parse_arguments()
     text, _ = read_corpus(args.data, args.seq_len)
     device = start_process_group(timedelta(minutes=10))
-    sizes = args.pipeline_parallel, args.data_parallel, args.tensor_parallel
-    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "dp", "tp"))
+    data_parallel = args.data_parallel // args.expert_parallel, args.expert_parallel
+    sizes = args.pipeline_parallel, *data_parallel, args.tensor_parallel
+    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "edp", "ep", "tp"))
     job = Job(args, device, mesh)
     job.train(text)
     path = args.out / f"step-{args.steps:06d}"
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, model=job.model, optimizer=job.optimizer, extra={"step": args.steps})
     if dist.get_rank() == 0:
-        print(f"{path} holds the whole model of {sizes[0]} stages x {sizes[2]} tensor-parallel ranks", flush=True)
+        print(f"{path} holds the whole model of {sizes[0]} stages x {sizes[3]} tensor-parallel ranks", flush=True)
     dist.destroy_process_group()
 
 

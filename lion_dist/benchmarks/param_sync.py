@@ -6,9 +6,9 @@
 
 With ``--nodes`` (root, iproute2) processes are on two nodes: namespaces joined by a veth pair whose ends ``tbf`` limits
 to each rate in turn. Bytes are those that a node's interface counts (with TCP's own), or what ShardedLion handed to
-collectives on this rank where there is no interface of its own. Engines take turns, so that other load meets them alike;
-times are medians of the slowest rank. The losses of a gather and of codes must be the same bit for bit, or the run fails;
-so must those of two levels, whose sum has another order.
+collectives on this rank where there is no interface of its own. Engines take turns, so that other load meets them
+alike; times are medians of the slowest rank. The losses of a gather and of codes must be the same bit for bit, or the
+run fails; so must those of two levels, whose sum has another order.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ NAMESPACES = ("lion-a", "lion-b")
 DTYPES = {"bf16, split main params": torch.bfloat16, "fp32": torch.float32}
 
 Step = Callable[[Tensor], Tensor]  # a batch -> its loss
+Engine = tuple[Step, Callable[[], None]]  # what trains, and what waits for parameters on their way
 
 
-def sharded(model: nn.Module, param_sync: str, process_group: DeviceMesh | TwoLevels | None = None) -> Step:
+def sharded(model: nn.Module, param_sync: str, process_group: DeviceMesh | TwoLevels | None = None) -> Engine:
     optimizer = ShardedLion(
         model.parameters(),
         **SETTINGS,
@@ -60,10 +61,10 @@ def sharded(model: nn.Module, param_sync: str, process_group: DeviceMesh | TwoLe
         optimizer.step()
         return loss.detach()
 
-    return step
+    return step, optimizer.finish_param_sync
 
 
-def ddp(model: nn.Module) -> Step:
+def ddp(model: nn.Module) -> Engine:
     wrapped, optimizer = DistributedDataParallel(model), Lion(model.parameters(), **SETTINGS)
 
     def step(batch: Tensor) -> Tensor:
@@ -74,10 +75,10 @@ def ddp(model: nn.Module) -> Step:
         optimizer.step()
         return loss.detach()
 
-    return step
+    return step, lambda: None
 
 
-def engines(ranks_per_node: int, device: torch.device) -> dict[str, Callable[[nn.Module], Step]]:
+def engines(ranks_per_node: int, device: torch.device) -> dict[str, Callable[[nn.Module], Engine]]:
     found = {
         "DDP + Lion": ddp,
         "ShardedLion, gather": lambda model: sharded(model, "gather"),
@@ -107,7 +108,7 @@ def sent_bytes() -> int:
 
 def measure(args, precision: str, device: torch.device) -> list[dict]:
     """One row an engine. Each trains a model of its own on the same batches."""
-    steps: dict[str, Step] = {}
+    steps: dict[str, Engine] = {}
     for name, build in engines(args.ranks_per_node, device).items():
         torch.manual_seed(0)
         model = Llama(args.layers, args.dim, args.dim // 64, 64 * round(args.dim / 24), vocab=args.vocab)
@@ -117,7 +118,7 @@ def measure(args, precision: str, device: torch.device) -> list[dict]:
     times, sent, losses = ({name: [] for name in steps} for _ in range(3))
     for i in range(args.warm_up + args.steps):
         batch = torch.randint(args.vocab, (args.micro_batch, args.seq_len + 1), generator=generator).to(device)
-        for name, step in steps.items():
+        for name, (step, finish) in steps.items():
             dist.barrier()
             before, start = sent_bytes(), time.perf_counter()
             for _ in range(args.burst):  # parameters are gathered while the next step's forward runs
@@ -126,6 +127,8 @@ def measure(args, precision: str, device: torch.device) -> list[dict]:
                 torch.cuda.synchronize()
             slowest = torch.tensor((time.perf_counter() - start) / args.burst, dtype=torch.float64, device=device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            finish()  # bytes of the last step that are on their way count here, and not in the next engine's
+            dist.barrier()
             if i >= args.warm_up:
                 times[name].append(1e3 * slowest.item())
                 sent[name].append((sent_bytes() - before) / args.burst)

@@ -41,5 +41,14 @@ def test_trains_the_model_of_one_process(alone, text, tmp_path, axis):
             torch.testing.assert_close(tensors[name], tensor, rtol=0.05, atol=1e-3)
 
 
+def test_experts_divided_over_ranks_train_as_on_one(text, tmp_path):
+    """Two of four experts on each rank, and all of them in the checkpoint."""
+    expected, whole = trained(text, tmp_path, 1, "--experts", 4)
+    losses, tensors = trained(text, tmp_path, 4, "--experts", 4, "--expert-parallel", 2)
+    assert len(losses) == 10 and losses == pytest.approx(expected, abs=2e-3)
+    assert tensors.keys() == whole.keys()
+    assert {f"model.blocks.1.experts.{number}.0.weight" for number in range(4)} <= tensors.keys()
+
+
 def test_the_names_are_those_of_the_whole_model(alone):
     assert {"model.embedding.weight", "model.blocks.1.mlp_out.weight", "model.norm.weight"} <= alone[1].keys()
