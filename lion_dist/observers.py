@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist.local_shard import local_tensor
 from lion_dist.optional_metrics import make_step_metrics, refuse_unmeasured
 from lion_dist.shard_state import ShardBatch
 from lion_dist.sharded_params import ShardedParams
@@ -93,7 +94,8 @@ class StepObservers:
 def copies_of(params: ShardedParams, buckets: list[Bucket]) -> tuple[list[Bucket], list[tuple]]:
     """What all ranks must hold alike: buckets, and parameters that are not trained, the module's others too."""
     names, groups_for = params.names, params.groups_for
-    frozen = [(names[p], p, groups_for(group)) for p, group in params.frozen.items()]
+    frozen = [(names[p], local_tensor(p), groups_for(group)) for p, group in params.frozen.items()]
+    frozen += [] if params.parts is None else params.parts.copies()
     for param, name in params.module_names.items():
         if param not in names and not param.requires_grad and type(param) is Parameter:
             frozen.append((name, param, groups_for({})))

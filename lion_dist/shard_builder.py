@@ -111,7 +111,7 @@ class ShardBuilder:
         numels = [shard.bucket.layout.numel for shard in shards]
         axes = [backend_for(axis, device) for axis in groups.axes]
         names = {transport.name for transport in self._transports.values()}
-        transport = "peer memory" if "peer memory" in names else (axes or ["none"])[0]
+        transport = max(names - {"collectives"}, default=(axes or ["none"])[0])
         parts = [
             f"{sum(p.numel() for p in params):,} parameters in {len(params)} tensors",
             f"{groups.shard_world_size} ranks x {groups.replicate_world_size} replicas",

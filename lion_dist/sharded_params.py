@@ -199,9 +199,7 @@ class ShardedParams:
             for j, (name, param) in enumerate(zip(self.names_of(group), group["params"], strict=True)):
                 if group.get("process_group") is not None and not with_names:
                     name = _label(i, j)
-                dims = MemoryFormat.of(
-                    local_tensor(param)
-                ).dims  # flat buffers are broadcast and summed as they lie in memory
+                dims = MemoryFormat.of(local_tensor(param)).dims  # buffers are sent as they lie in memory
                 order = () if dims is None else (f"in memory by dimensions {dims}",)
                 order += tuple(f"placed {placement}" for placement in LocalShard.of(param).placements)
                 entries.append((name, (tuple(param.shape), str(param.dtype), param.requires_grad, *order)))

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from lion_dist import values
 from lion_dist.composed.model_parallel import ModelParallel
 from lion_dist.composed.places import ModelPlace, checksum
+from lion_dist.local_shard import local_tensor
 from lion_dist.sharding import collectives
 from lion_dist.sharding.agreement import Entry, check_ranks_agree
 from lion_dist.sharding.grad_norm import GradNorm, SumOfSquares
@@ -175,6 +176,13 @@ class ModelAxes:
 
     def is_counted(self, param: Parameter) -> bool:
         return self._places[param].is_counted
+
+    def copies(self) -> list[tuple[str, Tensor, ShardGroups]]:
+        """What ranks along ``tensor`` hold alike, as ``observers.copies_of``."""
+        if self.tensor is None:
+            return []
+        groups = ShardGroups(self.tensor)
+        return [(self._names[p], local_tensor(p), groups) for p, place in self._places.items() if not place.is_cut]
 
     # ---- construction
 

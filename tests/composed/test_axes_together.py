@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lion_dist import Lion, ModelParallel, ReplicaError, ShardedLion, ShardingConfig
+from lion_dist import Lion, ModelParallel, ReplicaError, ShardedLion, ShardingConfig, TwoLevels
 from tests import gloo_workers
 from tests.composed.jobs import LR, OneProcess, gradients, mesh_of, place_on
 from tests.models import GivenGradients, given_loss, make_batch, make_model
@@ -20,10 +20,15 @@ CUTS = (0, None, 1, None)
 def train_on(axes: dict[str, int], config: dict) -> None:
     """The first two parameters are on the first pipeline stage, and cut ones are cut over "tp"."""
     mesh = mesh_of(**axes)
-    pp, tp, dp = (place_on(mesh, axis) for axis in ("pp", "tp", "dp"))
+    if "node" in axes:
+        ranks, num_ranks = TwoLevels(mesh["node", "local"]), axes["node"] * axes["local"]
+        dp = axes["local"] * place_on(mesh, "node") + place_on(mesh, "local")
+    else:
+        ranks, num_ranks, dp = mesh["dp"], axes["dp"], place_on(mesh, "dp")
+    pp, tp = place_on(mesh, "pp"), place_on(mesh, "tp")
     own = slice(None) if axes["pp"] == 1 else slice(2 * pp, 2 * pp + 2)
     settings = dict(lr=LR, weight_decay=0.1)
-    one = OneProcess(axes["dp"], shapes=SHAPES, **settings)
+    one = OneProcess(num_ranks, shapes=SHAPES, **settings)
 
     def part(whole, dim):
         return whole if dim is None else whole.chunk(axes["tp"], dim)[tp].clone()
@@ -36,7 +41,7 @@ def train_on(axes: dict[str, int], config: dict) -> None:
     opt = ShardedLion(
         model.parameters(),
         module=model,
-        process_group=mesh["dp"],
+        process_group=ranks,
         model_parallel=ModelParallel(mesh["tp"], mesh["pp"], cut_dim=lambda name, _: dims[name]),
         sharding=ShardingConfig(bucket_numel=64, **config),
         **settings,
@@ -69,11 +74,12 @@ def test_axes_together_equal_one_process(gloo, axes, config):
 
 
 @pytest.mark.slow
-def test_eight_ranks_of_three_axes_equal_one_process(monkeypatch):
+@pytest.mark.parametrize("axes", [{"pp": 2, "dp": 2, "tp": 2}, {"pp": 1, "node": 2, "local": 2, "tp": 2}], ids=str)
+def test_eight_ranks_of_three_axes_equal_one_process(monkeypatch, axes):
     monkeypatch.setattr(gloo_workers, "MAX_RANKS", 8)
     eight = gloo_workers.GlooPool()
     try:
-        eight.run(8, train_on, {"pp": 2, "dp": 2, "tp": 2}, {})
+        eight.run(8, train_on, axes, {})
     finally:
         eight.stop()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
-from lion_dist import Lion, ModelParallel, PrecisionPolicy, ShardedLion, ShardingConfig, this_ranks_part
+from lion_dist import Lion, ModelParallel, PrecisionPolicy, ReplicaError, ShardedLion, ShardingConfig, this_ranks_part
 from tests.composed.jobs import LR, OneProcess, gradients, mesh_of, place_on
 from tests.integrations.fsdp_ranks import Net, full, inputs
 from tests.models import GivenGradients, given_loss
@@ -192,6 +192,25 @@ def keep_own_part() -> None:
 
 def test_this_ranks_part_loads_on_the_same_rank(gloo):
     gloo.run(4, keep_own_part)
+
+
+def spoil_a_copy(kind: str) -> str:
+    job = Cut(kind, lr=LR)
+    job.model.weights[2].requires_grad_(False)  # frozen, and cut
+    job.backward(0)
+    job.opt.step()
+    job.opt.check_replicas()
+    if dist.get_rank() in (1, 3):  # both data-parallel ranks of a tensor-parallel one: they agree with each other
+        copied = job.model.weights[1]
+        (copied.to_local() if isinstance(copied, DTensor) else copied).data[0] += 1
+    with pytest.raises(ReplicaError) as raised:
+        job.opt.check_replicas()
+    return str(raised.value)
+
+
+@KINDS
+def test_check_replicas_compares_copies_along_tensor_parallel_ranks(gloo, kind):
+    assert all("rank 1" in text and "weights.1" in text for text in gloo.run(4, spoil_a_copy, kind))
 
 
 # ---- a real model
