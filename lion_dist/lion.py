@@ -260,7 +260,7 @@ class Lion(Optimizer):
     def _make_step_metrics(self) -> None:
         if self._step_metrics is NO_METRICS and self.metrics_every:
             first = next(p for group in self.param_groups for p in group["params"])
-            self._step_metrics = make_step_metrics(self.metrics_every, local_tensor(first).device)
+            self._step_metrics = make_step_metrics(self.metrics_every, local_tensor(first).device)  # pyrefly: ignore
 
     @torch.no_grad()
     def metrics(self, process_group: ProcessGroup | None = None) -> dict:
@@ -345,7 +345,7 @@ class Lion(Optimizer):
         self._known_batches.clear()
         self._index = None
 
-    def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]):
+    def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]) -> list[tuple]:
         alike: dict[tuple, list[int]] = {}
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             check_grad(param, grad)

@@ -77,7 +77,7 @@ class StepObservers:
         if self._replica_check is None:
             from lion_dist.replica_check import ReplicaCheck
 
-            self._replica_check = ReplicaCheck(self._groups, self._stream, self._device, self._check_replicas_every)
+            self._replica_check = ReplicaCheck(self._groups, self._stream, self._device, self._check_replicas_every)  # pyrefly: ignore
         return self._replica_check
 
 

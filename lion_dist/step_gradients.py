@@ -107,7 +107,7 @@ class StepGradients:
         if self.gradient_check.result is None:
             self._run_check()
             self._stream.release()
-        return self.gradient_check.result
+        return self.gradient_check.result  # pyrefly: ignore[bad-return] # it has run
 
     def checked(self, skip: Tensor | None) -> CheckResult:
         """Return the result of the check, which skips also where ``skip`` ([] on the device) is not 0, and spikes."""

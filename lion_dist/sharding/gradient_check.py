@@ -82,7 +82,7 @@ class GradientCheck:
             skip = torch.maximum(skip, usable.logical_not().to(self._device).reshape(()).float())
         if skip is not self.result.skip:
             self.result.skip, self.result.outcome = skip, (skip == 0) == self._taken_or_skipped
-        return self.result
+        return self.result  # pyrefly: ignore[bad-return] # run() comes first
 
     def set_divisor(self, count: float | Tensor) -> None:
         """Divide this step's summed gradients by ``count``."""
