@@ -128,3 +128,9 @@ class GradientCheck:
         self.result.clip_coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         self.max_norm = max_norm
         return norm
+
+    def clip_by(self, coefficient: Tensor | None) -> None:
+        """Let ``grad_scale`` be multiplied by ``coefficient`` ([] fp32), unless clipping makes it smaller yet."""
+        clipped = self.result.clip_coefficient
+        if coefficient is not None:
+            self.result.clip_coefficient = coefficient if clipped is None else torch.minimum(clipped, coefficient)
