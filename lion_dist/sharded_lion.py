@@ -53,6 +53,7 @@ from lion_dist.update_terms import GroupScalars, UpdateTerms
 if TYPE_CHECKING:
     from lion_dist.composed.axes import ModelAxes
     from lion_dist.composed.model_parallel import ModelParallel
+    from lion_dist.two_levels.levels import TwoLevels
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class ShardedLion(ShardedOptimizer):
             rank's, its forward waits for each module's parameters only, and parameters get their names. A
             DistributedDataParallel gives up its reducer for this optimizer (``ddp_takeover.py``).
         process_group: the ranks that train this model: None for all, a ProcessGroup, a 1-D DeviceMesh, or a 2-D
-            one (replicate, shard).
+            one (replicate, shard), or TwoLevels.
         model_parallel: the ranks that hold other parts of it (tensor and pipeline parallel), see ``docs/composed.md``.
         sharding: ZeRO stage, bucket size, what is on the wire.
         metrics_every: measure every n-th step, for :meth:`metrics`; 0 measures nothing and costs nothing.
@@ -101,7 +102,7 @@ class ShardedLion(ShardedOptimizer):
         decoupled_weight_decay: bool = False,
         *,
         module: nn.Module | None = None,
-        process_group: ProcessGroup | DeviceMesh | None = None,
+        process_group: ProcessGroup | DeviceMesh | TwoLevels | None = None,
         model_parallel: ModelParallel | None = None,
         sharding: ShardingConfig = ShardingConfig(),
         precision: PrecisionPolicy = PrecisionPolicy(),
