@@ -23,6 +23,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 # torch.distributed.checkpoint takes 0.6 s to import, so it is imported by those who call it.
@@ -123,6 +124,7 @@ class Part:
         has_own_group: these are not all ranks of the optimizer, and others may hold another tensor of this name.
         is_named: the program has asked for this rank's part by name (:func:`this_ranks_part`).
         mesh: the ranks that share the tensor, where they can gather it.
+        cut_group: where those hold a part of it only (tensor parallel), the ranks that hold the others.
     """
 
     rank: int
@@ -130,6 +132,7 @@ class Part:
     has_own_group: bool = False
     is_named: bool = False
     mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
+    cut_group: ProcessGroup | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"rank {self.rank}'s part of {self.num_ranks}"

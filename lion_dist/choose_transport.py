@@ -41,6 +41,14 @@ def choose_transport(
     bounded: bool,
 ) -> Transport:
     """Args: ``peer_memory``, ``bounded``: ``ShardingConfig.peer_memory`` and ``wait_in_backward``."""
+    if groups.levels is not None:
+        from lion_dist.two_levels.transport import TwoLevelTransport
+
+        of_node = ShardGroups(groups.levels.inside, None, groups.progress)
+        chosen = choose_transport(
+            of_node, device, stream, peer_memory=peer_memory, use_triton=use_triton, bounded=bounded
+        )
+        return TwoLevelTransport(chosen, groups.levels)
     for connector in CONNECTORS:
         transport = connector(groups, device, stream, peer_memory, use_triton)
         if transport is not None:

@@ -58,6 +58,14 @@ class GradPlacements:
         return local if set(map(type, local)) <= PLAIN else list(map(wait_for, local))
 
 
+def local_grads_like(grads: list[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The local part of each gradient there is, placed as its parameter; ``grads`` itself where all are plain."""
+    if PLAIN.issuperset(map(type, params)):
+        return grads
+    pairs = zip(grads, params, strict=True)
+    return [None if grad is None else wait_for(local_tensor(placed_like(grad, param))) for grad, param in pairs]
+
+
 def is_placed_like(grad: Tensor, param: Tensor) -> bool:
     """Whether the local part of ``grad`` belongs to the local part of ``param``; raises where none can."""
     is_sharded = local_tensor(param) is not param

@@ -58,6 +58,34 @@ def check_memory(tensor: Tensor, what: str) -> None:
 # ---- the whole answer
 
 
+@dataclass(frozen=True)
+class Place:
+    """The box that a tensor is of a larger one, which other ranks hold other boxes of; or all of it.
+
+    Attributes:
+        shape: of the larger one.
+        offsets: of the first element of the box.
+    """
+
+    shape: torch.Size
+    offsets: tuple[int, ...]
+
+    @property
+    def first_index(self) -> int:
+        """The row-major index, in the larger tensor, of the first element of the box."""
+        return row_major_index(self.shape, self.offsets)
+
+    def moved(self, box: Box) -> Box:
+        """``box``, told within the tensor here, within the larger one."""
+        return Box(tuple(a + b for a, b in zip(self.offsets, box.offsets, strict=True)), box.sizes)
+
+
+def row_major_index(shape: Sequence[int], index: Sequence[int]) -> int:
+    """Of the element at ``index``."""
+    strides = (math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return sum(i * stride for i, stride in zip(index, strides, strict=True))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LocalShard:
     """What this rank holds of one parameter, of its gradient, or of its state.
@@ -81,6 +109,7 @@ class LocalShard:
     range_start: int | None = None  # ``tensor`` is 1-D and holds a range of ``range_shape``, in the order of ``dims``
     range_shape: torch.Size | None = None
     dims: Sequence[int] | None = None
+    place: Place | None = None  # of the tensor of ``range_shape`` in a larger one, whose part it is
 
     @classmethod
     def of(cls, tensor: Tensor) -> LocalShard:
@@ -93,15 +122,25 @@ class LocalShard:
         return cls(tensor, tensor, is_flat=is_flat)
 
     @classmethod
-    def of_range(cls, shape: Sequence[int], start: int, local: Tensor, dims: Sequence[int] | None = None) -> LocalShard:
+    def of_range(
+        cls,
+        shape: Sequence[int],
+        start: int,
+        local: Tensor,
+        dims: Sequence[int] | None = None,
+        place: Place | None = None,
+    ) -> LocalShard:
         """Describe ``local`` [n], which holds ``[start, start + n)`` of a flattened tensor of ``shape``.
 
         ``dims``: the tensor's dimensions in the order of memory, which the range counts in; None: row-major.
+        ``place``: where the tensor lies in a larger one (tensor parallel), which is the full one then.
         """
-        return cls(local, local, range_start=start, range_shape=torch.Size(shape), dims=dims)
+        return cls(local, local, range_start=start, range_shape=torch.Size(shape), dims=dims, place=place)
 
     @property
     def shape(self) -> torch.Size:
+        if self.place is not None:
+            return self.place.shape
         return self.full.shape if self.range_shape is None else self.range_shape
 
     @property
@@ -150,9 +189,8 @@ class LocalShard:
     @cached_property
     def first_index(self) -> int:
         if self.range_start is not None:
-            return self.range_start
-        strides = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
-        return sum(offset * stride for offset, stride in zip(self._box.offsets, strides, strict=True))
+            return self.range_start + (0 if self.place is None else self.place.first_index)
+        return row_major_index(self.shape, self._box.offsets)
 
     @cached_property
     def boxes(self) -> dict[Box, Tensor]:
@@ -162,7 +200,8 @@ class LocalShard:
             ValueError: a DTensor does not hold what its placements say, or holds addends.
         """
         if self.range_start is not None:
-            return boxes_over(self.shape, self.range_start, self.tensor, self.dims)
+            views = boxes_over(self.range_shape, self.range_start, self.tensor, self.dims)
+            return views if self.place is None else {self.place.moved(box): view for box, view in views.items()}
         if self.is_partial or self._box.sizes != tuple(self.tensor.shape):
             raise ValueError(
                 f"a DTensor of {self.placements} holds {tuple(self.tensor.shape)} here, not {self._box.sizes}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist.local_shard import local_tensor
 from lion_dist.optional_metrics import make_step_metrics, refuse_unmeasured
 from lion_dist.shard_state import ShardBatch
 from lion_dist.sharded_params import ShardedParams
@@ -21,6 +22,7 @@ from lion_dist.step_rule import SpikeGuard
 from lion_dist.update_terms import UpdateTerms
 
 if TYPE_CHECKING:
+    from lion_dist.composed.axes import ModelAxes
     from lion_dist.spike_guard.watch import SpikeWatch
 
 
@@ -28,6 +30,7 @@ class StepObservers:
     """Asked before and after a step, and before each launch.
 
     Args:
+        parts: the ranks that hold other parts of the model, whose metrics count too.
         copies: returns what all ranks must hold alike, as ``ReplicaCheck`` takes it.
 
     Attributes:
@@ -40,11 +43,13 @@ class StepObservers:
         stream: CommStream,
         device: torch.device,
         *,
+        parts: ModelAxes | None = None,
         metrics_every: int,
         check_replicas_every: int,
         copies: Callable[[], tuple],
     ):
         self._groups, self._stream, self._device, self._copies = groups, stream, device, copies
+        self._parts = parts
         self.metrics_every, self._check_replicas_every = metrics_every, check_replicas_every
         self._step_metrics, self._replica_check = make_step_metrics(metrics_every, device), None
         self.clock = self._step_metrics.clock
@@ -57,7 +62,8 @@ class StepObservers:
 
     def before_update(self, batch: ShardBatch, active: Tensor | None, terms: UpdateTerms) -> None:
         """``batch`` is about to be updated. Each element is measured once, by the first replica."""
-        if not self._step_metrics.is_measuring or not batch.owning or batch.groups.replicate_rank:
+        measuring = self._step_metrics.is_measuring and batch.owning and batch.is_counted
+        if not measuring or batch.groups.replicate_rank:
             return
         from lion_dist.metrics.statistics import measure
 
@@ -72,7 +78,8 @@ class StepObservers:
         refuse_unmeasured(self._step_metrics)
         from lion_dist.metrics.step_metrics import metrics_over_ranks
 
-        return metrics_over_ranks(self._step_metrics, self._groups)
+        ranks = self._groups if self._parts is None else self._parts.all_ranks(self._groups)
+        return metrics_over_ranks(self._step_metrics, ranks)
 
     def check_replicas(self) -> None:
         self._replicas().check(*self._copies())
@@ -88,7 +95,8 @@ class StepObservers:
 def copies_of(params: ShardedParams, buckets: list[Bucket]) -> tuple[list[Bucket], list[tuple]]:
     """What all ranks must hold alike: buckets, and parameters that are not trained, the module's others too."""
     names, groups_for = params.names, params.groups_for
-    frozen = [(names[p], p, groups_for(group)) for p, group in params.frozen.items()]
+    frozen = [(names[p], local_tensor(p), groups_for(group)) for p, group in params.frozen.items()]
+    frozen += [] if params.parts is None else params.parts.copies()
     for param, name in params.module_names.items():
         if param not in names and not param.requires_grad and type(param) is Parameter:
             frozen.append((name, param, groups_for({})))

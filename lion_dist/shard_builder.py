@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from lion_dist.choose_transport import choose_transport
 from lion_dist.config import PrecisionPolicy, ShardingConfig
+from lion_dist.local_shard import local_tensor
 from lion_dist.param_sync import GatherParams
 from lion_dist.shard_state import ShardState
 from lion_dist.sharded_params import ShardedParams
@@ -46,10 +47,13 @@ class ShardBuilder:
         for param, group in params:
             if not param.requires_grad:
                 self._params.frozen[param] = group
-                self._params.groups_for(group).broadcast(param.data)
+                self._params.groups_for(group).broadcast(local_tensor(param).data)
         trainable = [(p, g) for p, g in params if p.requires_grad]
         keys = [(id(g), p.dtype, self._params.groups_for(g)) for p, g in trainable]
-        numels = [p.numel() for p, _ in trainable]
+        numels = [local_tensor(p).numel() for p, _ in trainable]
+        if self._params.parts is not None:  # alike along tensor-parallel ranks, whose parts may be uneven
+            keys = [(*key, *self._params.parts.bucket_key(p)) for key, (p, _) in zip(keys, trainable, strict=True)]
+            numels = [self._params.parts.largest_numel(p) for p, _ in trainable]
         ranks = self._params.groups.shard_world_size
         bucket_numel = self._sharding.bucket_numel or choose_bucket_numel(sum(numels), ranks)
         shards = []
@@ -77,7 +81,11 @@ class ShardBuilder:
             row_major=self._precision.is_stochastic(dtype),
         )
         groups.broadcast(bucket.flat_params)
-        return ShardState(bucket, group, self._precision, [self._params.index_starts[p] for p in params])
+        parts = self._params.parts
+        places = None if parts is None else [parts.place(p) for p in params]
+        cut_group = None if parts is None else parts.cut_group(params[0])
+        starts = [self._params.index_starts[p] for p in params]
+        return ShardState(bucket, group, self._precision, starts, places, cut_group)
 
     def _transport_of(self, groups: ShardGroups, device: torch.device) -> Transport:
         if groups not in self._transports:
@@ -103,7 +111,7 @@ class ShardBuilder:
         numels = [shard.bucket.layout.numel for shard in shards]
         axes = [backend_for(axis, device) for axis in groups.axes]
         names = {transport.name for transport in self._transports.values()}
-        transport = "peer memory" if "peer memory" in names else (axes or ["none"])[0]
+        transport = max(names - {"collectives"}, default=(axes or ["none"])[0])
         parts = [
             f"{sum(p.numel() for p in params):,} parameters in {len(params)} tensors",
             f"{groups.shard_world_size} ranks x {groups.replicate_world_size} replicas",

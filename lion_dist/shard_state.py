@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ from lion_dist.main_params import init_main_param, sync_main_param_
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.memory_format import MemoryFormat
+from lion_dist.sharding.process_groups import ProcessGroup
+
+if TYPE_CHECKING:
+    from lion_dist.composed.places import ModelPlace
 
 
 class ShardState:
@@ -25,6 +30,8 @@ class ShardState:
     Args:
         group: the param group; lr, betas and weight_decay are read from it at each step.
         index_starts: of the bucket's parameters (``sharding/layout.py``).
+        places: of the bucket's parameters in the whole ones, where ranks hold parts of the model.
+        cut_group: the ranks that hold the other parts of these parameters.
 
     Attributes:
         exp_avg: [shard_numel], fp32 | bf16.
@@ -34,10 +41,21 @@ class ShardState:
             between them is never read. None when this rank owns nothing but padding.
         slice_params: [slices] int64 on the device, the position in the bucket of each slice's parameter.
         param_numels: [params] int64 on the device, elements of each whole parameter.
+        is_counted: of the ranks that hold these parameters (tensor parallel copies), this one counts them.
     """
 
-    def __init__(self, bucket: Bucket, group: dict, precision: PrecisionPolicy, index_starts: list[int]):
-        self.bucket, self.group = bucket, group
+    def __init__(
+        self,
+        bucket: Bucket,
+        group: dict,
+        precision: PrecisionPolicy,
+        index_starts: list[int],
+        places: Sequence[ModelPlace] | None = None,
+        cut_group: ProcessGroup | None = None,
+    ):
+        self.bucket, self.group, self.cut_group = bucket, group, cut_group
+        self.places = [None] * len(bucket.params) if places is None else list(places)
+        self.is_counted = places is None or places[0].is_counted
         params, dtype = bucket.param_shard, bucket.param_shard.dtype
         self.exp_avg = torch.zeros_like(params, dtype=precision.momentum_dtype_for(dtype))
         self.main_param = init_main_param(params, precision.main_params_for(dtype))
@@ -46,7 +64,10 @@ class ShardState:
         if precision.is_stochastic(dtype):
             self.steps = torch.zeros(len(bucket.slices), dtype=torch.int64, device=params.device)
         self.slice_params = torch.tensor([s.param for s in bucket.slices], dtype=torch.int64).to(params.device)
-        self.param_numels = torch.tensor(bucket.layout.param_numels).to(params.device)
+        numels = [
+            n if p is None else p.shape.numel() for n, p in zip(bucket.layout.param_numels, self.places, strict=True)
+        ]
+        self.param_numels = torch.tensor(numels).to(params.device)
         self._grad_slices: list[Tensor] | None = None
         self.tensors = None
         if bucket.slices:
@@ -79,8 +100,15 @@ class ShardState:
         held |= {
             s.param: (s.param_start, view) for s, view in zip(self.bucket.slices, self.slices_of(shard), strict=True)
         }
-        formats = [(f.shape, f.dims) for f in self.bucket.formats]
-        return [LocalShard.of_range(shape, *held[i], dims) for i, (shape, dims) in enumerate(formats)]
+        formats = zip(self.bucket.formats, self.places, strict=True)
+        return [LocalShard.of_range(f.shape, *held[i], f.dims, place) for i, (f, place) in enumerate(formats)]
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """Which of how many ranks that divide the bucket's parameters among them this is."""
+        groups, cut = self.bucket.groups, self.cut_group
+        parts, part = (1, 0) if cut is None else (cut.size(), cut.rank())
+        return part * groups.shard_world_size + groups.shard_rank, parts * groups.shard_world_size
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of this rank by kind."""
@@ -97,7 +125,7 @@ class ShardState:
             if tensor is not None:
                 words = tensor.view(torch.uint8)  # gloo knows no int16
                 collectives.broadcast(words, self.bucket.groups.replicate_group)
-        collectives.all_gather(self.bucket.flat_params, self.bucket.param_shard, self.bucket.groups.shard_group)()
+        self.bucket.groups.all_gather(self.bucket.flat_params, self.bucket.param_shard)()
 
     def refresh_main(self) -> None:
         """Let fp32 main params follow parameters that were changed from outside."""
@@ -127,7 +155,7 @@ class ShardState:
             local = self.steps[:0] if i is None else self.steps[i : i + 1]
             state[param]["step"] = (
                 self._full_or_boxed(scalar, LocalShard.of_range(scalar.shape, 0, local), boxed)
-                if param.numel()
+                if self.bucket.shapes[position].numel()
                 else self.steps.new_zeros(())  # nobody counts for it
             )
         return state
@@ -135,7 +163,8 @@ class ShardState:
     def _full_or_boxed(
         self, memory_format: MemoryFormat, local: LocalShard, boxed: Callable[..., BoxedTensor]
     ) -> Tensor:
-        is_alone = self.bucket.groups.shard_group is None and self.group.get("process_group") is None
+        groups = self.bucket.groups.shard_group, self.cut_group, self.group.get("process_group")
+        is_alone = all(group is None for group in groups)
         if not local.shape.numel() or is_alone:
             return memory_format.place_in(local.tensor)
         return local.boxed(boxed)
@@ -152,6 +181,7 @@ class ShardBatch:
 
     def __init__(self, shards: Sequence[ShardState]):
         self.shards, self.group, self.groups = list(shards), shards[0].group, shards[0].bucket.groups
+        self.is_counted = shards[0].is_counted
         self.owning = [shard for shard in shards if shard.tensors is not None]
         self.tensors = None
         self.param_numels = torch.cat([shard.param_numels for shard in shards])
@@ -230,4 +260,5 @@ def make_batches(shards: Sequence[ShardState]) -> list[ShardBatch]:
 
 def _launch_key(shard: ShardState) -> tuple:
     bucket = shard.bucket
-    return id(shard.group), bucket.groups, bucket.reduce_dtype, shard.exp_avg.dtype, bucket.param_shard.dtype
+    dtypes = bucket.reduce_dtype, shard.exp_avg.dtype, bucket.param_shard.dtype
+    return id(shard.group), bucket.groups, shard.cut_group, shard.is_counted, *dtypes

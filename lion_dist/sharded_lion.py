@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.comm_stream import make_comm_stream
 from lion_dist.sharding.foreign_wrappers import refuse_wrapped
 from lion_dist.sharding.forward_hooks import ForwardHooks
+from lion_dist.sharding.grad_norm import GradNorm
 from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained, resolve_groups
@@ -47,6 +49,11 @@ from lion_dist.step_gradients import StepGradients, choose_sum_of_squares
 from lion_dist.step_guard import StepGuard, refuse_bare_capture, refuse_blind_scaler
 from lion_dist.step_rule import SpikeGuard, StepRule, check_guard, check_torch_options, note_max_lr
 from lion_dist.update_terms import GroupScalars, UpdateTerms
+
+if TYPE_CHECKING:
+    from lion_dist.composed.axes import ModelAxes
+    from lion_dist.composed.model_parallel import ModelParallel
+    from lion_dist.two_levels.levels import TwoLevels
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +79,8 @@ class ShardedLion(ShardedOptimizer):
             rank's, its forward waits for each module's parameters only, and parameters get their names. A
             DistributedDataParallel gives up its reducer for this optimizer (``ddp_takeover.py``).
         process_group: the ranks that train this model: None for all, a ProcessGroup, a 1-D DeviceMesh, or a 2-D
-            one (replicate, shard).
+            one (replicate, shard), or TwoLevels.
+        model_parallel: the ranks that hold other parts of it (tensor and pipeline parallel), see ``docs/composed.md``.
         sharding: ZeRO stage, bucket size, what is on the wire.
         metrics_every: measure every n-th step, for :meth:`metrics`; 0 measures nothing and costs nothing.
 
@@ -94,7 +102,8 @@ class ShardedLion(ShardedOptimizer):
         decoupled_weight_decay: bool = False,
         *,
         module: nn.Module | None = None,
-        process_group: ProcessGroup | DeviceMesh | None = None,
+        process_group: ProcessGroup | DeviceMesh | TwoLevels | None = None,
+        model_parallel: ModelParallel | None = None,
         sharding: ShardingConfig = ShardingConfig(),
         precision: PrecisionPolicy = PrecisionPolicy(),
         cautious: bool = False,
@@ -126,7 +135,8 @@ class ShardedLion(ShardedOptimizer):
         self._scalars = GroupScalars(decoupling_lr(lr, decoupled_weight_decay), corrected)
         self._progress = Progress()
         choices = self.sharding, self.precision, self._scalars.decoupled_from, self.rule, skip_spikes, metrics_every
-        self._params = ShardedParams(module, resolve_groups(process_group), self.precision, choices)
+        parts = _model_axes(model_parallel)
+        self._params = ShardedParams(module, resolve_groups(process_group), self.precision, choices, parts)
         self._builder: ShardBuilder | None = None  # until all param groups have been checked
         super().__init__(values.params(params), defaults)
         self._guard = StepGuard(self._params, taken)
@@ -142,6 +152,7 @@ class ShardedLion(ShardedOptimizer):
             self.groups,
             stream,
             device,
+            parts=self._params.parts,
             metrics_every=metrics_every,
             check_replicas_every=sharding.check_replicas_every,
             copies=lambda: copies_of(self._params, self.buckets),
@@ -149,14 +160,14 @@ class ShardedLion(ShardedOptimizer):
         hooks = None if module is None else ForwardHooks(module)
         self._full_params = FullParams(self.shards, hooks, self._make_param_sync(backend))
         self._order = UpdateOrder(device, one_by_one=sharding.update_in_backward)
-        self._states = StateAccess(self._settled_state, self.groups)
+        self._states = StateAccess(self._settled_state, self.groups, self._params.parts)
         divisor = self.groups.num_ranks if sharding.average else 1
         self._gradients = StepGradients(
             self._params,
             lambda: self.param_groups,
             lambda: self._loss_scale,
             self.grad_scheduler,
-            GradientCheck(self.groups, device, divisor, choose_sum_of_squares(backend)),
+            GradientCheck(self._make_grad_norm(device, backend), divisor),
             watch_of(skip_spikes, device, backend),
             stream,
             self._observers.clock,
@@ -181,18 +192,26 @@ class ShardedLion(ShardedOptimizer):
     @explained("the construction of ShardedLion")
     def _meet_ranks(self) -> ShardGroups:
         self._params.own_groups = OwnGroups(self, self._progress)
+        if self._params.parts is not None:
+            self._params.parts.take_own_groups(self._params.own_groups)
         groups = self._params.groups_for({})
         self._params.check_agreement(self.param_groups)  # before anything is hooked up or changed
         return groups
 
     @explained("the construction of ShardedLion")
     def _build(self, groups: list[dict]) -> None:
+        self._params.number_over_parts()
         for tensor in self._params.others_in_module():
             self.groups.broadcast(tensor)
         self._add_buckets([(p, g) for g in groups for p in g["params"]])
+        self._params.check_copies(groups)
         if self.groups.is_first:
             logger.info("%s", self._builder.description(self.shards))
         self._guard.note_params(groups)
+
+    def _make_grad_norm(self, device: torch.device, backend: str) -> GradNorm:
+        of_parts = GradNorm if self._params.parts is None else self._params.parts.grad_norm
+        return of_parts(self.groups, device, choose_sum_of_squares(backend))
 
     def _make_param_sync(self, backend: str) -> GatherParams:
         if self.sharding.param_sync != "coded":
@@ -221,6 +240,7 @@ class ShardedLion(ShardedOptimizer):
         self._params.add(group)
         if is_built:
             self._add_buckets([(p, group) for p in group["params"]])
+            self._params.check_copies([group])
             self._guard.note_params(self.param_groups)
 
     def _add_buckets(self, params: list[tuple[Parameter, dict]]) -> None:
@@ -336,6 +356,14 @@ class ShardedLion(ShardedOptimizer):
     def _before_reducing(self) -> None:
         self._guard.refuse_new_wrappers()
         self._full_params.finish_sync()  # a step without a forward since the last
+
+
+def _model_axes(model_parallel: ModelParallel | None) -> ModelAxes | None:
+    if model_parallel is None:
+        return None
+    from lion_dist.composed.axes import ModelAxes
+
+    return ModelAxes(model_parallel)
 
 
 def _takeover_of(module: nn.Module | None):

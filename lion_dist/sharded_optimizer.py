@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from lion_dist.step_gradients import StepGradients
 from lion_dist.step_guard import StepGuard
 from lion_dist.step_rule import not_guarded
 from lion_dist.update_terms import GroupScalars
+
+if TYPE_CHECKING:
+    from lion_dist.composed.axes import ModelAxes
 
 
 class ShardedOptimizer(Optimizer):
@@ -294,6 +298,11 @@ class ShardedOptimizer(Optimizer):
         total["params"] += sum(p.nbytes for p in self._params.frozen)
         total["grads"] += self._builder.pooled_nbytes
         return total
+
+    @property
+    def parts(self) -> ModelAxes | None:
+        """The ranks that hold other parts of the model; for checkpoints."""
+        return self._params.parts
 
     # ---- state_dict: this rank's part in torch's format (``state_dict/``), or on one rank the whole
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,16 @@ from torch.nn import Parameter
 
 from lion_dist.config import PrecisionPolicy
 from lion_dist.hyperparameters import check_hyperparameters
-from lion_dist.local_shard import LocalShard
+from lion_dist.local_shard import LocalShard, local_tensor
 from lion_dist.param_checks import check_param
 from lion_dist.sharding.agreement import check_ranks_agree
 from lion_dist.sharding.memory_checks import check_memory
 from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import ShardGroups, resolve_groups
+
+if TYPE_CHECKING:
+    from lion_dist.composed.axes import ModelAxes
 
 
 class ShardedParams:
@@ -28,6 +32,7 @@ class ShardedParams:
         module: gives parameters their names; None: they are numbered.
         groups: the ranks of parameters whose param group has no ``process_group`` of its own.
         choices: of the optimizer, which have to be the same on all ranks.
+        parts: the ranks that hold other parts of the model; None: there are none.
 
     Attributes:
         names: of the optimizer's parameters; they need not be the module's.
@@ -37,15 +42,23 @@ class ShardedParams:
         index_starts: the global element index of each parameter's first element (``sharding/layout.py``).
     """
 
-    def __init__(self, module: nn.Module | None, groups: ShardGroups, precision: PrecisionPolicy, choices: tuple = ()):
-        self.groups, self.precision, self._choices = groups, precision, choices
+    def __init__(
+        self,
+        module: nn.Module | None,
+        groups: ShardGroups,
+        precision: PrecisionPolicy,
+        choices: tuple = (),
+        parts: ModelAxes | None = None,
+    ):
+        self.groups, self.precision, self._choices, self.parts = groups, precision, choices, parts
         self.module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
         self.module = module
         self.names: dict[Parameter, str] = {}
         self.frozen: dict[Parameter, dict] = {}
         self.index_starts: dict[Parameter, int] = {}
         self.own_groups: OwnGroups | None = None
-        self._numel = 0
+        self._labels: dict[Parameter, str] = {}
+        self._numel = self._num_groups = 0
         self._resolved: dict[object, ShardGroups] = {}
 
     def names_of(self, group: dict) -> list[str]:
@@ -67,7 +80,8 @@ class ShardedParams:
         """Parameters of the module that are not the optimizer's, and the module's buffers."""
         if self.module is None:
             return []
-        return [*(p.data for p in self.module.parameters() if p not in self.names), *self.module.buffers()]
+        others = (p.data for p in self.module.parameters() if p not in self.names)
+        return [local_tensor(tensor) for tensor in (*others, *self.module.buffers())]
 
     def unfrozen(self) -> list[tuple[Parameter, dict]]:
         """Parameters that take gradients and have no bucket yet, and their groups."""
@@ -103,6 +117,8 @@ class ShardedParams:
                     "('actor.' + name, parameter), or parameters without names."
                 )
             taken.add(name)
+        if self.parts is not None:
+            self.parts.note_kinds(group["params"])
         for name, param in zip(names, group["params"], strict=True):
             if param.device != first.device:
                 raise ValueError(
@@ -111,10 +127,12 @@ class ShardedParams:
                 )
             check_param(param, f"parameter {name!r}")
             self.precision.main_params_for(param.dtype)
-            if LocalShard.of(param).is_dtensor:
+            if self.parts is not None:
+                self.parts.check(name, param)
+            elif LocalShard.of(param).is_dtensor:
                 raise TypeError(
                     f"parameter {name!r} is a DTensor: it is sharded already. Use lion_dist.Lion, which updates local "
-                    "shards in place."
+                    "shards in place; or, for tensor parallel, pass model_parallel=ModelParallel(tensor=mesh['tp'])."
                 )
         self.check_memory({n: p for n, p in zip(names, group["params"], strict=True) if p.requires_grad})
 
@@ -124,32 +142,66 @@ class ShardedParams:
         if self.module is not None:
             others |= {f"buffer {clean_name(name)}": buffer for name, buffer in self.module.named_buffers()}
         for dtype in dict.fromkeys(param.dtype for param in params.values()):
-            alike = {name: param for name, param in params.items() if param.dtype == dtype}
-            check_memory(alike, others | params, row_major=self.precision.is_stochastic(dtype))
+            alike = {name: local_tensor(param) for name, param in params.items() if param.dtype == dtype}
+            everything = {name: local_tensor(param) for name, param in (others | params).items()}
+            check_memory(alike, everything, row_major=self.precision.is_stochastic(dtype))
 
     def add(self, group: dict) -> None:
         """Name and number the parameters of a checked ``group``."""
+        self._num_groups += 1
         for name, param in zip(self.names_of(group), group["params"], strict=True):
             self.names[param] = name
-            self.index_starts[param] = self._numel
-            self._numel += param.numel()
+            if group.get("process_group") is not None:
+                self._labels[param] = _label(self._num_groups, len(self._labels))
+            self.index_starts[param], numel = self._numel, param.numel()
+            if self.parts is not None:
+                place = self.parts.add(name, param)
+                self.index_starts[param] += place.first_index
+                numel = place.shape.numel()
+            self._numel += numel
+
+    def number_over_parts(self) -> None:
+        """Let the global element indices go on from pipeline stage to stage; all ranks together."""
+        if self.parts is not None:
+            self.parts.number(self.index_starts, self.names, self._numel)
+
+    def check_copies(self, groups: list[dict]) -> None:
+        """Raise ValueError unless what other ranks hold as copies of parameters of ``groups`` are copies."""
+        if self.parts is not None:
+            self.parts.check_copies({param: self.names[param] for group in groups for param in group["params"]})
+
+    def label(self, param: Parameter) -> str:
+        """A name that is the same on all ranks: experts of several groups of ranks may have names of their own."""
+        return self._labels.get(param) or self.names[param]
 
     def check_agreement(self, groups: list[dict]) -> None:
         """Raise ValueError on every rank unless ``groups`` and the optimizer's choices are the same on all."""
         torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
         entries = [("torch", (torch_release,)), ("ShardedLion", tuple(map(str, self._choices)))]
+        described = self._described(groups)
         for axis in self.groups_for({}).axes:
-            check_ranks_agree(entries + self._described(groups), axis)
+            check_ranks_agree(entries + described, axis)
+        if self.parts is not None:
+            self.parts.check_agreement(entries, described)
+        for group in groups:
+            for axis in self.groups_for(group).axes if group.get("process_group") is not None else ():
+                check_ranks_agree(self._described([group], with_names=True), axis)
 
-    def _described(self, groups: list[dict]) -> list[tuple[str, tuple]]:
-        """What has to be the same on all ranks, as entries for ``check_ranks_agree``."""
+    def _described(self, groups: list[dict], *, with_names: bool = False) -> list[tuple[str, tuple]]:
+        """What has to be the same on all ranks, as entries for ``check_ranks_agree``.
+
+        ``with_names``: on the ranks of the groups' own ``process_group``, names count there too.
+        """
         entries = []
         for i, group in enumerate(groups):
             settings = [str(_number(group.get(key))) for key in ("lr", "betas", "weight_decay", "max_lr")]
             entries.append((f"param group {i}: lr, betas, weight_decay, max_lr", tuple(settings)))
-            for name, param in zip(self.names_of(group), group["params"], strict=True):
-                dims = MemoryFormat.of(param).dims  # flat buffers are broadcast and summed as they lie in memory
+            for j, (name, param) in enumerate(zip(self.names_of(group), group["params"], strict=True)):
+                if group.get("process_group") is not None and not with_names:
+                    name = _label(i, j)
+                dims = MemoryFormat.of(local_tensor(param)).dims  # buffers are sent as they lie in memory
                 order = () if dims is None else (f"in memory by dimensions {dims}",)
+                order += tuple(f"placed {placement}" for placement in LocalShard.of(param).placements)
                 entries.append((name, (tuple(param.shape), str(param.dtype), param.requires_grad, *order)))
         return entries
 
@@ -163,6 +215,10 @@ def refuse_sparse_gradients(names: Mapping[Parameter, str], module: nn.Module | 
                 f"the gradient of {names[weight]!r} is sparse, and Lion has no sparse update. Use "
                 f"nn.{type(layer).__name__}(sparse=False): untouched rows stay where they are without it too."
             )
+
+
+def _label(group: int, position: int) -> str:
+    return f"parameter {position} of param group {group}, which has a process_group of its own"
 
 
 def _number(value):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist.grad_placement import local_grads_like
+from lion_dist.local_shard import with_local
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding import full_grad
 from lion_dist.sharding.bucket import Bucket
@@ -131,10 +133,10 @@ class StepGradients:
 
     def choices(self) -> StepChoices:
         """What has to be the same on all ranks in every step."""
-        names = self._params.names
-        unfrozen = [names[param] for param, _ in self._params.unfrozen()]
+        label = self._params.label
+        unfrozen = [label(param) for param, _ in self._params.unfrozen()]
         partly = [bucket for bucket in self.buckets if not all(map(_requires_grad, bucket.params))]  # 25 ns a parameter
-        frozen = [name for bucket in partly for name in bucket.names_without_grads()]
+        frozen = [label(p) for bucket in partly for p in bucket.params if not p.requires_grad]
         return StepChoices(self._factors_now(), self._factors, unfrozen, frozen)
 
     def _factors_now(self) -> Factors:
@@ -151,7 +153,7 @@ class StepGradients:
     def read(self, param: Parameter) -> Tensor:
         """Return what ``ShardedLion.full_grad`` returns."""
         bucket, position = self._place_of(param)
-        return full_grad.read(bucket, position, self.gradient_check.unscaling(self._loss_scale()))
+        return with_local(param, full_grad.read(bucket, position, self.gradient_check.unscaling(self._loss_scale())))
 
     def write(self, param: Parameter, grad: Tensor) -> None:
         """Do what ``ShardedLion.set_full_grad`` does."""
@@ -162,7 +164,8 @@ class StepGradients:
             )
         self.gradient_check.refuse_clipped("set_full_grad()")
         bucket, position = self._place_of(param)
-        full_grad.write(bucket, position, grad.to(bucket.device), self.gradient_check.unscaling(self._loss_scale()))
+        (local,) = local_grads_like([grad], [param])
+        full_grad.write(bucket, position, local.to(bucket.device), self.gradient_check.unscaling(self._loss_scale()))
         self._scheduler.version += 1
 
     def _place_of(self, param: Parameter) -> tuple[Bucket, int]:

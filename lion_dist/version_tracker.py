@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.nn import Parameter
 
+from lion_dist.local_shard import local_tensor
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.memory_checks import is_shared_with_processes, warn_of_another_format, warn_of_shared_memory
 from lion_dist.sharding.memory_format import MemoryFormat
@@ -53,7 +54,7 @@ class VersionTracker:
     def _refuse_tied_memory(self, bucket: Bucket, moved: Sequence[int]) -> None:
         for i in moved:
             param, own = bucket.params[i], bucket.place_of(i)
-            address = param.data_ptr()
+            address = local_tensor(param).data_ptr()
             if own.data_ptr() == address:
                 continue  # its own memory, seen with other strides
             names = [name for other in self._versions if (name := other.name_at(address)) is not None]
@@ -67,7 +68,7 @@ class VersionTracker:
 
 def _warn_of_loss(bucket: Bucket, moved: Sequence[int]) -> None:
     """Values are kept when parameters are taken back; sharing with other processes, or a memory format, is not."""
-    pairs = [(bucket.names[i], bucket.params[i], bucket.place_of(i)) for i in moved]
+    pairs = [(bucket.names[i], local_tensor(bucket.params[i]), bucket.place_of(i)) for i in moved]
     warn_of_shared_memory([name for name, param, _ in pairs if is_shared_with_processes(param)])
     alike = [(name, param, place) for name, param, place in pairs if param.shape == place.shape]
     orders = [(name, MemoryFormat.of(param).dims, MemoryFormat.of(place).dims) for name, param, place in alike]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -82,9 +83,13 @@ class GivenGradients(nn.Module):
         self.weights = nn.ParameterList(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
 
     def loss(self, gradients: list[Tensor | None]) -> Tensor:
-        pairs = zip(self.weights, gradients, strict=True)
-        terms = [_LinearIn.apply(weight, grad) for weight, grad in pairs if grad is not None]
-        return torch.stack(terms).sum()
+        return given_loss(self.weights, gradients)
+
+
+def given_loss(weights: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> Tensor:
+    """0, with exactly these gradients for ``weights``."""
+    terms = [_LinearIn.apply(weight, grad) for weight, grad in zip(weights, gradients, strict=True) if grad is not None]
+    return torch.stack(terms).sum()
 
 
 class _LinearIn(torch.autograd.Function):

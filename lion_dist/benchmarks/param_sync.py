@@ -1,12 +1,14 @@
 """Parameter sync by gather and by codes, and DDP, over a slow link: time and bytes of whole steps, one run.
 
     sudo python -m lion_dist.benchmarks.param_sync --nodes --mbit 100 1000 --csv sync.csv   # two network namespaces
+    sudo python -m lion_dist.benchmarks.param_sync --nodes --ranks-per-node 2               # two levels of links, too
     torchrun --nproc-per-node 2 -m lion_dist.benchmarks.param_sync                          # the links there are
 
-With ``--nodes`` (root, iproute2) two processes become two nodes: namespaces joined by a veth pair whose ends ``tbf``
-limits to each rate in turn. Bytes are those that the interface counts (with TCP's own), or what ShardedLion handed to
-collectives where there is no interface of its own. Engines take turns, so that other load meets them alike; times are
-medians of the slowest rank. The losses of a gather and of codes must be the same bit for bit, or the run fails.
+With ``--nodes`` (root, iproute2) processes are on two nodes: namespaces joined by a veth pair whose ends ``tbf`` limits
+to each rate in turn. Bytes are those that a node's interface counts (with TCP's own), or what ShardedLion handed to
+collectives on this rank where there is no interface of its own. Engines take turns, so that other load meets them
+alike; times are medians of the slowest rank. The losses of a gather and of codes must be the same bit for bit, or the
+run fails; so must those of two levels, whose sum has another order.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from lion_dist import Lion, ShardedLion, ShardingConfig
+from lion_dist import Lion, ShardedLion, ShardingConfig, TwoLevels
 from lion_dist.benchmarks.llama import Llama
 from lion_dist.benchmarks.report import Rows
 from lion_dist.sharding import collectives
@@ -38,11 +41,16 @@ NAMESPACES = ("lion-a", "lion-b")
 DTYPES = {"bf16, split main params": torch.bfloat16, "fp32": torch.float32}
 
 Step = Callable[[Tensor], Tensor]  # a batch -> its loss
+Engine = tuple[Step, Callable[[], None]]  # what trains, and what waits for parameters on their way
 
 
-def sharded(model: nn.Module, param_sync: str) -> Step:
+def sharded(model: nn.Module, param_sync: str, process_group: DeviceMesh | TwoLevels | None = None) -> Engine:
     optimizer = ShardedLion(
-        model.parameters(), **SETTINGS, module=model, sharding=ShardingConfig(param_sync=param_sync)
+        model.parameters(),
+        **SETTINGS,
+        module=model,
+        process_group=process_group,
+        sharding=ShardingConfig(param_sync=param_sync),
     )
 
     def step(batch: Tensor) -> Tensor:
@@ -53,10 +61,10 @@ def sharded(model: nn.Module, param_sync: str) -> Step:
         optimizer.step()
         return loss.detach()
 
-    return step
+    return step, optimizer.finish_param_sync
 
 
-def ddp(model: nn.Module) -> Step:
+def ddp(model: nn.Module) -> Engine:
     wrapped, optimizer = DistributedDataParallel(model), Lion(model.parameters(), **SETTINGS)
 
     def step(batch: Tensor) -> Tensor:
@@ -67,14 +75,24 @@ def ddp(model: nn.Module) -> Step:
         optimizer.step()
         return loss.detach()
 
-    return step
+    return step, lambda: None
 
 
-ENGINES = {
-    "DDP + Lion": ddp,
-    "ShardedLion, gather": lambda model: sharded(model, "gather"),
-    "ShardedLion, coded": lambda model: sharded(model, "coded"),
-}
+def engines(ranks_per_node: int, device: torch.device) -> dict[str, Callable[[nn.Module], Engine]]:
+    found = {
+        "DDP + Lion": ddp,
+        "ShardedLion, gather": lambda model: sharded(model, "gather"),
+        "ShardedLion, coded": lambda model: sharded(model, "coded"),
+    }
+    if 1 < ranks_per_node < dist.get_world_size():
+        shape = dist.get_world_size() // ranks_per_node, ranks_per_node
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("node", "local"))
+        found |= {
+            "ShardedLion, hybrid": lambda model: sharded(model, "gather", mesh),
+            "ShardedLion, two levels, gather": lambda model: sharded(model, "gather", TwoLevels(mesh)),
+            "ShardedLion, two levels, coded": lambda model: sharded(model, "coded", TwoLevels(mesh)),
+        }
+    return found
 
 
 def sent_bytes() -> int:
@@ -90,9 +108,9 @@ def sent_bytes() -> int:
 
 def measure(args, precision: str, device: torch.device) -> list[dict]:
     """One row an engine. Each trains a model of its own on the same batches."""
-    steps: dict[str, Step] = {}
+    steps: dict[str, Engine] = {}
     numel = 0
-    for name, build in ENGINES.items():
+    for name, build in engines(args.ranks_per_node, device).items():
         torch.manual_seed(0)
         model = Llama(args.layers, args.dim, args.dim // 64, 64 * round(args.dim / 24), vocab=args.vocab)
         numel = sum(p.numel() for p in model.parameters())
@@ -101,7 +119,7 @@ def measure(args, precision: str, device: torch.device) -> list[dict]:
     times, sent, losses = ({name: [] for name in steps} for _ in range(3))
     for i in range(args.warm_up + args.steps):
         batch = torch.randint(args.vocab, (args.micro_batch, args.seq_len + 1), generator=generator).to(device)
-        for name, step in steps.items():
+        for name, (step, finish) in steps.items():
             dist.barrier()
             before, start = sent_bytes(), time.perf_counter()
             for _ in range(args.burst):  # parameters are gathered while the next step's forward runs
@@ -110,12 +128,17 @@ def measure(args, precision: str, device: torch.device) -> list[dict]:
                 torch.cuda.synchronize()
             slowest = torch.tensor((time.perf_counter() - start) / args.burst, dtype=torch.float64, device=device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            finish()  # bytes of the last step that are on their way count here, and not in the next engine's
+            dist.barrier()
             if i >= args.warm_up:
                 times[name].append(1e3 * slowest.item())
                 sent[name].append((sent_bytes() - before) / args.burst)
-    gathered, coded = (torch.stack(losses[f"ShardedLion, {kind}"]) for kind in ("gather", "coded"))
-    if not torch.equal(gathered, coded):
-        raise RuntimeError(f"{precision}: the losses of a gather and of codes differ: {gathered} and {coded}")
+    for coded in (name for name in steps if name.endswith("coded")):
+        gathered = coded.replace("coded", "gather")
+        if not torch.equal(torch.stack(losses[coded]), torch.stack(losses[gathered])):
+            raise RuntimeError(
+                f"{precision}: the losses of a gather and of codes differ: {losses[gathered]} and {losses[coded]}"
+            )
     return [
         {
             "mbit": args.link or "",
@@ -195,16 +218,18 @@ def run_on_two_nodes(args) -> None:
 
 
 def start_ranks(args, mbit: int, port: int, csv: Path | None) -> None:
-    """One process a node; the first to fail ends the others."""
-    kept = ("layers", "dim", "vocab", "seq_len", "micro_batch", "steps", "warm_up", "burst")
+    """The first to fail ends the others."""
+    kept = ("layers", "dim", "vocab", "seq_len", "micro_batch", "steps", "warm_up", "burst", "ranks_per_node")
     options = [text for name in kept for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": str(port), INTERFACE: "lion0"}
+    size = len(NAMESPACES) * args.ranks_per_node
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": str(port), INTERFACE: "lion0"}
     command = [sys.executable, "-m", "lion_dist.benchmarks.param_sync", *options, "--link", str(mbit)]
     command += ["--csv", str(csv)] if csv else []
-    ranks = [
-        subprocess.Popen(["ip", "netns", "exec", namespace, *command], env=os.environ | shared | {"RANK": str(rank)})
-        for rank, namespace in enumerate(NAMESPACES)
-    ]
+    ranks = []
+    for rank in range(size):
+        namespace = NAMESPACES[rank // args.ranks_per_node]
+        environment = os.environ | shared | {"RANK": str(rank)}
+        ranks.append(subprocess.Popen(["ip", "netns", "exec", namespace, *command], env=environment))
     try:
         while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
             time.sleep(0.2)
@@ -219,7 +244,8 @@ def start_ranks(args, mbit: int, port: int, csv: Path | None) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--nodes", action="store_true", help="make two network namespaces and run one rank in each; needs root")
+    add("--nodes", action="store_true", help="make two network namespaces, with ranks in each; needs root")
+    add("--ranks-per-node", type=int, default=1, help="ranks that are neighbours; from 2 on, two levels are measured")
     add("--mbit", type=int, nargs="+", default=[100, 1000], help="rates of the link between them")
     add("--layers", type=int, default=4)
     add("--dim", type=int, default=256, help="a multiple of 64")

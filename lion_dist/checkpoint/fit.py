@@ -43,7 +43,7 @@ def _other_tensors(stored: Stored, state: ShardedState) -> list[str]:
     saved = {key.removeprefix("model."): entry.size for key, entry in stored.items() if key.startswith("model.")}
     here = {name: param.value.shape for name, param in state.params.items()}
     here |= {name: buffer.shape for name, buffer in state.buffers.items()}
-    differences = [f"only in the checkpoint: {name}" for name in saved.keys() - here.keys()]
+    differences = [f"only in the checkpoint: {name}" for name in saved.keys() - here.keys() - state.elsewhere]
     differences += [f"only in the model: {name}" for name in here.keys() - saved.keys() if here[name].numel()]
     for name in saved.keys() & here.keys():
         if saved[name] != here[name]:
@@ -63,7 +63,7 @@ def _other_state(stored: Stored, state: ShardedState) -> list[str]:
     differences = []
     for key, entry in stored.items():
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
-        if key.startswith("model."):
+        if key.startswith("model.") or (key.startswith("optimizer.") and name in state.elsewhere):
             continue
         if key == "counters":
             wrong = wrong_state("counters", entry.size, entry.properties.dtype, (2,))

@@ -14,6 +14,7 @@ from lion_dist.checkpoint import directory, manifest, metadata
 from lion_dist.checkpoint.conversion import LoadPlan, convert, plan_load, resync_main_params
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.fit import check_fit
+from lion_dist.checkpoint.parts import join_parts
 from lion_dist.checkpoint.ranks import Ranks, describe
 from lion_dist.checkpoint.save import wait_for_pending
 from lion_dist.checkpoint.sharded_state import ShardedState, collect
@@ -39,7 +40,9 @@ def load(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion) -
     wait_for_pending()
     ranks = Ranks.here()
     found = ranks.on_first(lambda: directory.find(path))
-    loading = ranks.agree(lambda: _prepare(found, model, optimizer, ranks))
+    state = ranks.agree(lambda: collect(model, optimizer))
+    join_parts(state, ranks, with_contents=False)
+    loading = ranks.agree(lambda: _prepare(found, state, ranks))
     for fact, names in loading.plan.notes.items():
         warnings.warn(f"{found.name}: {fact} ({len(names)}: {', '.join(names[:3])}, ...)", stacklevel=2)
     ranks.agree(loading.read)
@@ -123,10 +126,9 @@ class _Loading:
             tensor.zero_()
 
 
-def _prepare(found: Path, model: nn.Module, optimizer: Lion | ShardedLion, ranks: Ranks) -> _Loading:
+def _prepare(found: Path, state: ShardedState, ranks: Ranks) -> _Loading:
     entries = manifest.read(found)
     reader = checked_reader(found, entries["files"], ranks)
-    state = collect(model, optimizer)
     stored = reader.metadata.state_dict_metadata
     check_fit(found, stored, entries["param_groups"], state)
     return _Loading(found, entries, reader, state, plan_load(stored, state))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import threading
@@ -10,7 +9,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,8 +20,9 @@ from lion_dist.boxes import BoxedTensor
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError
+from lion_dist.checkpoint.parts import join_parts
 from lion_dist.checkpoint.ranks import FAILURES, Ranks, describe
-from lion_dist.checkpoint.sharded_state import ShardedState, collect, descriptions
+from lion_dist.checkpoint.sharded_state import ShardedState, collect
 from lion_dist.checkpoint.storage import Writer
 from lion_dist.lion import Lion
 from lion_dist.sharded_lion import ShardedLion
@@ -56,7 +55,7 @@ def save(path: str | Path, *, model: nn.Module, optimizer: Lion | ShardedLion, e
     finish_pending()
     ranks = Ranks.here()
     state = _agreed_state(model, optimizer, ranks)
-    write(path, ranks.agree(lambda: Snapshot.of(state, extra, ranks)), ranks)
+    write(path, ranks.agree(lambda: Snapshot.of(state, extra)), ranks)
 
 
 def save_async(
@@ -74,7 +73,7 @@ def save_async(
     finish_pending()
     ranks = Ranks.here()
     state = _agreed_state(model, optimizer, ranks)
-    snapshot = ranks.agree(lambda: Snapshot.of(state, extra, ranks).copy())
+    snapshot = ranks.agree(lambda: Snapshot.of(state, extra).copy())
     return PendingSave(path, snapshot, ranks)
 
 
@@ -147,30 +146,9 @@ def keep_last(folder: str | Path, count: int) -> None:
 def _agreed_state(model: nn.Module, optimizer: Lion | ShardedLion, ranks: Ranks) -> ShardedState:
     """This rank's state, after all ranks have found that what they hold under one name is one tensor."""
 
-    def described() -> tuple[ShardedState, dict[str, str]]:
-        state = collect(model, optimizer)
-        return state, {} if ranks.size == 1 else descriptions(state)
-
-    state, mine = ranks.agree(described)
-    digest = hashlib.blake2b(json.dumps(mine, sort_keys=True).encode()).digest()
-    if len(set(ranks.gather(digest))) > 1:
-        _refuse_mixture(ranks.gather(mine))
+    state = ranks.agree(lambda: collect(model, optimizer))
+    join_parts(state, ranks, with_contents=True)
     return state
-
-
-def _refuse_mixture(described: list[dict[str, str]]) -> NoReturn:
-    """``described``: of each rank; at least one differs from the first."""
-    first = described[0]
-    differing = [[name for name in first | other if first.get(name) != other.get(name)] for other in described]
-    rank = next(rank for rank, names in enumerate(differing) if names)
-    name, more = differing[rank][0], len(differing[rank]) - 1
-    here, there = first.get(name, "not there"), described[rank].get(name, "not there")
-    raise CheckpointError(
-        f"ranks hold different tensors under one name, of which a checkpoint would be a mixture: {name!r} is {here} on "
-        f"rank 0, {there} on rank {rank}{f', and {more} more differ' if more else ''}. Parts of a model that ranks "
-        "train apart (pipeline stages, experts, tensor parallel by hand) must be DTensors, or be saved by yourself; "
-        "replicas that have drifted apart must be made equal first."
-    )
 
 
 @dataclass
@@ -181,14 +159,12 @@ class Snapshot:
     entries: dict
 
     @classmethod
-    def of(cls, state: ShardedState, extra: dict | None, ranks: Ranks) -> Snapshot:
-        if not ranks.is_first:
-            state.buffers.clear()  # they may differ between ranks: all are the first one's, not a mixture
+    def of(cls, state: ShardedState, extra: dict | None) -> Snapshot:
         if extra is not None:
             values.instance("extra", extra, Mapping, 'Pass a dict such as {"step": 100}.')
             values.refuse_in_json("extra", extra)
         entries = {"param_groups": state.param_groups, "extra": extra or {}, "tied": state.tied}
-        return cls(state.tensors(), json.loads(json.dumps(entries)))
+        return cls(state.only_to_save().tensors(), json.loads(json.dumps(entries)))
 
     def copy(self) -> Snapshot:
         """Copy to host memory."""

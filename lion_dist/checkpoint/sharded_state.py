@@ -11,9 +11,10 @@ The names are those of the unwrapped model, whatever engine holds it::
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -30,26 +31,30 @@ from lion_dist.lion import Lion
 from lion_dist.local_shard import LocalShard
 from lion_dist.sharded_lion import ShardedLion
 from lion_dist.sharded_params import clean_name
-from lion_dist.sharding import collectives
+from lion_dist.sharding.process_groups import RankGroups, ShardGroups
 
 GROUP_KEYS = ("lr", "betas", "weight_decay", "initial_lr", "max_lr")  # of a param group, and saved with it
 
 
 @dataclass
 class ShardedParamState:
-    """What this rank owns of one parameter and of its optimizer state; every rank lists every parameter.
+    """What this rank owns of one parameter and of its optimizer state; every rank that has it lists it.
 
     Attributes:
         value: of the parameter, which every engine cuts into the same boxes as its state.
         state: ``exp_avg`` and, with main params, ``main_param``; empty when the optimizer does not hold the parameter.
         step: [] int64 with stochastic rounding, where this rank owns elements: nobody counts for others.
         is_plain: every rank holds all of it, in ordinary tensors, and a save takes a part from each.
+        num_ranks: that hold some of it or all; None: all ranks there are.
+        is_saved: another rank saves the same boxes where this one does not.
     """
 
     value: BoxedTensor
     state: dict[str, BoxedTensor] = field(default_factory=dict)
     step: Tensor | None = None
     is_plain: bool = False
+    num_ranks: int | None = None
+    is_saved: bool = True
 
 
 @dataclass
@@ -60,6 +65,8 @@ class ShardedState:
         tied: {second name: first name} of parameters that are one tensor.
         param_groups: hyperparameters and, under ``"params"``, names.
         finish_load: called on every rank after the tensors have been loaded; it may communicate.
+        own_buffers: names of those that this rank saves; None: all. (``parts.py`` says so, of all ranks.)
+        elsewhere: names of parameters and buffers that other ranks hold and this one does not.
     """
 
     params: dict[str, ShardedParamState]
@@ -69,6 +76,17 @@ class ShardedState:
     tied: dict[str, str]
     param_groups: list[dict]
     finish_load: Callable[[], None]
+    own_buffers: Set[str] | None = None
+    elsewhere: Set[str] = frozenset()
+
+    def only_to_save(self) -> ShardedState:
+        """Without what other ranks save."""
+        own = self.buffers if self.own_buffers is None else self.own_buffers
+        return dataclasses.replace(
+            self,
+            params={name: param for name, param in self.params.items() if param.is_saved},
+            buffers={name: buffer for name, buffer in self.buffers.items() if name in own},
+        )
 
     def tensors(self) -> dict[str, BoxedTensor]:
         """Everything, by its name in a checkpoint."""
@@ -101,19 +119,25 @@ def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> ShardedState:
     flats = fsdp1.flat_params(model)
     names = _names_by_param(model, flats)
     _refuse_unknown_params(optimizer, names)
+    num_ranks, tied = None, _tied_names(model, flats)
     if isinstance(optimizer, ShardedLion):
+        parts = optimizer.parts
+        for param, name in ({} if parts is None else parts.tied_names).items():  # the name on the first stage with it
+            tied[names[param][0]], names[param] = name, [name]
         params, finish = _of_sharded_lion(optimizer, names), lambda: _gather_params(optimizer)
+        num_ranks = _holders(optimizer, None, optimizer.groups).num_ranks
     else:
         params, finish = _of_lion(model, optimizer, flats)
     groups = _param_groups(optimizer, names, flats)
-    for name, param in _plain_params(model, flats):
-        params.setdefault(name, ShardedParamState(boxed(param.detach()), is_plain=LocalShard.of(param).is_plain))
+    for _, param in _plain_params(model, flats):
+        is_plain = LocalShard.of(param).is_plain
+        params.setdefault(names[param][0], ShardedParamState(boxed(param.detach()), {}, None, is_plain, num_ranks))
     return ShardedState(
         params,
         {name: boxed(buffer) for name, buffer in _persistent_buffers(model)},
         optimizer.counters if isinstance(optimizer, ShardedLion) else None,
         optimizer.spike_window,
-        _tied_names(model, flats),
+        tied,
         groups,
         finish,
     )
@@ -132,7 +156,7 @@ def boxed(tensor: Tensor) -> BoxedTensor:
 _SAMPLE = 256  # elements of a tensor
 
 
-def descriptions(state: ShardedState) -> dict[str, str]:
+def descriptions(state: ShardedState, with_contents: bool) -> dict[str, str]:
     """Describe of each parameter what must be equal on all ranks, so that what they save by its name is one tensor.
 
     Of parameters that every rank holds whole that is the contents too, but only a sample of them is looked at: it finds
@@ -143,7 +167,7 @@ def descriptions(state: ShardedState) -> dict[str, str]:
     for name, param in state.params.items():
         where = f"in param group {groups[name]}" if name in groups else "in no param group"
         words = [f"{tuple(param.value.shape)} {param.value.dtype} {where}"]
-        if param.is_plain:
+        if param.is_plain and with_contents:
             for kind, held in {"value": param.value, **param.state}.items():
                 words += [f"{kind} {_checksum(local)}" for local in held.boxes.values()]
         result[name] = ", ".join(words)
@@ -214,30 +238,31 @@ def _of_flat_param(flat: fsdp1.FlatParam, optimizer: Lion, optimized: set):
 def _of_sharded_lion(optimizer: ShardedLion, names: dict[Parameter, list[str]]) -> dict[str, ShardedParamState]:
     optimizer.finish_param_sync()
     params = {}
-    all_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     for shard in optimizer.shards:
         bucket = shard.bucket
-        if bucket.groups.num_ranks != all_ranks:
-            raise CheckpointError(
-                f"{bucket.names[0]!r} belongs to {bucket.groups.num_ranks} of {all_ranks} ranks (a process_group of "
-                "its own), so other ranks may hold another parameter of this name: a checkpoint cannot tell them "
-                "apart. Keep such parameters in a model and optimizer that all ranks share, or save them by yourself."
-            )
         flats = {"value": bucket.param_shard, "exp_avg": shard.exp_avg, "main_param": shard.main_param}
-        held = {kind: shard.local_shards(flat) for kind, flat in flats.items() if flat is not None}
+        local = {kind: shard.local_shards(flat) for kind, flat in flats.items() if flat is not None}
         steps = (
             {} if shard.steps is None else {s.param: step for s, step in zip(bucket.slices, shard.steps, strict=True)}
         )
         for i, param in enumerate(bucket.params):
-            kinds = {kind: shards[i].boxed() for kind, shards in held.items()}
-            params[names[param][0]] = ShardedParamState(kinds.pop("value"), kinds, steps.get(i))
+            kinds = {kind: shards[i].boxed() for kind, shards in local.items()}
+            held = ShardedParamState(kinds.pop("value"), kinds, steps.get(i), is_saved=shard.is_counted)
+            held.num_ranks = _holders(optimizer, param, bucket.groups).num_ranks
+            params[names[param][0]] = held
     return params
+
+
+def _holders(optimizer: ShardedLion, param: Parameter | None, groups: ShardGroups) -> RankGroups:
+    """The ranks that hold parts or copies of ``param``, which ``groups`` share; None: of another parameter."""
+    parts = optimizer.parts
+    return groups if parts is None else parts.holders(param, groups)
 
 
 def _gather_params(optimizer: ShardedLion) -> None:
     """Each rank has loaded its shard of the parameters: make them full again."""
     for bucket in optimizer.buckets:
-        collectives.all_gather(bucket.flat_params, bucket.param_shard, bucket.groups.shard_group)()
+        bucket.groups.all_gather(bucket.flat_params, bucket.param_shard)()
 
 
 # ---- names

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import re
 import textwrap
 
 from lion_dist.cli.errors import UsageError
-from lion_dist.planning.estimates import PRECISIONS, Job, activation_bytes, plan
+from lion_dist.planning.estimates import PRECISIONS, Job, activation_bytes
 from lion_dist.planning.model_families import FAMILIES
 from lion_dist.planning.model_shapes import PRESETS, read_shapes
+from lion_dist.planning.parts import Axes, activation_traffic, heaviest_part, plan_composed
 from lion_dist.reporting import aligned
 
 GIB = 2**30
@@ -21,6 +23,12 @@ RESERVED = 2 * GIB
 LARGEST = 1_000_000  # of any count
 WIDTH = 120  # of what is printed
 DEFAULT_PRECISION = "bf16-split"
+AXES = {
+    "tensor": "ranks that cut each matrix, neighbours in a node",
+    "pipeline": "stages of the model",
+    "context": "ranks that share a sequence, of the data-parallel ones",
+    "expert": "ranks that divide the experts, of the data-parallel ones",
+}
 HEADINGS = {
     "params": "params",
     "main_params": "main",
@@ -44,6 +52,8 @@ def add_parser(verbs) -> None:
         help=f"{', '.join(PRESETS)}; a number as 6.7e9; {', '.join(FAMILIES)}; or a Hugging Face config")  # fmt: skip
     add("--ranks", required=True, type=int, help="GPUs in all")
     add("--nodes", type=int, help="machines they are spread over; default: 8 ranks a node where that divides")
+    for name, what in AXES.items():
+        add(f"--{name}-parallel", type=int, default=1, metavar="RANKS", help=f"{what} (1)")
     add("--gpu-mem", type=_memory, metavar="80GiB", help="memory of one GPU; says what fits")
     add("--micro-batch", type=int, metavar="SEQUENCES", help="a rank's sequences in one pass; adds activations")
     add("--seq-len", type=int, default=4096, help="tokens a sequence (4096)")
@@ -80,6 +90,7 @@ def run(args) -> int:
         if given is not None and given < 1:
             raise UsageError(f"--{name} must be at least 1, got {given}")
     numbers = {"micro-batch": args.micro_batch, "seq-len": args.seq_len, "accumulate": args.accumulate}
+    numbers |= {f"{name}-parallel": getattr(args, f"{name}_parallel") for name in AXES}
     for name, given in (numbers | {"ranks": args.ranks, "nodes": args.nodes}).items():
         if given is not None and given > LARGEST:
             raise UsageError(f"--{name} is more than any job has (at most {LARGEST}). Pass a smaller number.")
@@ -88,11 +99,13 @@ def run(args) -> int:
         nodes = args.ranks // 8 if args.ranks > 8 and args.ranks % 8 == 0 else 1
     try:
         job = Job(args.ranks, nodes, args.accumulate)
+        axes = Axes(*(getattr(args, f"{name}_parallel") for name in AXES))
         model = read_shapes(args.params)
+        part = model if axes.is_one else heaviest_part(model, axes.tensor, axes.pipeline)
+        plans = {precision: plan_composed(model, job, axes, precision) for precision in PRECISIONS}
     except ValueError as error:
         raise UsageError(str(error)) from error
-    plans = {precision: plan(model, job, precision) for precision in PRECISIONS}
-    rows = {precision: [_row(p, model, args) for p in found] for precision, found in plans.items()}
+    rows = {precision: [_row(p, part, job, axes, args) for p in found] for precision, found in plans.items()}
     if args.json:
         print(json.dumps({"model": _model(model), "job": _job(job, args), "plans": sum(rows.values(), [])}, indent=2))
         return 0
@@ -105,13 +118,15 @@ def run(args) -> int:
     return 0
 
 
-def _row(found, model, args) -> dict:
+def _row(found, part, job, axes, args) -> dict:
     row = {"engine": found.engine, "precision": found.precision, "bytes": dict(found.memory)}
     if args.micro_batch is not None:
-        tokens = args.micro_batch * args.seq_len
-        row["bytes"]["activations"] = activation_bytes(
-            model, tokens, found.compute_bytes, checkpointing=args.checkpointing
-        )
+        tokens = -(-args.micro_batch * args.seq_len // axes.context)
+        kept = activation_bytes(part, tokens, found.compute_bytes, checkpointing=args.checkpointing)
+        in_flight = min(axes.pipeline, job.micro_batches)  # on the first stage, under 1F1B
+        row["bytes"]["activations"] = in_flight * kept // axes.tensor
+        sent = activation_traffic(part, job, axes, tokens, found.compute_bytes)
+        found = dataclasses.replace(found, traffic=found.traffic + sent)
     row["total_bytes"] = sum(row["bytes"].values())
     if args.gpu_mem is not None:
         row["fits"] = row["total_bytes"] + RESERVED <= args.gpu_mem
@@ -127,15 +142,17 @@ def _model(model) -> dict:
 
 def _job(job, args) -> dict:
     asked = ("gpu_mem", "micro_batch", "seq_len", "checkpointing", "bandwidth")
-    return {"ranks": job.ranks, "nodes": job.nodes, "micro_batches": job.micro_batches} | {
-        name: getattr(args, name) for name in asked
-    }
+    found = {"ranks": job.ranks, "nodes": job.nodes, "micro_batches": job.micro_batches}
+    return found | {name: getattr(args, name) for name in (*asked, *(f"{axis}_parallel" for axis in AXES))}
 
 
 def _job_line(job, args) -> str:
     parts = [f"{job.ranks} ranks"]
     if job.nodes > 1:
         parts = [f"{job.ranks} ranks on {job.nodes} nodes of {job.ranks_per_node}"]
+    for name in AXES:
+        if getattr(args, f"{name}_parallel") > 1:
+            parts.append(f"{getattr(args, f'{name}_parallel')} {name}-parallel")
     if args.gpu_mem is not None:
         parts.append(f"{args.gpu_mem / GIB:.0f} GiB each")
     if args.micro_batch is not None:
@@ -215,6 +232,11 @@ def _notes(args) -> str:
         notes.append("No activations are counted: pass --micro-batch.")
     else:
         notes.append("activations: 17 hidden-sized values a token and layer, and the logits; an estimate.")
+    if any(getattr(args, f"{name}_parallel") > 1 for name in AXES):
+        notes += [
+            "composed: of the rank with the largest part of the model; activations as of 1F1B and sequence parallel.",
+            "GiB sent: with --micro-batch, tensor and pipeline parallel included; not context and expert parallel.",
+        ]
     if args.bandwidth is not None:
         notes.append("seconds: bytes / bandwidth, of the slower link where a group spans nodes; no latency or overlap.")
     return "\n".join(notes)

@@ -100,7 +100,7 @@ class SendCodes(GatherParams):
 
     def _exchange(self, bucket: Bucket, codec: ShardCodec, message: Tensor) -> Work:
         messages = message.new_empty(bucket.groups.shard_world_size * len(message))
-        finish_gather = collectives.all_gather(messages, message, bucket.groups.shard_group)
+        finish_gather = bucket.groups.all_gather(messages, message)
         replay = _Replay(finish_gather, bucket, codec, messages)
         if message.is_cuda:  # the replay joins the queue now; until it has run, its messages must stay in memory
             replay()

@@ -19,7 +19,7 @@ from lion_dist.local_shard import LocalShard
 from lion_dist.metrics.statistics import COLUMNS, measure
 from lion_dist.sharding import collectives
 from lion_dist.sharding.phases import PHASES, WAITING, Interval, PhaseClock
-from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.sharding.process_groups import RankGroups
 
 Axes = tuple[tuple, ...]  # (mesh, axis) pairs along which a tensor is cut
 
@@ -147,7 +147,7 @@ def describe(step: int, sums: Sequence[float]) -> dict[str, float]:
     return {"step": step, **norms, "update_ratio": ratio, **shares}
 
 
-def metrics_over_ranks(step_metrics: StepMetrics, groups: ShardGroups) -> dict:
+def metrics_over_ranks(step_metrics: StepMetrics, groups: RankGroups) -> dict:
     """All keys but ``skipped_steps``: one message, a row a rank. Every element is counted by one rank only."""
     rank = torch.distributed.get_rank() if groups.axes else 0
     times = torch.tensor([rank, *times_of(step_metrics.clock.last)], dtype=torch.float64).to(step_metrics.device)

@@ -196,9 +196,17 @@ def bucket_layouts(model: ModelShapes, shard_ranks: int, bucket_numel: int | Non
 
 
 def plan_sharded(
-    model: ModelShapes, precision: Precision, job: Job, *, stage: int, hybrid: bool = False, coded: bool = False
+    model: ModelShapes,
+    precision: Precision,
+    job: Job,
+    *,
+    stage: int,
+    hybrid: bool = False,
+    two_levels: bool = False,
+    coded: bool = False,
 ) -> tuple[dict, tuple]:
-    """``ShardedLion``; ``hybrid`` shards inside a node and replicates across, ``coded`` is param_sync="coded"."""
+    """``ShardedLion``; ``hybrid`` shards inside a node and replicates across, ``two_levels`` shards over all ranks and
+    sends inside the node and across apart, ``coded`` is param_sync="coded"."""
     shard_ranks = job.ranks_per_node if hybrid else job.ranks
     replicas = job.ranks // shard_ranks
     layouts = bucket_layouts(model, shard_ranks, job.sharding.bucket_numel)
@@ -222,19 +230,35 @@ def plan_sharded(
         "transient": 2 * max(sum(b.param_numels) for b in layouts) * precision.param_bytes
         + (largest * wire if ordered else 0),
     }
-    param_sync = "all-gather parameters", _share(numel * precision.param_bytes, shard_ranks), shard_ranks
+    syncs = job.micro_batches if stage == 2 else 1
+    sent = numel * precision.param_bytes
     if coded:
         digits = digits_for(precision.param_dtype, precision.main_bytes > 0)
         codes = sum(digits.num_bytes(b.shard_numel) for b in layouts)  # of one rank; escapes are too few to count
         memory["transient"] = max(memory["transient"], (shard_ranks + 1) * codes)
-        param_sync = "all-gather update codes", (shard_ranks - 1) * codes, shard_ranks
-    syncs = job.micro_batches if stage == 2 else 1
+        sent = shard_ranks * codes
+    what = "update codes" if coded else "parameters"
+    if two_levels:
+        memory["transient"] += largest // job.ranks_per_node * shard_bytes  # the node's sum of a bucket
+        return memory, _on_two_levels(job, syncs * numel * wire, sent, what)
     across = (replicas - 1) * shard_numel * 4 if ordered else 2 * _share(shard_numel * wire, replicas)
     return memory, _traffic(
         job,
         ("reduce-scatter gradients", syncs * _share(numel * wire, shard_ranks), shard_ranks),
         ("all-reduce gradient shards", syncs * across, job.ranks),
-        param_sync,
+        (f"all-gather {what}", _share(sent, shard_ranks), shard_ranks),
+    )
+
+
+def _on_two_levels(job: Job, grads: int, params: int, what: str) -> tuple[Collective, ...]:
+    """``grads``, ``params``: bytes of all that is reduced and gathered; a rank sends its node's part across."""
+    inside, nodes = job.ranks_per_node, job.nodes
+    return _traffic(
+        job,
+        ("reduce-scatter gradients inside the node", _share(grads, inside), inside),
+        ("reduce-scatter gradients across nodes", _share(grads // inside, nodes), job.ranks),
+        (f"all-gather {what} across nodes", _share(params // inside, nodes), job.ranks),
+        (f"all-gather {what} inside the node", _share(params, inside), inside),
     )
 
 
@@ -329,6 +353,9 @@ def engines_for(precision: Precision, job: Job) -> dict[str, tuple[Callable, dic
     hybrid = job.nodes > 1 and job.ranks_per_node > 1
     if hybrid:
         engines["ShardedLion stage 2, hybrid"] = plan_sharded, {"stage": 2, "hybrid": True}
+        levels = {"stage": 2, "two_levels": True}
+        engines["ShardedLion 2 levels"] = plan_sharded, levels
+        engines["ShardedLion 2 levels, coded"] = plan_sharded, levels | {"coded": True}
     engines["FSDP2 + Lion"] = plan_fsdp, {}
     engines["FSDP2 + Lion, no reshard"] = plan_fsdp, {"reshard": False}
     if hybrid:

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist.grad_placement import local_grads_like
+from lion_dist.local_shard import local_tensor, local_tensors
 from lion_dist.sharding.buffers import views_of
 from lion_dist.sharding.collective_error import CollectiveError
 from lion_dist.sharding.collectives import COMPLETED, Work
 from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.layout import BucketLayout
-from lion_dist.sharding.memory_format import MemoryFormat, with_own_storage
+from lion_dist.sharding.memory_format import MemoryFormat, move_in
 from lion_dist.sharding.phases import NO_CLOCK, PhaseClock, in_phase
 from lion_dist.sharding.process_groups import ShardGroups
 from lion_dist.sharding.transport import Transport
@@ -66,14 +68,6 @@ _PARAM_TRANSITIONS = {
 }
 
 
-@torch.no_grad()
-def _move_in(param: Parameter, place: Tensor) -> None:
-    """``place`` is a view of the flat buffer. The storage made here is the parameter's alone: share_memory_() moves a
-    storage elsewhere, and whatever else had it would move along."""
-    place.copy_(param.clone() if param.data_ptr() == place.data_ptr() else param)  # the same memory, transposed
-    param.data = with_own_storage(place)
-
-
 class Bucket:
     """Parameters alike in group, dtype, device and ranks, in one flat buffer.
 
@@ -103,19 +97,20 @@ class Bucket:
         row_major: bool = False,
     ):
         self.params, self.names, self.groups = list(params), list(names), groups
-        self.layout = BucketLayout(tuple(p.numel() for p in params), groups.shard_world_size)
+        local = local_tensors(params)
+        self.layout = BucketLayout(tuple(p.numel() for p in local), groups.shard_world_size)
         self.slices = self.layout.slices(groups.shard_rank)
         self.reduce_dtype, self.stream, self.clock = reduce_dtype, stream, clock
-        self.shapes = [p.shape for p in self.params]
-        self.formats = [MemoryFormat.row_major(p.shape) if row_major else MemoryFormat.of(p) for p in params]
+        self.shapes = [p.shape for p in local]
+        self.formats = [MemoryFormat.row_major(p.shape) if row_major else MemoryFormat.of(p) for p in local]
 
         self._transport = transport
         self._params_buffer = transport.allocate(self.layout.numel, params[0].dtype)
         self.flat_params = self._params_buffer.flat
         self._places = views_of(self.flat_params, self.layout, self.formats)
         for param, place in zip(params, self._places, strict=True):
-            _move_in(param, place)
-        self._addresses, self._strides = list(map(Tensor.data_ptr, params)), list(map(Tensor.stride, params))
+            move_in(param, place)
+        self._addresses, self._strides = self._addresses_and_strides()
         start, stop = self.layout.shard_range(groups.shard_rank)
         self.param_shard = self.flat_params[start:stop]
 
@@ -177,10 +172,6 @@ class Bucket:
                 return False
         return True
 
-    def names_without_grads(self) -> list[str]:
-        """Of parameters that take no gradients any more."""
-        return [name for param, name in zip(self.params, self.names, strict=True) if not param.requires_grad]
-
     @in_phase("grad_sync")
     def start_grad_sync(self) -> None:
         """Start the reduce-scatter of the gradients there are (zeros for the others), and forget them.
@@ -190,7 +181,7 @@ class Bucket:
         if self.grad_state is GradState.SYNCING:
             self.complete_reduction()
             self._refuse_interrupted()
-        grads = list(map(_grad, self.params))
+        grads = self._local_grads()
         self.check_grads(grads)
         adds_up = self.grad_state is GradState.REDUCED
         self._set_grad_state(GradState.SYNCING)
@@ -214,7 +205,7 @@ class Bucket:
 
         Autograd gives a gradient its parameter's shape; ``.grad.data`` takes any, and copying would broadcast it.
         """
-        grads = list(map(_grad, self.params)) if grads is None else grads
+        grads = self._local_grads() if grads is None else grads
         present = [grad for grad in grads if grad is not None]
         if list(map(_shape, present)) == self.shapes and set(map(_layout, present)) == {torch.strided}:
             return
@@ -343,13 +334,21 @@ class Bucket:
             )  # whoever asks first may be on a stream of its own
         self._set_param_state(ParamState.FULL)
 
+    def _local_grads(self) -> list[Tensor | None]:
+        """What of each parameter's gradient belongs to this rank (that of a DTensor may have to be summed first)."""
+        return local_grads_like(list(map(_grad, self.params)), self.params)
+
+    def _addresses_and_strides(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        local = local_tensors(self.params)
+        return list(map(Tensor.data_ptr, local)), list(map(Tensor.stride, local))
+
     def moved_params(self) -> list[int]:
         """Positions of the parameters that were given other memory or strides since (``param.data = ...``)."""
-        addresses, strides = list(map(Tensor.data_ptr, self.params)), list(map(Tensor.stride, self.params))
+        addresses, strides = self._addresses_and_strides()
         if addresses == self._addresses and strides == self._strides:
             return []
         now, then = zip(addresses, strides, strict=True), zip(self._addresses, self._strides, strict=True)
-        return [i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b and self.params[i].numel()]
+        return [i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b and self.shapes[i].numel()]
 
     def gather_again(self) -> None:
         """Make ``flat_params`` full whatever it holds: an exception may have ended an update or a gather."""
@@ -366,13 +365,14 @@ class Bucket:
         """
         for i in moved:
             param, place = self.params[i], self._places[i]
-            if (param.dtype, param.device, param.shape) != (place.dtype, place.device, place.shape):
+            local = local_tensor(param)
+            if (param.dtype, param.device, local.shape) != (place.dtype, place.device, place.shape):
                 raise RuntimeError(
-                    f"parameter {self.names[i]!r} is {param.dtype} {tuple(param.shape)} on {param.device} now and was "
+                    f"parameter {self.names[i]!r} is {param.dtype} {tuple(local.shape)} on {param.device} now and was "
                     f"{place.dtype} {tuple(place.shape)} on {place.device} when ShardedLion was made. Convert or move "
                     "the model first, and construct the optimizer after."
                 )
-            _move_in(param, place)
+            move_in(param, place)
 
     def place_of(self, position: int) -> Tensor:
         """The memory in ``flat_params`` that is that of ``params[position]``."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
 
 
@@ -25,7 +24,7 @@ def read(bucket: Bucket, position: int, unscaling: Tensor) -> Tensor:
     flat = shard.new_empty(bucket.layout.numel)
     start, stop = bucket.layout.shard_range(bucket.groups.shard_rank)
     flat[start:stop] = shard
-    collectives.all_gather(flat, flat[start:stop], bucket.groups.shard_group)()
+    bucket.groups.all_gather(flat, flat[start:stop])()
     first = bucket.layout.offsets[position]
     whole = bucket.formats[position].place_in(flat[first : first + bucket.layout.param_numels[position]])
     return whole.double() * unscaling

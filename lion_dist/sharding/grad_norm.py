@@ -16,7 +16,7 @@ from torch import Tensor
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.collective_error import CollectiveError
-from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.sharding.process_groups import RankGroups, ShardGroups
 
 SumOfSquares = Callable[[Sequence[Tensor]], Tensor]  # [] fp64, of all elements, whatever their dtype
 
@@ -36,10 +36,11 @@ class GradNorm:
 
     def __init__(self, main_groups: ShardGroups, device: torch.device, sum_of_squares: SumOfSquares):
         self.main_groups, self.device, self.sum_of_squares = main_groups, device, sum_of_squares
+        self.choosing_ranks: RankGroups = main_groups  # they have the same learning rates, divisors, ...
         self._uses: dict[tuple[bool, ...], Tensor] = {}  # the last pattern of uses of each group, on the device
 
     def __call__(self, buckets: Sequence[Bucket], also: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``total``, ``used``, and ``also`` [n] fp64 summed over all ranks."""
+        """``total``, ``used``, and ``also`` [n] fp64 summed over all ranks that train the same parameters."""
         by_groups: dict[ShardGroups, list[Bucket]] = {}
         for bucket in buckets:
             by_groups.setdefault(bucket.groups, []).append(bucket)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lion_dist import values
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.grad_norm import GradNorm, SumOfSquares
-from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.sharding.grad_norm import GradNorm
 from lion_dist.sharding.step_agreement import Choices, StepAgreement
 
 
@@ -33,18 +32,17 @@ class GradientCheck:
 
     Args:
         divisor: of the summed gradients, unless a step has its own.
-        sum_of_squares: of a list of gradient shards.
     """
 
-    def __init__(self, groups: ShardGroups, device: torch.device, divisor: int, sum_of_squares: SumOfSquares):
+    def __init__(self, grad_norm: GradNorm, divisor: int):
+        device = grad_norm.device
         self.result: CheckResult | None = None
         self.inverse_loss_scale: Tensor | None = None  # of a GradScaler that has unscaled already
         self.scaler_scale: Tensor | None = None  # its scale
-        self.agreement = StepAgreement(groups, device)
+        self.agreement = StepAgreement(grad_norm.choosing_ranks, device)
         self.divisor: float | Tensor | None = None  # of this step; None: the default
         self.max_norm: float | Tensor | None = None  # that this step is clipped to
-        self._grad_norm = GradNorm(groups, device, sum_of_squares)
-        self._device, self._default_divisor = device, divisor
+        self._grad_norm, self._device, self._default_divisor = grad_norm, device, divisor
         # Made once: small operations on the device cost 10 us of the host each, and a step ends with a row of them.
         self._default_unscaling = torch.full((), divisor, dtype=torch.float64, device=device).reciprocal()
         self._taken_or_skipped = torch.tensor([True, False]).to(device)

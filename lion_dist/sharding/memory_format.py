@@ -14,6 +14,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from lion_dist.local_shard import local_tensor
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,19 @@ def with_own_storage(view: Tensor) -> Tensor:
     start = view.storage_offset() * view.itemsize
     storage = view.untyped_storage()[start : start + view.nbytes]
     return torch.empty(0, dtype=view.dtype, device=view.device).set_(storage, 0, view.shape, view.stride())
+
+
+@torch.no_grad()
+def move_in(param: Parameter, place: Tensor) -> None:
+    """Put the values of ``param`` (of a DTensor, those here) into ``place``, a view of a flat buffer: its memory from
+    then on.
+
+    The storage made here is the parameter's alone: share_memory_() moves a storage elsewhere, and whatever else had it
+    would move along.
+    """
+    local = local_tensor(param)
+    place.copy_(local.clone() if local.data_ptr() == place.data_ptr() else local)  # the same memory, transposed
+    if local is param:
+        param.data = with_own_storage(place)
+    else:
+        param._local_tensor = with_own_storage(place)

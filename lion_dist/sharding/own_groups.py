@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -44,29 +45,33 @@ class OwnGroups:
 
     def __init__(self, owner: object, progress: Progress):
         self._progress = progress
-        self._borrowed: dict[ProcessGroup, ProcessGroup] = {}  # by whose ranks they have
+        self._borrowed: dict[tuple, ProcessGroup] = {}  # by whose ranks they have, and their order
         self._give_back = weakref.finalize(owner, _give_back, self._borrowed, progress)
         self._give_back.atexit = False
 
     def like(self, given: ShardGroups) -> ShardGroups:
         """Groups of the same ranks; the same ones whenever they are asked for."""
+        if given.levels is not None:
+            shard_group = self._own(given.shard_group, given.levels.ranks)
+            return ShardGroups(shard_group, None, self._progress, given.levels.of(self._own))
         return ShardGroups(self._own(given.shard_group), self._own(given.replicate_group), self._progress)
 
-    def _own(self, given: ProcessGroup | None) -> ProcessGroup | None:
+    def _own(self, given: ProcessGroup | None, order: Sequence[int] | None = None) -> ProcessGroup | None:
         if given is None:
             return None
-        if given not in self._borrowed:
-            self._borrowed[given] = _borrow(given)
-        return self._borrowed[given]
+        ranks = tuple(dist.get_process_group_ranks(given) if order is None else order)
+        if (given, ranks) not in self._borrowed:
+            self._borrowed[given, ranks] = _borrow(given, ranks)
+        return self._borrowed[given, ranks]
 
     def give_back(self) -> None:
         """Nothing that communicates may be called afterwards."""
         self._give_back()
 
 
-def _give_back(borrowed: dict[ProcessGroup, ProcessGroup], progress: Progress) -> None:
+def _give_back(borrowed: dict[tuple, ProcessGroup], progress: Progress) -> None:
     if not progress.is_lost:
-        for given, own in borrowed.items():
+        for (given, _), own in borrowed.items():
             _free.setdefault(given, []).append(own)
 
 
@@ -78,39 +83,39 @@ class _Offer:
     started: int
 
 
-def _borrow(given: ProcessGroup) -> ProcessGroup:
-    """All ranks of ``given`` together."""
+def _borrow(given: ProcessGroup, ranks: tuple[int, ...]) -> ProcessGroup:
+    """All ranks of ``given`` together, in the order of ``ranks``."""
     is_pretended = dist.get_backend(given) == "fake"  # which does not count collectives
-    free = {} if is_pretended else {_offer(group): group for group in _free.get(given, ())}
+    alike = [group for group in _free.get(given, ()) if tuple(dist.get_process_group_ranks(group)) == ranks]
+    free = {} if is_pretended else {_offer(group): group for group in alike}
     offers = collectives.gather_objects((f"lion_dist_{uuid.uuid4().hex}", list(free)), given)
     name, wanted = offers[0]
     for offer in wanted:
         if all(offer in theirs for _, theirs in offers):
             _free[given].remove(free[offer])
             return free[offer]
-    return _make(given, name)
+    return _make(given, ranks, name)
 
 
 def _offer(group: ProcessGroup) -> _Offer:
     return _Offer(group.group_name, group._get_sequence_number_for_group())
 
 
-def _make(given: ProcessGroup, name: str) -> ProcessGroup:
-    """Another group of the ranks of ``given``, with its backends and its time-out.
+def _make(given: ProcessGroup, ranks: tuple[int, ...], name: str) -> ProcessGroup:
+    """Another group of the ranks of ``given``, in the order of ``ranks``, with its backends and its time-out.
 
     A default group that is bound to a GPU splits its communicator for each new group, by all ranks of the world. Where
     the group has fewer, it is given a communicator from scratch.
     """
     world = dist.group.WORLD
-    ranks = dist.get_process_group_ranks(given)
     bound = world.bound_device_id
     if len(ranks) < world.size():
         world.bound_device_id = None
     try:
         group, _ = distributed_c10d._new_process_group_helper(
             len(ranks),
-            given.rank(),
-            ranks,
+            ranks.index(dist.get_rank()),
+            list(ranks),
             dist.Backend(_backends(given)),
             distributed_c10d._get_default_store(),
             name,

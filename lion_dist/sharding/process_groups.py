@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -56,18 +56,43 @@ def explained(call: str) -> Callable[[Callable[Concatenate[Any, P], R]], Callabl
     return decorate
 
 
+class RankGroups(Protocol):
+    """Ranks along some axes."""
+
+    @property
+    def axes(self) -> tuple[ProcessGroup, ...]:
+        """The groups with more than one rank."""
+
+    @property
+    def num_ranks(self) -> int: ...
+
+
+class Levels(Protocol):
+    """The links of a shard group: ``inside`` a node, and across nodes (``two_levels/``). ``ranks``: global ones, in the
+    order of their shards."""
+
+    inside: ProcessGroup
+    ranks: tuple[int, ...]
+
+    def of(self, own: Callable[[ProcessGroup], ProcessGroup]) -> Levels:
+        """The same over groups that ``own`` returns."""
+
+    def all_gather(self, flat: torch.Tensor, shard: torch.Tensor) -> collectives.Work: ...
+
+
 @dataclass(frozen=True)
 class ShardGroups:
     """The ranks among which a bucket is sharded, and those that hold the same shard.
 
     ``None`` stands for a group of this rank alone: nothing is communicated, by the same code. Of a 2-D mesh the last
     axis shards and the first replicates (hybrid sharding: shard inside a node, replicate across). ``progress``: of the
-    optimizer that uses them.
+    optimizer that uses them. ``levels``: of the shard group, where it has two (``two_levels/``).
     """
 
     shard_group: ProcessGroup | None
     replicate_group: ProcessGroup | None = None
     progress: Progress = field(default_factory=Progress, compare=False, repr=False)
+    levels: Levels | None = None
 
     @property
     def shard_world_size(self) -> int:
@@ -98,6 +123,12 @@ class ShardGroups:
         """The groups with more than one rank, the sharding one first."""
         return tuple(group for group in (self.shard_group, self.replicate_group) if group is not None)
 
+    def all_gather(self, flat: torch.Tensor, shard: torch.Tensor) -> collectives.Work:
+        """Fill ``flat`` with every shard, as ``collectives.all_gather``."""
+        if self.levels is not None:
+            return self.levels.all_gather(flat, shard)
+        return collectives.all_gather(flat, shard, self.shard_group)
+
     def broadcast(self, tensor: torch.Tensor) -> None:
         """The first rank's ``tensor`` becomes that of all ranks: along the shard axis, then the replicate axis."""
         whole = tensor.contiguous()  # gloo would take the wrong elements of another
@@ -123,6 +154,8 @@ def resolve_groups(where: DeviceMesh | ProcessGroup | None) -> ShardGroups:
             )
         groups = [_unless_alone(group) for group in where.get_all_groups()]
         return ShardGroups(groups[-1], groups[0] if len(groups) == 2 else None)
+    if hasattr(where, "shard_groups"):  # TwoLevels
+        return where.shard_groups()
     if not isinstance(where, ProcessGroup):
         rank = dist.get_rank() if dist.is_initialized() else 0
         raise ValueError(

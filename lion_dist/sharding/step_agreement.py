@@ -29,7 +29,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 
 from lion_dist.sharding import collectives
 from lion_dist.sharding.agreement import Entry
-from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.sharding.process_groups import RankGroups
 
 HASH_BITS = 40
 PATIENCE = timedelta(seconds=60)  # with a rank that does not say what it has: it may have ended
@@ -63,7 +63,7 @@ class _Message:
 class StepAgreement:
     """Compares what the ranks of ``groups`` have chosen, once a message; all ranks call everything together."""
 
-    def __init__(self, groups: ShardGroups, device: torch.device):
+    def __init__(self, groups: RankGroups, device: torch.device):
         self._groups, self._device = groups, device
         # Ranks that are only pretended send nothing.
         self.is_on = groups.num_ranks > 1 and all(dist.get_backend(axis) != "fake" for axis in groups.axes)

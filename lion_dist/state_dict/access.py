@@ -13,14 +13,16 @@ from lion_dist.state_dict.live_state import LiveState
 from lion_dist.state_dict.load_plan import LoadPlan
 
 if TYPE_CHECKING:
+    from lion_dist.composed.axes import ModelAxes
     from lion_dist.spike_guard.watch import SpikeWatch
 
 
 class StateAccess:
     """``settled`` returns the live state, with parameters whole and main params that follow them."""
 
-    def __init__(self, settled: Callable[[], LiveState], groups: ShardGroups):
-        self._settled, self._groups = settled, groups
+    def __init__(self, settled: Callable[[], LiveState], groups: ShardGroups, parts: ModelAxes | None = None):
+        self._settled, self._parts = settled, parts
+        self._groups = groups if parts is None else parts.alike(groups)
         self._consolidated: Consolidated | None = None
 
     def forget_consolidated(self) -> None:
@@ -46,6 +48,8 @@ class StateAccess:
 
     @torch.no_grad()
     def consolidate(self, to: int) -> None:
+        if self._parts is not None:
+            self._parts.check_consolidation()
         check_rank(to, self._groups)
         live = self._settled()
         self._consolidated = None

@@ -24,7 +24,7 @@ from lion_dist.boxes import BoxedTensor, Part, read_box
 from lion_dist.shard_state import ShardState
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import views_of
-from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.sharding.process_groups import RankGroups
 from lion_dist.state_dict.live_state import LiveState
 
 _log = logging.getLogger(__name__)
@@ -83,14 +83,15 @@ def _warn_of_own_groups(live: LiveState) -> None:
         )
 
 
-def check_rank(to: object, groups: ShardGroups) -> None:
+def check_rank(to: object, groups: RankGroups) -> None:
     """Raise ValueError unless ``to`` is a global rank, of ``groups`` where that can be known."""
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
     if not isinstance(to, int) or isinstance(to, bool) or not 0 <= to < num_ranks:
         raise ValueError(f"consolidate_state_dict(to) must be a global rank in [0, {num_ranks}), got {to!r}")
-    if groups.replicate_group is None and to not in _ranks_of(groups.shard_group):
+    ranks = _ranks_of(groups.axes[0] if groups.axes else None)
+    if len(groups.axes) <= 1 and to not in ranks:
         raise ValueError(
-            f"consolidate_state_dict(to={to}): this optimizer is on the ranks {_ranks_of(groups.shard_group)}; "
+            f"consolidate_state_dict(to={to}): this optimizer is on the ranks {ranks}; "
             "give the global rank of one of them"
         )
 
@@ -111,7 +112,7 @@ def gather_whole(shards: Sequence[ShardState], to: int) -> dict[Parameter, dict[
     for shard in shards:
         bucket = shard.bucket
         group = bucket.groups.shard_group
-        if to not in _ranks_of(group):
+        if to not in _ranks_of(group) and shard.cut_group is None:
             continue
         for param, kind, full in _whole_tensors(shard):
             if _rank() == to:
@@ -129,13 +130,15 @@ def _whole_tensors(shard: ShardState) -> Iterator[tuple[Parameter, str, Tensor]]
         part = part.view(torch.bfloat16) if part.dtype == torch.int16 else part  # as in main_params.py
         flat = part.new_empty(bucket.layout.numel)
         flat[start:stop] = part
-        collectives.all_gather(flat, flat[start:stop], group)()
-        for param, full in zip(bucket.params, views_of(flat, bucket.layout, bucket.formats), strict=True):
-            yield param, kind, full
+        bucket.groups.all_gather(flat, flat[start:stop])()
+        held = zip(bucket.params, views_of(flat, bucket.layout, bucket.formats), shard.places, strict=True)
+        for param, full, place in held:
+            yield param, kind, full if shard.cut_group is None else place.put_together(full, shard.cut_group)
     if shard.steps is not None:
         steps = torch.zeros_like(shard.param_numels)
         steps[shard.slice_params] = shard.steps
-        collectives.all_reduce_max(steps, group)  # those who own elements of a parameter count alike
+        for axis in (group, shard.cut_group):
+            collectives.all_reduce_max(steps, axis)  # those who own elements of a parameter count alike
         for param, step in zip(bucket.params, steps, strict=True):
             yield param, "step", step
 
@@ -148,7 +151,7 @@ def _ranks_of(group: dist.ProcessGroup | None) -> list[int]:
     return [_rank()] if group is None else dist.get_process_group_ranks(group)
 
 
-def meet(groups: ShardGroups, what: str) -> None:
+def meet(groups: RankGroups, what: str) -> None:
     """Wait until every rank of ``groups`` has called this, without a collective, which a rank alone would hang in (or
     another's next collective would answer).
 
@@ -197,13 +200,15 @@ def maker_of_parts(gatherable: bool) -> Callable[[ShardState], Callable[..., Box
 
     def boxed_for(shard: ShardState) -> Callable[..., BoxedTensor]:
         groups, tensor_class, mesh = shard.bucket.groups, BoxedTensor, None
-        if gatherable and groups.shard_group is not None:
+        gathering = shard.cut_group if groups.shard_group is None else groups.shard_group
+        if gatherable and gathering is not None:
             tensor_class = _gatherable_class()
-            if groups.shard_group not in meshes:
-                meshes[groups.shard_group] = DeviceMesh.from_group(groups.shard_group, shard.bucket.device.type)
-            mesh = meshes[groups.shard_group]
+            if gathering not in meshes:
+                meshes[gathering] = DeviceMesh.from_group(gathering, shard.bucket.device.type)
+            mesh = meshes[gathering]
         has_own_group = shard.group.get("process_group") is not None
-        part = Part(groups.shard_rank, groups.shard_world_size, has_own_group, mesh=mesh)
+        cut_group = None if gathering is shard.cut_group else shard.cut_group
+        part = Part(*shard.owner, has_own_group, mesh=mesh, cut_group=cut_group)
         return functools.partial(tensor_class, part=part)
 
     return boxed_for
@@ -247,7 +252,8 @@ def _gatherable_class() -> type[BoxedTensor]:
             full = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
             for box, local in self.boxes.items():
                 read_box(full, box).copy_(local)
-            collectives.all_reduce_max(full.view(-1).view(torch.uint8), self.part.mesh.get_group())
+            for axis in (self.part.mesh.get_group(), self.part.cut_group):
+                collectives.all_reduce_max(full.view(-1).view(torch.uint8), axis)
             return full
 
         def redistribute(self, device_mesh=None, placements=None, **_options) -> DTensor:

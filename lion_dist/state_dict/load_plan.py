@@ -114,11 +114,10 @@ def _copies_of(shard: ShardState, saved: Mapping[Parameter, dict[str, Tensor]]) 
 
 
 def _other_part(what: str, source: BoxedTensor, shard: ShardState) -> str:
-    groups = shard.bucket.groups
-    here = f"this is rank {groups.shard_rank} of {groups.shard_world_size}"
+    here = "this is rank {} of {}".format(*shard.owner)
     if source.part is None:
         return f"the saved {what} is a part that does not hold what this rank owns ({here}): {source}"
-    if (source.part.rank, source.part.num_ranks) == (groups.shard_rank, groups.shard_world_size):
+    if (source.part.rank, source.part.num_ranks) == shard.owner:
         return (
             f"the saved {what} is {source.part}, as this is, but of other buckets. Construct the optimizer with the "
             "bucket_numel and param groups that it was saved with, or load a full state (consolidate_state_dict) or a "
@@ -157,12 +156,16 @@ def _saved_by_param(live: LiveState, groups: Sequence[Mapping], state: Mapping) 
     unknown = [key for key in state if key not in params]
     if unknown:
         raise ValueError(f"the saved state has {len(unknown)} parameters that no saved param group has: {unknown[:8]}")
-    trained = {param for shard in live.shards for param in shard.bucket.params}
+    places = {
+        param: place for shard in live.shards for param, place in zip(shard.bucket.params, shard.places, strict=True)
+    }
     saved: dict[Parameter, dict[str, Tensor]] = {param: {} for param in params.values()}
     for key, kinds in state.items():
         if kinds:
-            saved[params[key]] = _checked_state(kinds, params[key], live.names[params[key]])
-            if params[key] not in trained:
+            place = places.get(params[key])
+            shape = params[key].shape if place is None else place.shape
+            saved[params[key]] = _checked_state(kinds, shape, live.names[params[key]])
+            if params[key] not in places:
                 raise ValueError(
                     f"the saved state has a momentum of {live.names[params[key]]!r}, which is frozen here. Construct "
                     "ShardedLion before requires_grad_(False), or leave this parameter's entry out of the state."
@@ -196,7 +199,7 @@ def _in_saved_order(live: LiveState, groups: Sequence[Mapping]) -> list[Paramete
     return ordered
 
 
-def _checked_state(kinds: object, param: Parameter, name: str) -> dict[str, Tensor]:
+def _checked_state(kinds: object, whole: torch.Size, name: str) -> dict[str, Tensor]:
     if not isinstance(kinds, Mapping) or "exp_avg" not in kinds:
         found = sorted(map(str, kinds)) if isinstance(kinds, Mapping) else type(kinds).__name__
         raise ValueError(
@@ -204,7 +207,7 @@ def _checked_state(kinds: object, param: Parameter, name: str) -> dict[str, Tens
             "Start with fresh optimizer state instead."
         )
     checked = {}
-    for kind, shape in (("exp_avg", param.shape), ("main_param", param.shape), ("step", torch.Size(()))):
+    for kind, shape in (("exp_avg", whole), ("main_param", whole), ("step", torch.Size(()))):
         value = kinds.get(kind)
         if value is None:
             continue

@@ -196,3 +196,72 @@ def test_without_transformers_other_models_are_refused(tmp_path, monkeypatch, ca
     monkeypatch.setattr("lion_dist.planning.model_shapes.importlib.util.find_spec", lambda name: None)
     assert cli.main(["plan", "--params", str(path), "--ranks", "2"]) == 2
     assert "pip install transformers" in capsys.readouterr().err
+
+
+# ---- composed jobs
+
+
+def test_a_rank_of_a_composed_job_has_a_part_of_the_model_and_shares_its_state(capsys):
+    whole = row(planned(capsys, *"--params 70b --ranks 64 --nodes 8".split()), "ShardedLion stage 2")["bytes"]
+    axes = "--params 70b --ranks 1024 --nodes 128 --tensor-parallel 8 --pipeline-parallel 2".split()
+    part = row(planned(capsys, *axes), "ShardedLion stage 2")["bytes"]
+    assert part["params"] == pytest.approx(whole["params"] / 16, rel=0.02)
+    assert part["exp_avg"] == pytest.approx(part["params"] / 64, rel=0.02)  # 64 data-parallel ranks
+
+
+def test_a_data_parallel_rank_of_another_node_is_reached_across(capsys):
+    """8 x 8 tensor-parallel ranks: every data-parallel neighbour is on another node."""
+    job = "--params 7b --ranks 64 --nodes 8 --bandwidth 300/40 --tensor-parallel 8".split()
+    found = row(planned(capsys, *job), "ShardedLion stage 2")
+    sent = sum(found["sent_bytes_per_step"].values())
+    assert found["communication_seconds_per_step"] == pytest.approx(sent / 40e9)
+
+
+def test_activations_of_model_axes_are_sent(capsys):
+    job = "--params 7b --ranks 8 --micro-batch 1 --seq-len 1024 --accumulate 4".split()
+    axes = "--tensor-parallel 2 --pipeline-parallel 2".split()
+    found = row(planned(capsys, *job, *axes), "ShardedLion stage 2")
+    values = 4 * 1024 * 4096 * 2
+    assert found["sent_bytes_per_step"]["send activations (pipeline)"] == 2 * values
+    assert found["sent_bytes_per_step"]["all-reduce activations (tensor parallel)"] == 4 * values * 16  # of 16 layers
+
+
+def test_context_parallel_divides_activations_and_nothing_else(capsys):
+    job = "--params 7b --ranks 8 --micro-batch 1".split()
+    alone, shared = (
+        row(planned(capsys, *job, "--context-parallel", n), "ShardedLion stage 2")["bytes"] for n in ("1", "4")
+    )
+    assert shared.pop("activations") == pytest.approx(alone.pop("activations") / 4)
+    assert shared == alone
+
+
+def test_experts_are_divided_and_shared_by_fewer_ranks(capsys):
+    job = "--params mixtral-8x7b --ranks 64".split()
+    alone, divided = (
+        row(planned(capsys, *job, "--expert-parallel", n), "ShardedLion stage 2")["bytes"] for n in ("1", "8")
+    )
+    assert divided["params"] < alone["params"] / 5
+    assert divided["exp_avg"] == pytest.approx(alone["exp_avg"], rel=0.01)  # 1/64 of the dense part, 1/8 of 1/8
+
+
+def test_two_levels_keep_1_n_of_the_state_and_send_each_gradient_across_once_a_node(capsys):
+    answer = planned(capsys, *"--params 7b --ranks 64 --nodes 8".split())
+    names = "ShardedLion stage 2", "ShardedLion stage 2, hybrid", "ShardedLion 2 levels"
+    flat, hybrid, levels = (row(answer, name) for name in names)
+    assert levels["bytes"]["exp_avg"] == flat["bytes"]["exp_avg"] < hybrid["bytes"]["exp_avg"] / 7
+    across = sum(sent for what, sent in levels["sent_bytes_per_step"].items() if "across" in what)
+    assert across * 8 == pytest.approx(answer["model"]["numel"] * (2 + 2) * 7 / 8, rel=0.01)  # a node of 8 ranks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--params 7b --ranks 8 --tensor-parallel 3", "not a multiple of 3"),
+        ("--params 7b --ranks 64 --pipeline-parallel 64", "the model has 32 blocks"),
+        ("--params 7b --ranks 8 --expert-parallel 2", "no stack of experts"),
+        ("--params 7b --ranks 8 --context-parallel 0", "at least 1"),
+    ],
+)
+def test_axes_that_no_job_has(capsys, arguments, words):
+    assert cli.main(["plan", *arguments.split()]) == 2
+    assert words in capsys.readouterr().err
