@@ -1,0 +1,357 @@
+"""Faults that the tests must notice: each changes one place of the package, and names the tests that ought to fail.
+
+A text occurs once in its file (``test_faults.py``), so that the list follows the code. Choose tests that are quick and
+need no GPU: ``make mutants`` runs them for each fault.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In ``file``, ``old`` becomes ``new``. ``tests``: pytest's arguments, of which one must fail then."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+BACKENDS = "tests/kernels/test_backends_equal_the_reference.py"
+PARITY = "tests/test_sharded_parity.py::test_ranks_arrive_at_the_bits_of_a_single_process"
+ONE_LATE = (
+    "tests/test_sharded_peers.py::test_nothing_is_read_too_early_or_written_too_soon_when_a_rank_is_late[0]",
+    "tests/test_sharded_peers.py::test_nothing_is_read_too_early_or_written_too_soon_when_a_rank_is_late[1]",
+)
+KEPT = "tests/sharding/test_comm_stream.py::test_gradients_are_kept_for_the_communication_that_reads_them"
+
+ARITHMETIC = [
+    Fault(
+        "reference: the betas change places in the update",
+        "lion_dist/kernels/reference.py",
+        "    c = m * scalars.beta1 + g * (1.0 - scalars.beta1)\n    sign",
+        "    c = m * scalars.beta2 + g * (1.0 - scalars.beta2)\n    sign",
+        (
+            "tests/test_optimizer.py::test_parameters_equal_lion_pytorchs_step_for_step",
+            f"{BACKENDS}::test_every_storage",
+        ),
+    ),
+    Fault(
+        "reference: every tie is rounded up, not to even",
+        "lion_dist/kernels/reference.py",
+        "bits + 0x7FFF + ((bits >> 16) & 1)",
+        "bits + 0x8000",
+        ("tests/kernels/test_rounding.py",),
+    ),
+    Fault(
+        "C: the sign of zero is minus one",
+        "lion_dist/kernels/cpu_native.c",
+        "(c > 0.f ? 1.f : 0.f) - (c < 0.f ? 1.f : 0.f)",
+        "c > 0.f ? 1.f : -1.f",
+        (f"{BACKENDS}::test_the_sign_of_zero_is_zero",),
+    ),
+    Fault(
+        "C: the remainder of split main params is rounded off",
+        "lion_dist/kernels/cpu_native.c",
+        "EACH out[i] = (int16_t)(uint16_t)quiet_bits(x[i]);",
+        "EACH out[i] = (int16_t)(uint16_t)(quiet_bits(x[i]) & 0xFFFEu);",
+        (f"{BACKENDS}::test_every_storage",),
+    ),
+    Fault(
+        "PyTorch: no weight decay",
+        "lion_dist/kernels/cpu.py",
+        "p.mul_(factors.decay).add_(",
+        "p.add_(",
+        (f"{BACKENDS}::test_every_storage",),
+    ),
+    Fault(
+        "Triton: momentum and parameter share their random bits",
+        "lion_dist/kernels/triton_kernels.py",
+        "_upper_half(_quiet_bits(new_m) + (random >> 16))",
+        "_upper_half(_quiet_bits(new_m) + (random & 0xFFFF))",
+        (f"{BACKENDS}::test_every_storage",),
+    ),
+    Fault(
+        "Triton: a gradient that is not finite moves the momentum",
+        "lion_dist/kernels/triton_kernels.py",
+        "tl.where(finite, new_m, m)",
+        "new_m",
+        (f"{BACKENDS}::test_a_gradient_that_is_not_finite_never_becomes_a_step",),
+    ),
+]
+
+BUCKETS = [
+    Fault(
+        "layout: a slice begins where its parameter does",
+        "lion_dist/sharding/layout.py",
+        "yield ParamSlice(param, low - offset, high - offset, low)",
+        "yield ParamSlice(param, 0, high - low, low)",
+        ("tests/sharding/test_layout.py",),
+    ),
+    Fault(
+        "layout: 4 buckets instead of 13",
+        "lion_dist/sharding/layout.py",
+        "round_up(total_numel, 13) // 13",
+        "round_up(total_numel, 4) // 4",
+        ("tests/sharding/test_layout.py",),
+    ),
+    Fault(
+        "bucket: gradients go from any state to any other",
+        "lion_dist/sharding/bucket.py",
+        "if (self.grad_state, new) not in _GRAD_TRANSITIONS:",
+        "if False:",
+        ("tests/sharding/test_bucket.py",),
+    ),
+    Fault(
+        "bucket: parameters go from any state to any other",
+        "lion_dist/sharding/bucket.py",
+        "if (self.param_state, new) not in _PARAM_TRANSITIONS:",
+        "if False:",
+        ("tests/sharding/test_bucket.py",),
+    ),
+    Fault(
+        "bucket: a further micro-batch takes the place of the earlier ones",
+        "lion_dist/sharding/bucket.py",
+        "adds_up = self.grad_state is GradState.REDUCED",
+        "adds_up = False",
+        ("tests/sharding/test_bucket.py", f"{PARITY}[stage2-3x-2]"),
+    ),
+    Fault(
+        "collectives: the backend's own sums lack the first rank's gradients",
+        "lion_dist/sharding/collectives.py",
+        "_reduce_scatter_single(output, flat, group=group",
+        "_reduce_scatter_single(output, flat * min(group.rank(), 1), group=group",
+        ("tests/test_sharded_sums.py::test_the_backends_own_sums_are_as_close_as_rounding_allows",),
+    ),
+    Fault(
+        "collectives: sums in rank order lack the last rank's gradients",
+        "lion_dist/sharding/collectives.py",
+        "for addend in received[1:]:",
+        "for addend in received[1:-1]:",
+        ("tests/test_sharded_sums.py::test_sums_in_rank_order_are_exact",),
+    ),
+    Fault(
+        "gradients are not kept until they have been packed",
+        "lion_dist/sharding/collective_transport.py",
+        "        self._stream.keep_alive_until_done(grads)\n",
+        "",
+        (KEPT,),
+    ),
+    Fault(
+        "a GPU's stream keeps nothing",
+        "lion_dist/sharding/comm_stream.py",
+        "self._held.append((event, tensors))",
+        "self._held.append((event, ()))",
+        ("tests/sharding/test_comm_stream.py",),
+    ),
+    Fault(
+        "param sync: only the first bucket of a launch is gathered",
+        "lion_dist/param_sync.py",
+        "            for bucket in buckets:\n                bucket.start_param_sync()",
+        "            for bucket in buckets[:1]:\n                bucket.start_param_sync()",
+        (f"{PARITY}[stage2-1x-2]",),
+    ),
+    Fault(
+        "forward: a module does not wait for its parameters",
+        "lion_dist/sharding/forward_hooks.py",
+        "                if bucket.param_state is not ParamState.FULL:\n                    hooks.finish(bucket)",
+        "                pass",
+        ("tests/test_sharded_overlap.py::test_each_layer_waits_for_its_own_gather_only",),
+    ),
+]
+
+PEERS = [
+    Fault(
+        "peers: an all-gather without its second barrier",
+        "lion_dist/peer_memory/memory.py",
+        "(buffer.peers[owner].narrow(0, first, shard_numel))\n            self.barrier()\n",
+        "(buffer.peers[owner].narrow(0, first, shard_numel))\n",
+        ONE_LATE,
+    ),
+    Fault(
+        "peers: an all-gather without its first barrier",
+        "lion_dist/peer_memory/memory.py",
+        "            self.barrier()\n            for owner in self.others():",
+        "            for owner in self.others():",
+        ONE_LATE,
+    ),
+    Fault(
+        "peers: one receive buffer instead of two",
+        "lion_dist/peer_memory/transport.py",
+        "RECEIVE_BUFFERS = 2",
+        "RECEIVE_BUFFERS = 1",
+        ONE_LATE,
+    ),
+    Fault(
+        "peers: gradients are summed before all have been sent",
+        "lion_dist/peer_memory/transport.py",
+        "                memory.barrier()  # every rank has sent\n",
+        "",
+        ONE_LATE,
+    ),
+    Fault(
+        "peers: gradients are not kept until they have been sent",
+        "lion_dist/peer_memory/transport.py",
+        "self.squares, adds_up=adds_up)\n            self._stream.keep_alive_until_done(grads)",
+        "self.squares, adds_up=adds_up)",
+        (KEPT,),
+    ),
+    Fault(
+        "peers: gradients are not kept until they have been sent to replicas",
+        "lion_dist/peer_memory/transport.py",
+        "self._copies.squares(), adds_up=False)\n        self._stream.keep_alive_until_done(grads)",
+        "self._copies.squares(), adds_up=False)",
+        (KEPT,),
+    ),
+    Fault(
+        "transport: the one that connects is not chosen",
+        "lion_dist/choose_transport.py",
+        "        if transport is not None:",
+        "        if transport is None:",
+        ("tests/test_sharded_peers.py::test_no_collective_moves_gradients_or_parameters",),
+    ),
+]
+
+STEP = [
+    Fault(
+        "gradient check: a NaN is finite",
+        "lion_dist/sharding/gradient_check.py",
+        "outcome = (total < math.inf) == self._taken_or_skipped",
+        "outcome = (total != math.inf) == self._taken_or_skipped",
+        ("tests/test_sharded_bad_input.py::test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank",),
+    ),
+    Fault(
+        "gradient check: the norm is one rank's",
+        "lion_dist/sharding/grad_norm.py",
+        "for axis in groups.axes:",
+        "for axis in groups.axes[:0]:",
+        ("tests/test_sharded_clip.py::test_clipping_equals_torchs_on_the_full_gradient",),
+    ),
+    Fault(
+        "gradient check: replicas are counted twice",
+        "lion_dist/sharding/grad_norm.py",
+        "message[:1] / groups.replicate_world_size",
+        "message[:1]",
+        ("tests/test_sharded_groups.py::test_model_on_a_mesh_of_replicas",),
+    ),
+    Fault(
+        "clip: small gradients are made larger",
+        "lion_dist/sharding/gradient_check.py",
+        "(max_norm / (norm + 1e-6)).clamp(max=1.0)",
+        "(max_norm / (norm + 1e-6))",
+        ("tests/test_sharded_clip.py::test_clipping_equals_torchs_on_the_full_gradient",),
+    ),
+    Fault(
+        "skip: the step is counted as skipped, and taken",
+        "lion_dist/param_sync.py",
+        "skip=terms.skip, check=False",
+        "skip=None, check=False",
+        ("tests/test_sharded_bad_input.py::test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank",),
+    ),
+    Fault(
+        "version tracker: what others write is not seen",
+        "lion_dist/version_tracker.py",
+        "return bool(moved) or known != self._versions[bucket]",
+        "return bool(moved)",
+        ("tests/test_sharded_main_params.py::test_main_params_follow_what_is_written_from_outside",),
+    ),
+    Fault(
+        "version tracker: our own updates are taken for others'",
+        "lion_dist/version_tracker.py",
+        "        torch.autograd.graph.increment_version(list(params))\n        self.add(buckets)",
+        "        torch.autograd.graph.increment_version(list(params))",
+        ("tests/test_sharded_main_params.py::test_ordinary_training_is_not_taken_for_a_change",),
+    ),
+    Fault(
+        "grad scaler: an overflow is known to its own rank only",
+        "lion_dist/grad_scaler.py",
+        "        _agree_over_shards_(found, found_inf, params)\n",
+        "",
+        ("tests/integrations/test_fsdp1.py::test_overflow_on_one_rank_skips_the_step_on_all",),
+    ),
+    Fault(
+        "DDP: the reducer goes on beside the optimizer",
+        "lion_dist/ddp_takeover.py",
+        "            ddp._remove_autograd_hooks()\n",
+        "",
+        ("tests/test_sharded_ddp.py::test_nothing_is_sent_twice",),
+    ),
+]
+
+BESIDE = [
+    Fault(
+        "coded sync: a parameter that one rank has written is sent as codes",
+        "lion_dist/coded_sync/send_codes.py",
+        "                    counts[i].fill_(TOO_MANY)\n",
+        "                    pass\n",
+        ("tests/coded_sync/test_param_sync.py",),
+    ),
+    Fault(
+        "replica check: a difference counts when all ranks have it",
+        "lion_dist/replica_check.py",
+        ".flatten(0, 1).any(0)",
+        ".flatten(0, 1).all(0)",
+        ("tests/test_replica_check.py::test_one_flipped_bit_is_named_by_rank_bucket_and_parameter_and_repaired",),
+    ),
+    Fault(
+        "state dict: main params start afresh from the parameters",
+        "lion_dist/state_dict/full_state.py",
+        '("exp_avg", shard.exp_avg), ("main_param", shard.main_param)):\n        if part is None:',
+        '("exp_avg", shard.exp_avg), ("main_param", None)):\n        if part is None:',
+        ("tests/test_sharded_full_state.py::test_the_whole_state_is_plain_lions_to_the_bit",),
+    ),
+    Fault(
+        "state dict: counters are not loaded",
+        "lion_dist/state_dict/load_plan.py",
+        "        self._live.counters.copy_(self._counters)\n",
+        "",
+        ("tests/test_sharded_full_state.py", "tests/test_sharded_state_dict.py"),
+    ),
+    Fault(
+        "checkpoint: a file is not made durable",
+        "lion_dist/checkpoint/storage.py",
+        "os.fsync(self.fileno())",
+        "self.fileno()",
+        ("tests/checkpoint/test_disk_order.py",),
+    ),
+    Fault(
+        "checkpoint: a name is not made durable",
+        "lion_dist/checkpoint/directory.py",
+        "    partial.rename(path)\n    sync(path.parent)\n",
+        "    partial.rename(path)\n",
+        ("tests/checkpoint/test_disk_order.py",),
+    ),
+    Fault(
+        "checkpoint: the last rows of a range are shifted",
+        "lion_dist/boxes.py",
+        "tail = _within_row(shape, last, 0, stop % row)",
+        "tail = _within_row(shape, last, row - stop % row, row)",
+        ("tests/checkpoint/test_boxes.py",),
+    ),
+    Fault(
+        "checkpoint: checksums are not compared",
+        "lion_dist/checkpoint/manifest.py",
+        """    if f"{checksum:08x}" != entry["crc32"]:""",
+        "    if False:",
+        ("tests/checkpoint/test_durability.py::test_a_damaged_file_is_refused_by_name_on_every_rank",),
+    ),
+    Fault(
+        "profiler: labels have another name",
+        "lion_dist/sharding/phases.py",
+        'LABEL = "lion_dist."',
+        'LABEL = "lion."',
+        ("tests/test_sharded_watched.py",),
+    ),
+    Fault(
+        "profiler: a kernel that the overlap benchmark knows by name is renamed",
+        "lion_dist/peer_memory/ordered_sum_triton.py",
+        "def _ordered_sum_kernel(",
+        "def _sum_in_order_kernel(",
+        ("tests/benchmarks/test_overlap.py",),
+    ),
+]
+
+FAULTS = [*ARITHMETIC, *BUCKETS, *PEERS, *STEP, *BESIDE]
