@@ -18,7 +18,7 @@ from lion_dist.peer_memory import memory as peer_memory
 from lion_dist.peer_memory.memory import PeerBuffer, PeerMemory, Recording
 from lion_dist.peer_memory.ordered_sum_triton import OrderedSum
 from lion_dist.peer_memory.transport import RECEIVE_BUFFERS, PeerCopies
-from lion_dist.sharding import collectives
+from lion_dist.sharding import collectives, process_groups
 from lion_dist.sharding.layout import BucketLayout
 from lion_dist.sharding.memory_format import MemoryFormat
 
@@ -345,9 +345,9 @@ class Ranks:
     def __init__(self, monkeypatch, theirs, visible=("gpu-a", "gpu-b"), reachable=True):
         self.theirs = list(theirs)
         device_of = lambda i: type("", (), {"uuid": visible[getattr(i, "index", i)]})  # noqa: E731
-        monkeypatch.setattr(peer_connect, "backend_for", lambda group, device: "nccl")
+        monkeypatch.setattr(process_groups, "backend_for", lambda group, device: "nccl")
         monkeypatch.setattr(peer_connect, "_host", lambda: "here")
-        monkeypatch.setattr(peer_connect, "PeerMemory", lambda group, device: "connected")
+        monkeypatch.setattr(peer_memory, "PeerMemory", lambda group, device: "connected")
         monkeypatch.setattr(collectives, "gather_objects", lambda mine, group: [mine, self.theirs.pop(0)])
         monkeypatch.setattr(torch.cuda, "get_device_properties", device_of)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
