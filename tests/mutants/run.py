@@ -76,7 +76,7 @@ class Copy:
             path.write_text(text)
         if done.returncode == 0:
             return False, f"UNNOTICED by {' '.join(fault.tests)}"
-        failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+        failed = re.search(r"^FAILED (.+?)(?: - |$)", done.stdout, re.MULTILINE)
         if done.returncode != TESTS_FAILED or failed is None:
             return False, f"cannot be tested: pytest exits with {done.returncode}\n{done.stdout[-2000:]}"
         return True, f"noticed by {failed[1]}"
