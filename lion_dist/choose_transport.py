@@ -25,7 +25,7 @@ def over_peer_memory(
     from lion_dist.peer_memory.transport import PeerTransport
 
     memory = connect(groups.shard_group, device, peer_memory, use_triton)
-    return None if memory is None else PeerTransport(memory, groups, stream, use_triton)
+    return None if memory is None else PeerTransport(memory, groups, stream, use_triton)  # pyrefly: ignore[bad-return]
 
 
 CONNECTORS: list[Connector] = [over_peer_memory]  # asked in this order; where none answers, collectives carry all

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lion_dist import values
 from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
-from lion_dist.cautious import cautious_lrs_of_whole_tensors, refuse_hidden_boundaries
+from lion_dist.cautious import cautious_lrs_of_whole_tensors, refuse_hidden_boundaries, refuse_hidden_ranks
 from lion_dist.config import PrecisionPolicy, check_interval, check_policy
 from lion_dist.hyperparameters import (
     HyperparameterWatch,
@@ -29,13 +29,11 @@ from lion_dist.hyperparameters import (
 )
 from lion_dist.kernels import update
 from lion_dist.kernels.reference import StepScalars, skip_unusable
-from lion_dist.lion_spikes import judge_spikes, refuse_hidden_ranks
 from lion_dist.local_shard import LocalShard, check_memory, flat, local_tensor, share_axes
 from lion_dist.main_params import collective_safe_state, init_main_param
 from lion_dist.optional_metrics import NO_METRICS, make_step_metrics, refuse_unmeasured
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
-from lion_dist.spike_guard import SpikeGuard, SpikeWatch, check_guard, not_guarded
-from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
+from lion_dist.step_rule import SpikeGuard, StepRule, check_guard, check_torch_options, not_guarded, note_max_lr
 from lion_dist.unused_params import NoGradientWarning
 from lion_dist.update_batch import STATE_KEYS, GlobalIndex, KnownBatches, OwnWrites, UpdateBatch
 
@@ -64,9 +62,8 @@ class Lion(Optimizer):
         maximize: follow the gradient upwards.
         foreach, fused, capturable, differentiable: torch.optim's. The first three ask for what a step is anyway; the
             last is refused.
-        skip_spikes: skip a step whose gradient norm, over all parameters and ranks, is far above those before
-            (``SpikeGuard``); a loss or a norm of the program's own is judged too (:meth:`observe`). FSDP1's flat
-            parameters are refused.
+        skip_spikes: skip a step whose gradient norm, over all parameters and ranks, or whose loss (:meth:`observe`) is
+            far above those before (``SpikeGuard``). FSDP1's flat parameters are refused.
         metrics_every: measure every n-th step, for :meth:`metrics`; 0 measures nothing and costs nothing.
 
     State of a parameter: ``exp_avg`` (its shape, fp32 or bf16); with main params ``main_param`` (fp32, or the int16
@@ -104,7 +101,7 @@ class Lion(Optimizer):
         check_torch_options(foreach, fused, capturable, differentiable)
         self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
         self.precision, self.skip_spikes = check_policy(precision), check_guard(skip_spikes)
-        self._spikes: SpikeWatch | None = None  # until the first step, when parameters are where they will stay
+        self._spikes = None  # until the first step, when parameters are where they will stay
         self.use_triton = values.flag("use_triton", use_triton, optional=True)
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._no_gradients = NoGradientWarning()
@@ -183,7 +180,9 @@ class Lion(Optimizer):
         scalars = [self._scalars(group) for group, _, _ in found]
         skip = skip_unusable(skip, scalars)
         if self.skip_spikes is not None:
-            skip = judge_spikes(self._spike_watch(), found, grad_scale, skip)
+            from lion_dist.spike_guard.lion import judge_spikes
+
+            grad_scale, skip = judge_spikes(self._spike_watch(), found, grad_scale, skip)
         if self._no_gradients.is_waiting:
             self._note_gradients(bool(found))
         self._make_step_metrics()
@@ -204,15 +203,16 @@ class Lion(Optimizer):
 
         Args:
             loss: of the step, a tensor on the device; the same on all ranks that share parameters (their mean, say).
-            grad_norm: in place of the one that the step computes itself: what ``clip_grad_norm_`` has returned, for
-                the gradients that it leaves have no spikes.
+            grad_norm: in place of the step's own: what ``clip_grad_norm_`` returned, which leaves no spikes.
         """
         if self.skip_spikes is None:
             raise not_guarded()
         self._spike_watch().observe(loss, grad_norm)
 
-    def _spike_watch(self) -> SpikeWatch:
+    def _spike_watch(self):
         if self._spikes is None:
+            from lion_dist.spike_guard.watch import SpikeWatch
+
             device = local_tensor(next(p for group in self.param_groups for p in group["params"])).device
             self._spikes = SpikeWatch(self.skip_spikes, device, update.choose_backend(device, self.use_triton))
         return self._spikes
@@ -260,7 +260,7 @@ class Lion(Optimizer):
     def _make_step_metrics(self) -> None:
         if self._step_metrics is NO_METRICS and self.metrics_every:
             first = next(p for group in self.param_groups for p in group["params"])
-            self._step_metrics = make_step_metrics(self.metrics_every, local_tensor(first).device)
+            self._step_metrics = make_step_metrics(self.metrics_every, local_tensor(first).device)  # pyrefly: ignore
 
     @torch.no_grad()
     def metrics(self, process_group: ProcessGroup | None = None) -> dict:
@@ -345,7 +345,7 @@ class Lion(Optimizer):
         self._known_batches.clear()
         self._index = None
 
-    def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]):
+    def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]) -> list[tuple]:
         alike: dict[tuple, list[int]] = {}
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             check_grad(param, grad)

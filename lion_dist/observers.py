@@ -1,11 +1,11 @@
-"""What looks on at the steps of ``ShardedLion`` and may be absent: metrics, and the check of replicas.
-
-Both are imported when they are first asked for.
+"""What looks on at the steps of ``ShardedLion`` and may be absent: metrics, the check of replicas, and
+the watch for spikes. All are imported when they are first asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.step_rule import SpikeGuard
 from lion_dist.update_terms import UpdateTerms
+
+if TYPE_CHECKING:
+    from lion_dist.spike_guard.watch import SpikeWatch
 
 
 class StepObservers:
@@ -77,7 +81,7 @@ class StepObservers:
         if self._replica_check is None:
             from lion_dist.replica_check import ReplicaCheck
 
-            self._replica_check = ReplicaCheck(self._groups, self._stream, self._device, self._check_replicas_every)
+            self._replica_check = ReplicaCheck(self._groups, self._stream, self._device, self._check_replicas_every)  # pyrefly: ignore
         return self._replica_check
 
 
@@ -89,3 +93,12 @@ def copies_of(params: ShardedParams, buckets: list[Bucket]) -> tuple[list[Bucket
         if param not in names and not param.requires_grad and type(param) is Parameter:
             frozen.append((name, param, groups_for({})))
     return buckets, frozen
+
+
+def watch_of(guard: SpikeGuard | None, device: torch.device, backend: str) -> SpikeWatch | None:
+    """Watch for spikes, where ``guard`` asks for that."""
+    if guard is None:
+        return None
+    from lion_dist.spike_guard.watch import SpikeWatch
+
+    return SpikeWatch(guard, device, backend)

@@ -28,7 +28,7 @@ from lion_dist.full_params import FullParams
 from lion_dist.hyperparameters import check_hyperparameters, decoupling_lr
 from lion_dist.kernels.reference import skip_unusable
 from lion_dist.kernels.update import choose_backend
-from lion_dist.observers import StepObservers, copies_of
+from lion_dist.observers import StepObservers, copies_of, watch_of
 from lion_dist.param_sync import GatherParams
 from lion_dist.shard_builder import ShardBuilder
 from lion_dist.shard_state import ShardBatch, ShardState, UpdateOrder
@@ -41,12 +41,11 @@ from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained, resolve_groups
 from lion_dist.sharding.scheduler import GradScheduler
-from lion_dist.spike_guard import SpikeGuard, SpikeWatch, check_guard
 from lion_dist.state_dict.access import StateAccess
 from lion_dist.state_dict.full_state import maker_of_parts
 from lion_dist.step_gradients import StepGradients, choose_sum_of_squares
 from lion_dist.step_guard import StepGuard, refuse_bare_capture, refuse_blind_scaler
-from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
+from lion_dist.step_rule import SpikeGuard, StepRule, check_guard, check_torch_options, note_max_lr
 from lion_dist.update_terms import GroupScalars, UpdateTerms
 
 logger = logging.getLogger(__name__)
@@ -158,7 +157,7 @@ class ShardedLion(ShardedOptimizer):
             lambda: self._loss_scale,
             self.grad_scheduler,
             GradientCheck(self.groups, device, divisor, choose_sum_of_squares(backend)),
-            None if skip_spikes is None else SpikeWatch(skip_spikes, device, backend),
+            watch_of(skip_spikes, device, backend),
             stream,
             self._observers.clock,
             before_reducing=self._before_reducing,

@@ -23,11 +23,11 @@ from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained
 from lion_dist.sharding.scheduler import GradScheduler
-from lion_dist.spike_guard import not_guarded
 from lion_dist.state_dict.access import StateAccess
 from lion_dist.state_dict.live_state import LiveState
 from lion_dist.step_gradients import StepGradients
 from lion_dist.step_guard import StepGuard
+from lion_dist.step_rule import not_guarded
 from lion_dist.update_terms import GroupScalars
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -17,8 +18,11 @@ from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
 from lion_dist.sharding.phases import PhaseClock
 from lion_dist.sharding.scheduler import GradScheduler
-from lion_dist.spike_guard import SpikeGuard, SpikeWatch, mean_over_ranks
 from lion_dist.step_choices import Factors, StepChoices
+from lion_dist.step_rule import SpikeGuard
+
+if TYPE_CHECKING:
+    from lion_dist.spike_guard.watch import SpikeWatch
 
 _requires_grad = operator.attrgetter("requires_grad")
 
@@ -107,18 +111,14 @@ class StepGradients:
         if self.gradient_check.result is None:
             self._run_check()
             self._stream.release()
-        return self.gradient_check.result
+        return self.gradient_check.result  # pyrefly: ignore[bad-return] # it has run
 
     def checked(self, skip: Tensor | None) -> CheckResult:
         """Return the result of the check, which skips also where ``skip`` ([] on the device) is not 0, and spikes."""
         if self.spikes is not None:
-            _, loss = self.spikes.take_given()
-            loss = (
-                None
-                if loss is None
-                else mean_over_ranks(loss.to(self.spikes.state.device), self._params.groups_for({}))
-            )
+            loss = self.spikes.take_mean_loss(self._params.groups_for({}))
             skip = self.spikes.verdict(self.gradient_check.norm(self._loss_scale()), loss, skip)
+            self.gradient_check.clip_by(self.spikes.clip_coefficient)
         return self.gradient_check.skip_unusable(skip)
 
     @property

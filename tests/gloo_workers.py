@@ -52,7 +52,8 @@ class GlooPool:
         self._workers: list[tuple[mp.Process, Connection]] = []
         self._store: dist.TCPStore | None = None
         self._tasks = 0
-        self._stacks = Path(tempfile.mkdtemp(prefix="lion-dist-stacks-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="lion-dist-stacks-")  # removed with the pool
+        self._stacks = Path(self._folder.name)
 
     def run(self, world_size: int, function: Callable, *args, timeout: float = TASK_TIMEOUT) -> list:
         """Returns what each rank returned, in rank order.

@@ -21,19 +21,27 @@ from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig
 PACKAGE = Path(lion_dist.__file__).parent
 ROOT = PACKAGE.parent
 # Beside the core: each can be deleted without a change in another (test_rooms.py).
-BESIDE = ("metrics", "replica_check.py", "coded_sync", "peer_memory", "ddp_takeover.py", "uneven_inputs.py")
+BESIDE = (
+    "metrics",
+    "replica_check.py",
+    "coded_sync",
+    "peer_memory",
+    "spike_guard",
+    "ddp_takeover.py",
+    "uneven_inputs.py",
+)
 ROOMS = (*BESIDE, "checkpoint", "integrations", "planning", "cli", "benchmarks")
 SHOWN_BY_PROGRAMS = "reporting.py"  # by cli/, benchmarks/ and launch/; the core does without
 
 LINES_OF_A_FILE = 400
 LINES_OF_LONGER_FILES = {"kernels/triton_kernels.py": 461, "lion.py": 465}
-LINES_OF_THE_CORE = 8_354  # those below, kernels/ and sharding/
+LINES_OF_THE_CORE = 8_366  # those below, kernels/ and sharding/
 CORE_FILES = (
     "lion.py sharded_lion.py shard_state.py local_shard.py boxes.py version_tracker.py config.py grad_scaler.py "
     "sharded_optimizer.py backward_step.py full_params.py param_sync.py shard_builder.py step_gradients.py "
     "step_guard.py update_terms.py".split()
 )
-LINES_OUTSIDE_ROOMS = 11_216  # the core and whatever else no room holds
+LINES_OUTSIDE_ROOMS = 10_996  # the core and whatever else no room holds
 FIELDS = {
     PrecisionPolicy: 4,
     ShardingConfig: 11,

@@ -144,7 +144,7 @@ def flash_lion(params):
 
 
 def fsdp2(model: nn.Module, make: Callable, reshard: bool) -> Step:
-    for block in model.blocks:
+    for block in model.get_submodule("blocks").children():
         fully_shard(block, reshard_after_forward=reshard)
     fully_shard(model, reshard_after_forward=reshard)
     return torch_loop(model, model, make(model.parameters()))

@@ -141,7 +141,10 @@ class _Replay:
         self.is_interrupted = True
         self._codec.replay(self._bucket.flat_params, self._messages.view(self._bucket.groups.shard_world_size, -1))
         self.is_wanted = self.is_interrupted = False
-        self._messages, self._finish_gather = None, COMPLETED  # their memory goes now, not with the next step
+        self._messages, self._finish_gather = (
+            self._messages.new_empty(0),
+            COMPLETED,
+        )  # their memory goes now, not with the next step
 
 
 def codec_of(

@@ -155,7 +155,7 @@ class ShardCodec:
         if self.old is not None:
             self._backend.encode(self, params, self.count)
             self.old = None
-        return self.count
+        return self.count  # pyrefly: ignore[bad-return] # begin() has made it
 
     def update_and_encode(
         self,

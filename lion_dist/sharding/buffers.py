@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class GradBuffer:
 
     def __init__(self, shared: FlatBuffer):
         self.shared, self.flat = shared, shared.flat
-        self.views: dict[object, object] = {}
+        self.views: dict[object, Any] = {}
         self.release: Work = COMPLETED  # completes the last bucket's use of it
 
 

@@ -10,6 +10,7 @@ Where the backend fails, the functions and what they return raise ``CollectiveEr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -152,7 +153,7 @@ def gather_rows(row: Tensor, axes: Sequence[ProcessGroup]) -> tuple[Tensor, Work
     return rows.view(-1, row.numel()), finish
 
 
-def gather_objects(value: object, group: ProcessGroup | None) -> list[object]:
+def gather_objects(value: object, group: ProcessGroup | None) -> list[Any]:
     """Every rank's ``value``, in rank order."""
     if group is None:
         return [value]

@@ -78,7 +78,7 @@ class CudaCommStream(CommStream):
         return Event()
 
     @contextlib.contextmanager
-    def fork(self) -> Iterator[torch.cuda.Stream]:
+    def fork(self) -> Iterator[torch.cuda.Stream | None]:
         outer = torch.cuda.current_stream(self._index)
         if outer == self.stream:
             yield self._left

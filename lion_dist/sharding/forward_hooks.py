@@ -100,7 +100,7 @@ class CompiledCall:
 
     def __call__(self, *args, **kwargs):
         self.before(self.module, args)
-        return self.compiled(*args, **kwargs)
+        return self.compiled(*args, **kwargs)  # pyrefly: ignore[not-callable]
 
 
 class ForwardHooks:

@@ -82,7 +82,7 @@ class GradientCheck:
             skip = torch.maximum(skip, usable.logical_not().to(self._device).reshape(()).float())
         if skip is not self.result.skip:
             self.result.skip, self.result.outcome = skip, (skip == 0) == self._taken_or_skipped
-        return self.result
+        return self.result  # pyrefly: ignore[bad-return] # run() comes first
 
     def set_divisor(self, count: float | Tensor) -> None:
         """Divide this step's summed gradients by ``count``."""
@@ -128,3 +128,9 @@ class GradientCheck:
         self.result.clip_coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         self.max_norm = max_norm
         return norm
+
+    def clip_by(self, coefficient: Tensor | None) -> None:
+        """Let ``grad_scale`` be multiplied by ``coefficient`` ([] fp32), unless clipping makes it smaller yet."""
+        clipped = self.result.clip_coefficient
+        if coefficient is not None:
+            self.result.clip_coefficient = coefficient if clipped is None else torch.minimum(clipped, coefficient)

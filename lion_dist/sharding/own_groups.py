@@ -121,7 +121,7 @@ def _make(given: ProcessGroup, name: str) -> ProcessGroup:
     finally:
         world.bound_device_id = bound
     distributed_c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
-    return group
+    return group  # pyrefly: ignore[bad-return] # this rank is a member
 
 
 def _backends(group: ProcessGroup) -> str:

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class LoadPlan:
         ValueError: what cannot be loaded, and why.
     """
 
-    def __init__(self, live: LiveState, state_dict: object):
+    def __init__(self, live: LiveState, state_dict: Any):
         groups = _checked_groups(live, state_dict)
         saved = _saved_by_param(live, groups, state_dict["state"])
         self._live = live
@@ -132,7 +133,7 @@ def _other_part(what: str, source: BoxedTensor, shard: ShardState) -> str:
 # ---- checks
 
 
-def _checked_groups(live: LiveState, state_dict: object) -> list[dict]:
+def _checked_groups(live: LiveState, state_dict: Any) -> list[dict]:
     """The saved param groups, of as many parameters as the live ones."""
     values.state_dict(state_dict)
     groups = state_dict["param_groups"]
@@ -174,7 +175,7 @@ def _in_saved_order(live: LiveState, groups: Sequence[Mapping]) -> list[Paramete
 
     That is their own order, as in torch, unless a saved group names the same parameters in another.
     """
-    ordered: list[Parameter] = []
+    ordered: list[Any] = []  # parameters
     by_name = {name: param for param, name in live.names.items()}
     for i, (group, saved) in enumerate(zip(live.param_groups, groups, strict=True)):
         names, members = saved.get("param_names") or saved["params"], group["params"]

@@ -274,11 +274,25 @@ STEP = [
         ("tests/integrations/test_fsdp1.py::test_overflow_on_one_rank_skips_the_step_on_all",),
     ),
     Fault(
-        "DDP: the reducer goes on beside the optimizer",
+        "DDP: the reducer and its buckets stay",
         "lion_dist/ddp_takeover.py",
-        "            ddp._remove_autograd_hooks()\n",
+        '            del vars(ddp)["reducer"], vars(ddp)["logger"]\n',
         "",
-        ("tests/test_sharded_ddp.py::test_nothing_is_sent_twice",),
+        ("tests/test_sharded_ddp.py::test_the_reducer_and_its_memory_are_gone",),
+    ),
+    Fault(
+        "DDP: gradients are reduced where the program says that they are not",
+        "lion_dist/ddp_takeover.py",
+        "scheduler.in_no_sync = not is_required",
+        "pass",
+        ("tests/test_sharded_ddp.py::test_require_backward_grad_sync_can_be_set",),
+    ),
+    Fault(
+        "DDP: buffers are each rank's own",
+        "lion_dist/ddp_takeover.py",
+        "        if self._check_sync_bufs_pre_fwd():\n            self._sync_buffers()\n",
+        "",
+        ("tests/test_sharded_ddp.py::test_buffers_are_broadcast_as_ddp_does_and_bits_are_those_of_ddp_and_lion",),
     ),
 ]
 
