@@ -27,6 +27,7 @@ ONE_LATE = (
     "tests/test_sharded_peers.py::test_nothing_is_read_too_early_or_written_too_soon_when_a_rank_is_late[1]",
 )
 SKIPS = "tests/test_sharded_bad_input.py::test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank"
+DURABLE = "tests/checkpoint/test_disk_order.py::test_every_file_and_name_is_durable_before_the_checkpoint_gets_its_name"
 KEPT = "tests/sharding/test_comm_stream.py::test_gradients_are_kept_for_the_communication_that_reads_them"
 
 ARITHMETIC = [
@@ -160,7 +161,7 @@ BUCKETS = [
         "lion_dist/sharding/forward_hooks.py",
         "                if bucket.param_state is not ParamState.FULL:\n                    hooks.finish(bucket)",
         "                pass",
-        ("tests/test_sharded_overlap.py::test_no_parameter_is_read_in_flight_by_a_training_forward",),
+        ("tests/test_sharded_overlap.py::test_no_parameter_is_read_in_flight_by_a_training_forward[ReadsFromLists-1]",),
     ),
 ]
 
@@ -257,7 +258,10 @@ STEP = [
         "lion_dist/version_tracker.py",
         "return bool(moved) or known != self._versions[bucket]",
         "return bool(moved)",
-        ("tests/test_sharded_main_params.py::test_main_params_follow_what_is_written_from_outside",),
+        (
+            "tests/test_sharded_main_params.py::"
+            "test_main_params_follow_what_is_written_from_outside[False-load_state_dict-bf16-fp32]",
+        ),
     ),
     Fault(
         "version tracker: our own updates are taken for others'",
@@ -271,7 +275,7 @@ STEP = [
         "lion_dist/grad_scaler.py",
         "        _agree_over_shards_(found, found_inf, params)\n",
         "",
-        ("tests/integrations/test_fsdp1.py::test_overflow_on_one_rank_skips_the_step_on_all",),
+        ("tests/integrations/test_fsdp1.py::test_overflow_on_one_rank_skips_the_step_on_all[lion_dist's-flat]",),
     ),
     Fault(
         "DDP: the reducer and its buckets stay",
@@ -302,70 +306,77 @@ BESIDE = [
         "lion_dist/coded_sync/send_codes.py",
         "                    counts[i].fill_(TOO_MANY)\n",
         "                    pass\n",
-        ("tests/coded_sync/test_param_sync.py",),
+        ("tests/coded_sync/test_param_sync.py::test_a_bucket_that_one_rank_cannot_code_is_gathered_on_all",),
     ),
     Fault(
         "replica check: a difference counts when all ranks have it",
         "lion_dist/replica_check.py",
         ".flatten(0, 1).any(0)",
         ".flatten(0, 1).all(0)",
-        ("tests/test_replica_check.py::test_one_flipped_bit_is_named_by_rank_bucket_and_parameter_and_repaired",),
+        ("tests/test_replica_check.py::test_one_flipped_bit_is_named_by_rank_bucket_and_parameter_and_repaired[2-0]",),
     ),
     Fault(
         "state dict: main params start afresh from the parameters",
         "lion_dist/state_dict/full_state.py",
         '("exp_avg", shard.exp_avg), ("main_param", shard.main_param)):\n        if part is None:',
         '("exp_avg", shard.exp_avg), ("main_param", None)):\n        if part is None:',
-        ("tests/test_sharded_full_state.py::test_the_whole_state_is_plain_lions_to_the_bit",),
+        ("tests/test_sharded_full_state.py::test_the_whole_state_is_plain_lions_to_the_bit[2-sharded-0-split]",),
     ),
     Fault(
         "state dict: counters are not loaded",
         "lion_dist/state_dict/load_plan.py",
         "        self._live.counters.copy_(self._counters)\n",
         "",
-        ("tests/test_sharded_full_state.py", "tests/test_sharded_state_dict.py"),
+        (
+            "tests/test_sharded_full_state.py::"
+            "test_a_whole_state_goes_on_bit_identically_on_any_ranks_and_under_plain_lion[split]",
+        ),
     ),
     Fault(
         "checkpoint: a file is not made durable",
         "lion_dist/checkpoint/storage.py",
         "os.fsync(self.fileno())",
         "self.fileno()",
-        ("tests/checkpoint/test_disk_order.py",),
+        (DURABLE,),
     ),
     Fault(
         "checkpoint: a name is not made durable",
         "lion_dist/checkpoint/directory.py",
         "    partial.rename(path)\n    sync(path.parent)\n",
         "    partial.rename(path)\n",
-        ("tests/checkpoint/test_disk_order.py",),
+        (DURABLE,),
     ),
     Fault(
         "checkpoint: the last rows of a range are shifted",
         "lion_dist/boxes.py",
         "tail = _within_row(shape, last, 0, stop % row)",
         "tail = _within_row(shape, last, row - stop % row, row)",
-        ("tests/checkpoint/test_boxes.py",),
+        ("tests/checkpoint/test_boxes.py::test_boxes_hold_each_element_of_the_range_once_and_in_order",),
     ),
     Fault(
         "checkpoint: checksums are not compared",
         "lion_dist/checkpoint/manifest.py",
         """    if f"{checksum:08x}" != entry["crc32"]:""",
         "    if False:",
-        ("tests/checkpoint/test_durability.py::test_a_damaged_file_is_refused_by_name_on_every_rank",),
+        (
+            "tests/checkpoint/test_durability.py::test_a_damaged_file_is_refused_by_name_on_every_rank[__1_0.distcp-flipped]",
+        ),
     ),
     Fault(
         "profiler: labels have another name",
         "lion_dist/sharding/phases.py",
         'LABEL = "lion_dist."',
         'LABEL = "lion."',
-        ("tests/test_sharded_watched.py",),
+        (
+            "tests/test_sharded_watched.py::test_every_phase_carries_a_label_with_the_first_and_last_parameter_of_its_bucket",
+        ),
     ),
     Fault(
         "profiler: a kernel that the overlap benchmark knows by name is renamed",
         "lion_dist/peer_memory/ordered_sum_triton.py",
         "def _ordered_sum_kernel(",
         "def _sum_in_order_kernel(",
-        ("tests/benchmarks/test_overlap.py",),
+        ("tests/benchmarks/test_overlap.py::test_kernels_that_are_known_by_name_are_the_packages",),
     ),
 ]
 
