@@ -359,7 +359,7 @@ BESIDE = [
         """    if f"{checksum:08x}" != entry["crc32"]:""",
         "    if False:",
         (
-            "tests/checkpoint/test_durability.py::test_a_damaged_file_is_refused_by_name_on_every_rank[__1_0.distcp-flipped]",
+            "tests/checkpoint/test_durability.py::test_a_damaged_file_is_refused_by_name_on_every_rank[__0_0.distcp-flipped]",
         ),
     ),
     Fault(
