@@ -21,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 SIDE_BY_SIDE := -n $(WORKERS) --dist worksteal --durations 10
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: help env train lint test test-all docs clean
+.PHONY: help env train lint test test-all mutants docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ test: lint ## lint and the quick tests (WORKERS, PYTEST_ARGS)
 # pytest exits with 5 when no test is marked slow.
 test-all: $(INSTALLED) ## the slow tests (WORKERS, PYTEST_ARGS)
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m slow $(SIDE_BY_SIDE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+mutants: $(INSTALLED) ## do the tests notice known faults, put into a copy one by one? about 10 minutes (ARGS)
+	$(ONE_THREAD) $(VENV)/bin/python -m tests.mutants.run $(ARGS)
 
 docs: $(INSTALLED) ## the API reference of the public names, from their docstrings, in build/api/index.html
 	$(VENV)/bin/python -m pdoc --docformat google --no-search -o build/api \

@@ -27,8 +27,8 @@ from lion_dist.hyperparameters import (
     effective_weight_decay,
     warn_if_decay_vanishes,
 )
+from lion_dist.kernels import update
 from lion_dist.kernels.reference import StepScalars, skip_unusable
-from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
 from lion_dist.local_shard import LocalShard, check_memory, flat, local_tensor, share_axes
 from lion_dist.main_params import collective_safe_state, init_main_param
 from lion_dist.optional_metrics import NO_METRICS, make_step_metrics, refuse_unmeasured
@@ -176,7 +176,7 @@ class Lion(Optimizer):
         self._follow_moved_params()
         # Whatever may be refused is refused here, before anything is changed.
         found = [(group, *batch) for group in self.param_groups for batch in self._batches(group)]
-        backends = [choose_backend(batch.tensors.device, self.use_triton) for _, batch, _ in found]
+        backends = [update.choose_backend(batch.tensors.device, self.use_triton) for _, batch, _ in found]
         scalars = [self._scalars(group) for group, _, _ in found]
         skip = skip_unusable(skip, scalars)
         if self.skip_spikes is not None:
@@ -214,7 +214,7 @@ class Lion(Optimizer):
             from lion_dist.spike_guard.watch import SpikeWatch
 
             device = local_tensor(next(p for group in self.param_groups for p in group["params"])).device
-            self._spikes = SpikeWatch(self.skip_spikes, device, choose_backend(device, self.use_triton))
+            self._spikes = SpikeWatch(self.skip_spikes, device, update.choose_backend(device, self.use_triton))
         return self._spikes
 
     def _scalars(self, group: dict) -> StepScalars:
@@ -254,7 +254,7 @@ class Lion(Optimizer):
             with self._step_metrics.clock.phase("measure"):
                 measure_batch(self._step_metrics, params, tensors, grads, scalars, **arguments)
         # Unchecked: each batch has accepted or made its gradients.
-        lion_update_(tensors, grads, scalars, skip=skip, check=False, **arguments)
+        update.lion_update_(tensors, grads, scalars, skip=skip, check=False, **arguments)
         batch.end_update()
 
     def _make_step_metrics(self) -> None:
@@ -360,7 +360,7 @@ class Lion(Optimizer):
             result.append((batch, [grads[i].contiguous() for i in positions]))
         return result
 
-    def _flatten(self, params: list[Tensor]) -> LionTensors:
+    def _flatten(self, params: list[Tensor]) -> update.LionTensors:
         states = [self.state_of(p) for p in params]
         columns = {key: [flat(s[key]) for s in states] for key in STATE_KEYS[:2] if key in states[0]}
         index = steps = None
@@ -370,7 +370,7 @@ class Lion(Optimizer):
             index, steps = self._index, torch.stack([s["step"] for s in states])
             for state, step in zip(states, steps.unbind(), strict=True):  # views: one addition counts all
                 state["step"] = step
-        return LionTensors(
+        return update.LionTensors(
             params=[flat(p) for p in params],
             exp_avgs=columns["exp_avg"],
             mains=columns.get("main_param"),

@@ -13,6 +13,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
+from tests.models import GivenGradients
+from tests.reduced_gradients import Sums, check_sums, reduced_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -99,18 +101,6 @@ def build(device, case):
 def tokens_for(step, device):
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
     return torch.randint(1000, (4, 64), generator=generator).to(device)
-
-
-def reduced_gradients(optimizer):
-    """Every parameter's gradient, summed over ranks, gathered from the shards."""
-    grads = {}
-    for bucket in optimizer.buckets:
-        shard = bucket.finish_grad_sync()
-        full = shard.new_empty(bucket.layout.numel)
-        dist.all_gather_into_tensor(full, shard)
-        for param, offset in zip(bucket.params, bucket.layout.offsets, strict=True):
-            grads[param] = full[offset : offset + param.numel()].view(param.shape).clone()
-    return grads
 
 
 def equals_lion_fed_its_reduced_gradients(device, case):
@@ -274,6 +264,29 @@ def parameters_may_be_written_as_soon_as_they_are_whole(device):
                 param.copy_(value)
 
 
+def gradients_are_kept_until_they_are_read(device, peer_memory):
+    """Communication is late, and the memory that backward has let go of serves the program at once."""
+    shapes, ranks = ((1 << 20,), (1 << 20,)), dist.get_world_size()
+    model = GivenGradients(*shapes).to(device)
+    sharding = ShardingConfig(bucket_numel=1 << 20, average=False, peer_memory=peer_memory)
+    opt = ShardedLion(model.parameters(), lr=0.0, sharding=sharding)
+    assert len(opt.buckets) == 2  # as many as may be kept: computation waits for none
+    for step in range(6):  # over peer memory the first two run as they are, and the others are replayed
+        with torch.cuda.stream(opt.buckets[0].stream.stream):
+            torch.cuda._sleep(100_000_000)
+        values = [float(10 * step + i + dist.get_rank()) for i in range(2)]
+        for param, value, shape in zip(model.weights, values, shapes, strict=True):
+            param.grad = torch.full(shape, value, device=device)
+        model.loss([None, torch.zeros(shapes[1], device=device)]).backward()  # the pass takes all along
+        written_over = [torch.full(shapes[0], torch.nan, device=device) for _ in range(8)]
+        opt.grad_norm()
+        found = reduced_gradients(opt)
+        for i, param in enumerate(model.weights):
+            assert (found[param] == ranks * (10 * step + i) + sum(range(ranks))).all(), (step, i)
+        opt.step()
+        del written_over
+
+
 needs_peers = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
 
@@ -292,6 +305,32 @@ def test_peer_memory_sums_gradients_whoever_is_late(wire):
 @needs_peers
 def test_parameters_may_be_written_as_soon_as_they_are_whole():
     on_all_gpus(parameters_may_be_written_as_soon_as_they_are_whole)
+
+
+SUMS = {
+    "bf16": Sums(torch.bfloat16, ordered=False),
+    "fp32 wire": Sums(torch.bfloat16, ordered=False, wire=torch.float32),
+    "fp32": Sums(torch.float32, ordered=False),
+    "in rank order": Sums(torch.bfloat16, ordered=True),
+}
+
+
+@needs_peers
+@pytest.mark.parametrize("case", SUMS)
+def test_nccl_sums_the_gradients_of_all_ranks(case):
+    on_all_gpus(check_sums, SUMS[case])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA GPUs")
+@pytest.mark.parametrize("ordered", [False, True])
+def test_nccl_sums_the_gradients_of_all_replicas(ordered):
+    on_all_gpus(check_sums, Sums(torch.bfloat16, ordered=ordered, replicas=2))
+
+
+@needs_peers
+@pytest.mark.parametrize("peer_memory", [False, True], ids=["NCCL", "peer memory"])
+def test_gradients_are_kept_until_they_are_read(peer_memory):
+    on_all_gpus(gradients_are_kept_until_they_are_read, peer_memory)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -228,6 +228,22 @@ class Alternating(nn.Module):
         return F.linear(torch.tanh(first(x)), second.weight)
 
 
+class LinearWithAList(nn.Linear):
+    """Reads its parameters from a list of its own: nothing but the hook before its forward can wait for them."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.held = [self.weight, self.bias]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self.held)
+
+
+class ReadsFromLists(nn.Sequential):
+    def __init__(self):
+        super().__init__(LinearWithAList(), nn.Tanh(), LinearWithAList())
+
+
 MODELS = [
     FunctionalHead,
     TiedByAssignment,
@@ -236,6 +252,7 @@ MODELS = [
     ListOfParameters,
     TiedFirstAndLast,
     Alternating,
+    ReadsFromLists,
 ]
 
 

@@ -5,6 +5,8 @@ Here ranks are processes that map files (``shared_files.py``); ``test_sharded_gp
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +16,9 @@ from lion_dist.sharding import collectives
 from tests import test_sharded_update_in_backward as in_backward
 from tests.coded_sync import test_sharded_coded as coded
 from tests.models import GivenGradients
-from tests.shared_files import over_shared_files
+from tests.oracle import assert_same_on_all_ranks
+from tests.reduced_gradients import reduced_gradients
+from tests.shared_files import LATE_BY, over_shared_files, over_shared_files_with_one_late
 from tests.test_sharded_accumulation import run_out_of_batches, run_out_of_batches_inside_no_sync, skip_all_batches
 from tests.test_sharded_bad_input import skip_a_step_with_a_bad_gradient
 from tests.test_sharded_groups import train_a_model_on_a_mesh, train_experts
@@ -103,3 +107,40 @@ def test_no_collective_moves_gradients_or_parameters(gloo):
     by_files = gloo.run(2, over_shared_files, train_without_collectives)
     for mine, other in zip(by_files, gloo.run(2, train_on_given_sums, 2), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+def train_with_one_rank_late(late: int) -> None:
+    """Gradients are read when all have been sent, none is written over before it has been summed up, and parameters may
+    be written as soon as they are whole: whoever is late then must not read that as another rank's update."""
+    rank, ranks, shapes = dist.get_rank(), dist.get_world_size(), ((70,), (3, 50), (200,), (64,), ())
+
+    def wait_for_the_late_one() -> None:
+        if rank == late:
+            time.sleep(LATE_BY)
+
+    model = GivenGradients(*shapes)
+    opt = ShardedLion(model.parameters(), lr=0.5, sharding=ShardingConfig(bucket_numel=64, average=False))
+    for step in range(3):
+        wait_for_the_late_one()
+        model.loss([torch.full(shape, 1.0 + 10 * step + i + rank) for i, shape in enumerate(shapes)]).backward()
+        opt.grad_norm()
+        found = reduced_gradients(opt)
+        for i, param in enumerate(model.weights):
+            assert (found[param] == ranks * (1 + 10 * step + i) + sum(range(ranks))).all(), (step, i)
+        wait_for_the_late_one()
+        opt.step()
+        opt.finish_param_sync()
+        kept = [param.detach().clone() for param in model.weights]
+        with torch.no_grad():
+            for param in model.weights:
+                param.fill_(torch.nan)
+            dist.barrier()
+            for param, value in zip(model.weights, kept, strict=True):
+                assert not value.isnan().any(), step
+                param.copy_(value)
+        assert_same_on_all_ranks(model)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_nothing_is_read_too_early_or_written_too_soon_when_a_rank_is_late(gloo, late):
+    gloo.run(2, over_shared_files_with_one_late, late, train_with_one_rank_late, late)

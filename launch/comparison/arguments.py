@@ -4,10 +4,11 @@ import argparse
 import math
 from pathlib import Path
 
+import train
 from comparison.deepspeed_engine import read_config
 from comparison.engines import ENGINES
 from lion_dist import ShardingConfig
-from train import DTYPES, NODES, WORLD_SIZE
+from train import DTYPES, NODES
 
 SHARDS_IN_REPLICAS = ("sharded", "fsdp2")  # the engines that --replicate is for
 # Of flags that some engines have no use for: the engines that have, and the default.
@@ -87,7 +88,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     if args.replicate == "nodes":
         args.replicate = NODES
     if args.batch_size is None:
-        parts = WORLD_SIZE * max(1, args.micro_batches)
+        parts = train.WORLD_SIZE * max(1, args.micro_batches)
         args.batch_size = math.ceil(8 / parts) * parts
     return args
 
@@ -114,9 +115,9 @@ def _count_or_nodes(text: str) -> int | str:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises ValueError with the fact, the value and the remedy; the optimizer checks its own arguments."""
-    if args.engine == "plain" and WORLD_SIZE > 1:
+    if args.engine == "plain" and train.WORLD_SIZE > 1:
         raise ValueError(
-            f"--engine plain trains in one process, but there are WORLD_SIZE={WORLD_SIZE}. "
+            f"--engine plain trains in one process, but there are WORLD_SIZE={train.WORLD_SIZE}. "
             "Use --engine ddp or --engine sharded, or --nproc-per-node 1."
         )
     for name, least in AT_LEAST.items():
@@ -127,10 +128,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--peak-tflops must be a finite number above 0, got {args.peak_tflops}.")
     if args.dim % (2 * args.heads):
         raise ValueError(f"--dim must be a multiple of 2 * --heads, got {args.dim} and {args.heads} heads.")
-    if args.batch_size % (WORLD_SIZE * args.micro_batches):
+    if args.batch_size % (train.WORLD_SIZE * args.micro_batches):
         raise ValueError(
-            f"--batch-size {args.batch_size} does not divide among {WORLD_SIZE} ranks x {args.micro_batches} "
-            f"micro-batches. Use a multiple of {WORLD_SIZE * args.micro_batches}."
+            f"--batch-size {args.batch_size} does not divide among {train.WORLD_SIZE} ranks x {args.micro_batches} "
+            f"micro-batches. Use a multiple of {train.WORLD_SIZE * args.micro_batches}."
         )
     if args.metrics_every < 0 or (args.metrics_every and args.engine == "deepspeed"):
         raise ValueError(
@@ -157,8 +158,8 @@ def _check_sharding(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--replicate {args.replicate} is for --engine {' or '.join(SHARDS_IN_REPLICAS)}, got {args.engine}."
         )
-    if WORLD_SIZE % args.replicate:
+    if train.WORLD_SIZE % args.replicate:
         raise ValueError(
-            f"--replicate {args.replicate} does not divide {WORLD_SIZE} ranks. Start as many on every node, or pass "
-            "a divisor."
+            f"--replicate {args.replicate} does not divide {train.WORLD_SIZE} ranks. Start as many on every node, or "
+            "pass a divisor."
         )

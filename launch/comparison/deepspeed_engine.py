@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from comparison import ranks
 from comparison.durable import clear, doomed_of, remove, sync
 from comparison.plain_engine import PlainEngine, param_groups
-from comparison.ranks import gather_objects
 from comparison.report import MEMORY_KINDS
 from lion_dist import PrecisionPolicy
 from lion_dist.integrations.deepspeed import lion_optimizer
@@ -67,7 +67,7 @@ class DeepSpeedEngine(PlainEngine):
     @staticmethod
     def newest_verified(folder: Path) -> Path | None:
         """The newest by name, as the first rank sees it: DeepSpeed's files have no checksums."""
-        return gather_objects(DeepSpeedEngine.newest(folder))[0]
+        return ranks.gather_objects(DeepSpeedEngine.newest(folder))[0]
 
     @staticmethod
     def keep_last(folder: Path, count: int) -> None:
@@ -114,7 +114,7 @@ def _all_or_none(act: Callable[[], object]) -> None:
         act()
     except OSError as error:
         reason = str(error)
-    for rank, found in enumerate(gather_objects(reason)):
+    for rank, found in enumerate(ranks.gather_objects(reason)):
         if found is not None:
             raise OSError(f"rank {rank}: {found}")
 

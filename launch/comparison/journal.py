@@ -62,16 +62,20 @@ class Journal:
         metrics = self.engine.metrics()
         if metrics.pop("step"):  # else every step so far was skipped
             measured[-1] |= metrics | measured[-1]
-            _name_slow_rank(measured[-1]["step"], metrics["slowest_rank"], metrics["rank_ms"])
+            slow = _slow_rank(metrics["slowest_rank"], metrics["rank_ms"])
+            if slow is not None:
+                say(f"step {measured[-1]['step']}: {slow}")
 
     def close(self) -> None:
         if self.progress is not None:
             self.progress.close()
 
 
-def _name_slow_rank(step: int, slowest: int | None, rank_ms: list[float]) -> None:
+def _slow_rank(slowest: int | None, rank_ms: list[float]) -> str | None:
+    """What to say of a rank that holds up the others; None: there is none."""
     if slowest is None:
-        return
+        return None
     own, median = rank_ms[slowest], statistics.median(rank_ms)
-    if own > SLOW * median:
-        say(f"step {step}: rank {slowest} is slow, {own:.1f} ms of its own a step where the median is {median:.1f}")
+    if own <= SLOW * median:
+        return None
+    return f"rank {slowest} is slow, {own:.1f} ms of its own a step where the median is {median:.1f}"

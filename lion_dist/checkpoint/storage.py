@@ -30,9 +30,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from lion_dist.boxes import BoxedTensor
+from lion_dist.checkpoint import manifest
 from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError
-from lion_dist.checkpoint.manifest import Progress, open_regular
+from lion_dist.checkpoint.manifest import Progress
 from lion_dist.checkpoint.metadata import read_metadata
 
 # ---- writing
@@ -201,7 +202,7 @@ class Reader(FileSystemReader):
         return stored.chunks[index.index].sizes, stored.properties.dtype
 
     def _opened(self, place: _StorageInfo) -> io.FileIO:
-        return open_regular(self.path / place.relative_path)
+        return manifest.open_regular(self.path / place.relative_path)
 
     @contextmanager
     def _explained(self, index: MetadataIndex) -> Iterator[None]:

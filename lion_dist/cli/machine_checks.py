@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -170,22 +171,25 @@ def c_compiler() -> list[Finding]:
     ]
 
 
-def kernels() -> list[Finding]:
-    """The backend that ``Lion`` chooses on each device, against the reference implementation, bit for bit."""
+def kernels(update: Callable[..., None] = lion_update_) -> list[Finding]:
+    """The backend that ``Lion`` chooses on each device, against the reference implementation, bit for bit.
+
+    ``update``: what runs it.
+    """
     here = range(torch.cuda.device_count())
     if "LOCAL_RANK" in os.environ:  # under torchrun each rank looks at its own
         here = [i for i in here if i == int(os.environ["LOCAL_RANK"])]
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in here)]
-    return [_kernel_finding(device) for device in devices]
+    return [_kernel_finding(device, update) for device in devices]
 
 
-def _kernel_finding(device: torch.device) -> Finding:
+def _kernel_finding(device: torch.device, update: Callable[..., None]) -> Finding:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is missing has a line of its own
         backend = choose_backend(device, use_triton=None)
     what = f"kernel on {device}"
     try:
-        differing = [name for name in KERNEL_STORAGES if _differs_from_reference(name, backend, device)]
+        differing = [name for name in KERNEL_STORAGES if _differs_from_reference(name, backend, device, update)]
     except Exception as error:
         fact = f"{backend} ended with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         remedy = "Triton most often lacks a C compiler; Lion(use_triton=False) goes without Triton"
@@ -200,14 +204,14 @@ def _kernel_finding(device: torch.device) -> Finding:
     return Finding(what, OK, f"{backend}, bit-identical to the reference implementation")
 
 
-def _differs_from_reference(storage: str, backend: str, device: torch.device) -> bool:
+def _differs_from_reference(storage: str, backend: str, device: torch.device, update: Callable[..., None]) -> bool:
     chosen, definition = (_small_case(storage, device) for _ in range(2))
     scalars = StepScalars.from_group(1e-3, (0.9, 0.99), 0.1)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         dtype = KERNEL_STORAGES[storage][0]
         grads = [torch.randn(n, generator=generator).to(device, dtype) for n in KERNEL_NUMELS]
-        lion_update_(chosen, grads, scalars, backend=backend)
+        update(chosen, grads, scalars, backend=backend)
         lion_update_(definition, grads, scalars, backend="chunked_reference")
     pairs = zip(_all_tensors(chosen), _all_tensors(definition), strict=True)
     return any(not torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch.distributed import ProcessGroup
 
+from lion_dist.peer_memory import memory as peer_memory
 from lion_dist.peer_memory.memory import PeerMemory
-from lion_dist.sharding import collectives
-from lion_dist.sharding.process_groups import backend_for
+from lion_dist.sharding import collectives, process_groups
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def connect(
 
 def _why_elsewhere(group: ProcessGroup, device: torch.device) -> str | None:
     """Why nobody would expect peer memory here, so that its absence needs no word."""
-    backend = backend_for(group, device)
+    backend = process_groups.backend_for(group, device)
     if device.type != "cuda" or backend != "nccl":
         return f"the group is {backend}'s on {device.type}, not one host's GPUs"
     hosts = set(collectives.gather_objects(_host(), group))
@@ -58,7 +58,7 @@ def _meet(group: ProcessGroup, device: torch.device, use_triton: bool | None) ->
     reason, memory = _first_reason(_why_unreachable(device, uuids, use_triton), group), None
     if reason is None:
         try:
-            memory = PeerMemory(group, device)
+            memory = peer_memory.PeerMemory(group, device)
         except (RuntimeError, ImportError) as error:
             reason = f"rank {group.rank()}: {error!s:.300}"
         reason = _first_reason(reason, group)

@@ -37,12 +37,12 @@ def test_rows_carry_ratios_and_versions_and_peers_in_trouble_are_named(tmp_path)
 def test_trouble_of_our_own_ends_the_run(monkeypatch):
     peer = fsdp_step.PEERS[0]
 
-    def fsdp2(model, make, reshard):
+    def warm_step(args, make, reshard, device):
         if make is peer.make:
-            return lambda batches: None
+            return lambda: None
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(fsdp_step, "fsdp2", fsdp2)
+    monkeypatch.setattr(fsdp_step, "warm_step", warm_step)
     args = argparse.Namespace(size="tiny", compile=False, micro_batch=1, seq_len=16, warm_up=1)
     with pytest.raises(RuntimeError, match="ours"):
         fsdp_step.measure(args, peer, reshard=False, device=torch.device("cpu"))

@@ -1,12 +1,16 @@
 """What is exposed, from the kernels of a trace."""
 
+import ast
+import functools
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lion_dist.benchmarks.overlap import CAUSES, COMPUTE, Kernel, exposed_ms, length, read_trace, union, without
+import lion_dist
+from lion_dist.benchmarks.overlap import CAUSES, COMPUTE, SIGNS, Kernel, exposed_ms, length, read_trace, union, without
 
 NAMES = {
     COMPUTE: "nvjet_sm90_gemm",
@@ -35,6 +39,39 @@ def moments(selected) -> set[int]:
 @pytest.mark.parametrize("cause", NAMES)
 def test_kernels_are_known_by_their_names(cause):
     assert Kernel(NAMES[cause], 0, 1).cause == cause
+
+
+@functools.cache
+def own_kernels() -> set[str]:
+    """The Triton kernels of the package: functions that ``@triton.jit`` decorates and that are called kernels."""
+    found = set()
+    for path in Path(lion_dist.__file__).parent.rglob("*.py"):
+        functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+        jitted = [f.name for f in functions if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)]
+        found.update(name for name in jitted if name.endswith("_kernel"))
+    return found
+
+
+def test_kernels_that_are_known_by_name_are_the_packages():
+    known = {sign for signs in SIGNS.values() for sign in signs if sign.startswith("_")}
+    assert known and known <= own_kernels()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "cause"),
+    {
+        "_flat_kernel": "update",
+        "_list_kernel": "update",
+        "_update_and_encode_kernel": "update",
+        "_encode_kernel": "update",
+        "_ordered_sum_kernel": "grad_sync",
+        "_replay_kernel": "param_sync",
+        "_escape_kernel": "param_sync",
+        "_squares_kernel": "norm",
+    }.items(),
+)
+def test_kernels_of_a_step_have_their_causes(kernel, cause):
+    assert kernel in own_kernels() and Kernel(kernel, 0, 1).cause == cause
 
 
 @given(kernels)

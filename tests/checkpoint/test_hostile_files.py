@@ -357,7 +357,6 @@ def test_a_file_that_the_disk_does_not_give_back_is_refused_by_name(saved, tmp_p
             return Broken(os.dup(file.fileno())) if path.name == name else opened(path)
 
     monkeypatch.setattr(manifest, "open_regular", open_broken)
-    monkeypatch.setattr("lion_dist.checkpoint.storage.open_regular", open_broken)
     assert f"{name} cannot be read: [Errno 5]" in refused(tmp_path / "c")
     assert "newest verified" in accepted_by(tmp_path / "c", tmp_path / "one.pt")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import os
 import subprocess
@@ -16,6 +17,7 @@ from lion_dist import cli
 from lion_dist.cli import collective_check, machine_checks
 from lion_dist.cli.findings import BROKEN, NOTE, OK, Finding, report
 from lion_dist.kernels import cpu_native
+from lion_dist.kernels.update import lion_update_
 
 SOUND = Finding("collectives", OK, "as they should be")
 
@@ -97,26 +99,23 @@ def test_a_driver_under_a_cpu_build_of_torch_is_broken(monkeypatch):
 
 
 def test_a_kernel_that_differs_by_one_bit_is_broken(no_ranks, monkeypatch, capsys):
-    update = machine_checks.lion_update_
-
-    def wrong(tensors, grads, scalars, *, backend, **settings):
-        update(tensors, grads, scalars, backend=backend, **settings)
-        if backend != "chunked_reference" and tensors.mains is not None:
+    def wrong(tensors, grads, scalars, *, backend):
+        lion_update_(tensors, grads, scalars, backend=backend)
+        if tensors.mains is not None:
             tensors.mains[-1][-1] ^= 1
 
-    monkeypatch.setattr(machine_checks, "lion_update_", wrong)
+    monkeypatch.setattr(machine_checks, "CHECKS", (functools.partial(machine_checks.kernels, wrong),))
     code, printed = doctor_says(capsys)
     assert code == 1
     assert "differs from the reference implementation in bf16 split" in printed
     assert "do not train on this machine" in printed
 
 
-def test_a_kernel_that_fails_is_broken(monkeypatch):
+def test_a_kernel_that_fails_is_broken():
     def fail(*_args, **_settings):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(machine_checks, "lion_update_", fail)
-    found = machine_checks.kernels()[0]
+    found = machine_checks.kernels(fail)[0]
     assert found.state == BROKEN and "RuntimeError: Failed to find C compiler" in found.fact and found.remedy
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 import compare_engines
+import train as program
 from comparison import arguments
 from tests.launch import jobs
 
@@ -165,7 +166,7 @@ def test_bad_data_path_is_said_once_by_two_ranks(tmp_path):
 
 def test_plain_engine_refuses_two_ranks(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare_engines.py", "--engine", "plain"])
-    monkeypatch.setattr(arguments, "WORLD_SIZE", 2)
+    monkeypatch.setattr(program, "WORLD_SIZE", 2)
     assert compare_engines.main() == 2
     printed = capsys.readouterr().err
     assert "--engine plain trains in one process" in printed and "--engine ddp" in printed
@@ -174,5 +175,5 @@ def test_plain_engine_refuses_two_ranks(monkeypatch, capsys):
 def test_default_batch_divides_among_any_number_of_ranks(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare_engines.py", "--micro-batches", "2"])
     for world_size, batch_size in [(1, 8), (2, 8), (3, 12), (6, 12), (8, 16)]:
-        monkeypatch.setattr(arguments, "WORLD_SIZE", world_size)
+        monkeypatch.setattr(program, "WORLD_SIZE", world_size)
         assert arguments.parse_arguments("").batch_size == batch_size

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from comparison import deepspeed_engine
+from comparison import deepspeed_engine, ranks
 from comparison.deepspeed_engine import DeepSpeedEngine
 from comparison.ranks import start_process_group, stop_process_group
 
@@ -70,7 +70,7 @@ def test_files_are_durable_before_the_checkpoint_has_its_name(engine, tmp_path, 
 
 
 def test_a_rank_that_cannot_act_ends_all_with_its_reason(monkeypatch):
-    monkeypatch.setattr(deepspeed_engine, "gather_objects", lambda reason: [reason, "[Errno 30] Read-only file system"])
+    monkeypatch.setattr(ranks, "gather_objects", lambda reason: [reason, "[Errno 30] Read-only file system"])
     with pytest.raises(OSError, match="rank 1: .*Read-only file system"):
         deepspeed_engine._all_or_none(lambda: None)
 

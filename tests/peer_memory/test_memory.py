@@ -17,8 +17,8 @@ from lion_dist.peer_memory import connect as peer_connect
 from lion_dist.peer_memory import memory as peer_memory
 from lion_dist.peer_memory.memory import PeerBuffer, PeerMemory, Recording
 from lion_dist.peer_memory.ordered_sum_triton import OrderedSum
-from lion_dist.peer_memory.transport import PeerCopies
-from lion_dist.sharding import collectives
+from lion_dist.peer_memory.transport import RECEIVE_BUFFERS, PeerCopies
+from lion_dist.sharding import collectives, process_groups
 from lion_dist.sharding.layout import BucketLayout
 from lion_dist.sharding.memory_format import MemoryFormat
 
@@ -97,13 +97,13 @@ SHAPES = [(3, 5), (64,), (), (0, 4), (130, 7), (2,)]  # with padding between the
 class Reductions:
     """Reduce-scatters of one bucket, one after another, over memory in which ranks receive in turn."""
 
-    def __init__(self, ranks, dtype, shapes=SHAPES, buffers=2):
+    def __init__(self, ranks, dtype, shapes=SHAPES, buffers=RECEIVE_BUFFERS):
         self.ranks, self.dtype, self.shapes = ranks, dtype, [torch.Size(shape) for shape in shapes]
         self.layout = BucketLayout(tuple(shape.numel() for shape in self.shapes), ranks)
         self.formats = [MemoryFormat.row_major(shape) for shape in self.shapes]
         room = (ranks - 1) * self.layout.shard_numel + 64  # longer than it must be, as the pool's for a small bucket
-        flats = [[torch.full((room,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(ranks)] for _ in range(2)]
-        self.received = [tuple(flat) for flat in flats[:buffers]]
+        flats = [torch.full((room,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(buffers * ranks)]
+        self.received = list(zip(*[iter(flats)] * ranks, strict=True))
 
     def run(self, grads_of, count=1, output_dtype=torch.float32, adds_up=False, pause=lambda: None):
         """``grads_of(rank, reduction)``; returns [reduction][rank] (output, squares)."""
@@ -345,9 +345,9 @@ class Ranks:
     def __init__(self, monkeypatch, theirs, visible=("gpu-a", "gpu-b"), reachable=True):
         self.theirs = list(theirs)
         device_of = lambda i: type("", (), {"uuid": visible[getattr(i, "index", i)]})  # noqa: E731
-        monkeypatch.setattr(peer_connect, "backend_for", lambda group, device: "nccl")
+        monkeypatch.setattr(process_groups, "backend_for", lambda group, device: "nccl")
         monkeypatch.setattr(peer_connect, "_host", lambda: "here")
-        monkeypatch.setattr(peer_connect, "PeerMemory", lambda group, device: "connected")
+        monkeypatch.setattr(peer_memory, "PeerMemory", lambda group, device: "connected")
         monkeypatch.setattr(collectives, "gather_objects", lambda mine, group: [mine, self.theirs.pop(0)])
         monkeypatch.setattr(torch.cuda, "get_device_properties", device_of)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))

@@ -101,6 +101,13 @@ def test_parameter_states_in_order():
     assert bucket.param_state is ParamState.FULL
 
 
+def test_a_reduction_that_nobody_started_cannot_end():
+    bucket = make_bucket((3,))
+    bucket._reduction = lambda: None
+    with pytest.raises(RuntimeError, match="'p0'.*gradients cannot go EMPTY -> REDUCED"):
+        bucket.complete_reduction()
+
+
 def test_reset_forgets_a_reduction_under_way():
     bucket = make_bucket((3,))
     reduce(bucket, 1.0)

@@ -152,8 +152,17 @@ def test_default_bucket_size_is_usable(total, ranks):
     assert numel >= 1
     largest = max(1 << 27, ranks << 16)  # that a few may be in flight
     assert numel <= largest
-    assert total / numel <= 13 or numel == largest
-    assert numel >= ranks << 14  # and none so small that only its latency counts
+    smallest = max(1 << 16, ranks << 14)  # below it only the latency counts
+    assert numel >= smallest
+    assert numel == largest or total <= 13 * numel  # 13 are enough
+    assert numel == smallest or total > 13 * (numel - 1)  # and fewer are not
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_model_of_a_billion_parameters_has_13_buckets(ranks):
+    numels = [1 << 18] * (13 * 320)  # 1.09 billion, in small parameters
+    numel = choose_bucket_numel(sum(numels), ranks)
+    assert len(pack_into_buckets(numels, [None] * len(numels), numel)) == 13
 
 
 @given(value=st.integers(0, 10**9), multiple=st.integers(1, 10**6))
