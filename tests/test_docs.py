@@ -121,6 +121,51 @@ def test_the_index_names_every_page():
     assert [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name})" not in index] == []
 
 
+FRAMEWORKS = ("Trainer", "Accelerate", "Lightning", "TRL", "PEFT", "DeepSpeed", "torchtitan-like loop")
+FEATURES = ["clip", "accumulate", "resume", "other ranks", "compile", "bf16", "fp16"]
+KEY = re.compile(r"\b[A-Z]\d+\b")
+OF_THE_TABLE = (DOCS / "frameworks.md").read_text().split("\n## ")[1]
+
+
+def cells_of(table: str) -> dict[str, list[str]]:
+    """Row by row: {what its first cell says: the other cells}."""
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    return {first.strip(): [cell.strip() for cell in others] for first, *others in rows}
+
+
+def tests_in(path: Path) -> set[str]:
+    return set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("kind", ["Lion", "ShardedLion"])
+def test_each_cell_of_class_framework_and_feature_names_a_test_or_who_refuses(kind):
+    known = {key for key, _ in re.findall(r"^\| (\w+) \| `(.+)` \|$", OF_THE_TABLE, re.MULTILINE)}
+    cells = cells_of(OF_THE_TABLE.split(f"**`{kind}`**")[1].split("**")[0].split("\n\n")[1])
+    assert cells.pop("") == FEATURES
+    del cells["---"]
+    assert [name.split(", ")[0] for name in cells] == list(FRAMEWORKS)
+    for row in cells.values():
+        assert len(row) == len(FEATURES)
+        assert all(set(KEY.findall(cell)) & known or cell == "not tested" for cell in row)
+        assert {key for cell in row for key in KEY.findall(cell) if key[0] in "TALDRFS"} <= known
+
+
+def test_the_tests_that_the_table_of_frameworks_names_are_there():
+    named = re.findall(r"^\| (\w+) \| `(.+)::(.+)` \|$", OF_THE_TABLE, re.MULTILINE)
+    assert len(named) > 30
+    assert [key for key, file, test in named if test not in tests_in(ROOT / "tests" / file)] == []
+    used = set(KEY.findall(OF_THE_TABLE.split("| key | test |")[0]))
+    assert {key for key, _, _ in named} == used
+
+
+def test_the_tests_that_the_page_of_hugging_face_names_are_there():
+    text = (DOCS / "huggingface.md").read_text()
+    there = tests_in(ROOT / "tests/integrations/test_trainer.py") | tests_in(
+        ROOT / "tests/integrations/test_accelerate.py"
+    )
+    assert set(re.findall(r"`(test_\w+)`", text)) <= there
+
+
 def message_parts() -> list[str]:
     """The longest fixed part of each message in the FAQ's tables, between the `...` for what varies."""
     rows = re.findall(r"^\| `(.+?)`", (DOCS / "faq.md").read_text(), re.MULTILINE)
