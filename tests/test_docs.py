@@ -17,7 +17,7 @@ from lion_dist import checkpoint
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RUNNABLE = ("quick-start.md", "precision.md", "huggingface.md")
+RUNNABLE = ("quick-start.md", "precision.md", "huggingface.md", "frameworks.md")
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")], key=str)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
@@ -37,8 +37,11 @@ def test_the_python_of_the_guides_runs(tmp_path):
     """On one rank, as torchrun would start it, one block after the other in one process."""
     blocks = [(f"{page}, block {i}", code) for page in RUNNABLE for i, code in enumerate(snippets(DOCS / page))]
     assert len(blocks) >= 4
-    program = "\n".join(f"exec(compile({code!r}, {name!r}, 'exec'), {{}})" for name, code in blocks)
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    # As at the end of a program and the start of the next: frameworks leave a process group, or take variables away.
+    end = f"import os, torch.distributed as dist\nos.environ.update({ranks!r})\n"
+    end += "if dist.is_initialized(): dist.destroy_process_group()"
+    program = "\n".join(f"exec(compile({code!r}, {name!r}, 'exec'), {{}})\n{end}" for name, code in blocks)
     environment = os.environ | ranks | {"MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120

@@ -205,7 +205,7 @@ def refuse(what: str) -> str:
     if what == "save_on_each_node":
         options["project_config"] = ProjectConfiguration(save_on_each_node=True)
     with launched():
-        accelerator = ShardedAccelerator(cpu=True, **options)
+        accelerator = ShardedAccelerator(cpu=what != "alone", **options)
         model = mlp(8, 16, 8)
         trained = model[0].parameters() if what == "a part" else model.parameters()
         group = dist.new_group([dist.get_rank()], use_local_synchronization=True) if what == "other ranks" else None
@@ -242,6 +242,7 @@ REFUSED = {
     "save_on_each_node": "save_on_each_node=True",
     "a part": "parameter '2.weight' requires a gradient and no ShardedLion trains it",
     "other ranks": "trains over 1 ranks and the Accelerator gives batches to 2",
+    "alone": "Pass cpu=True to ShardedAccelerator, use_cpu=True to TrainingArguments",
     "no module": "Construct it with module=model",
     "apart": "wrapped in DistributedDataParallel, before its ShardedLion was known",
     "adopt": "the accelerator is a Mine",
