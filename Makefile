@@ -39,9 +39,10 @@ train: $(INSTALLED) ## train a language model with ShardedLion, about 2 minutes 
 		$(PROGRAM) --out $(OUT) $(ARGS)
 	@[ ! -f $(OUT)/metrics.jsonl ] || $(VENV)/bin/python -m lion_dist.cli plot $(OUT) --out $(OUT)/curves.png
 
-lint: $(INSTALLED) ## ruff, and the contract on imports
+lint: $(INSTALLED) ## ruff, the contract on imports, and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python --min-severity error --output-format min-text
 
 test: lint ## lint and the quick tests (WORKERS, PYTEST_ARGS)
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m "not slow" $(SIDE_BY_SIDE) $(PYTEST_ARGS)

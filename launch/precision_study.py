@@ -3,167 +3,34 @@
     python launch/precision_study.py --seeds 0 1 2 --out runs/precision     # one process per GPU, other seeds each
     python launch/precision_study.py --report --out runs/precision          # the table and the picture
 
-A study that was cut off goes on where it stopped: runs whose result is in --out are not repeated.
-
-Every arm of a seed starts from the same weights and sees the same batches, so that differences are paired. Main params
-"split" are not an arm: they are "fp32" bit for bit. The model may be compiled; the update is not, because Inductor
-elides bf16 round trips and would fake what is studied.
+A study that was cut off goes on where it stopped: runs whose result is in --out are not repeated. Main params "split"
+are not an arm: they are "fp32" bit for bit.
 """
-
-import argparse
-import json
-import math
-import statistics
-import time
-from pathlib import Path
 
 import torch
 
-from comparison.evaluation import held_out_windows
-from lion_dist import Lion, PrecisionPolicy
-from lion_dist.reporting import figure_into
-from train import Transformer, global_batch, lr_factor, read_corpus
+from comparison import study
+from comparison.study import Arm
+from lion_dist import PrecisionPolicy
 
 BASELINE = "fp32 main params, fp32 momentum"
 ARMS = {
-    BASELINE: PrecisionPolicy("fp32", torch.float32),
-    "fp32 main params, bf16 momentum, nearest": PrecisionPolicy("fp32", torch.bfloat16),
-    "fp32 main params, bf16 momentum, stochastic": PrecisionPolicy("fp32", torch.bfloat16, "stochastic"),
-    "no main params, fp32 momentum": PrecisionPolicy("none", torch.float32),
-    "no main params, bf16 momentum, nearest": PrecisionPolicy("none", torch.bfloat16),
-    "no main params, bf16 momentum, stochastic": PrecisionPolicy("none", torch.bfloat16, "stochastic"),
+    BASELINE: Arm(precision=PrecisionPolicy("fp32", torch.float32)),
+    "fp32 main params, bf16 momentum, nearest": Arm(precision=PrecisionPolicy("fp32", torch.bfloat16)),
+    "fp32 main params, bf16 momentum, stochastic": Arm(precision=PrecisionPolicy("fp32", torch.bfloat16, "stochastic")),
+    "no main params, fp32 momentum": Arm(precision=PrecisionPolicy("none", torch.float32)),
+    "no main params, bf16 momentum, nearest": Arm(precision=PrecisionPolicy("none", torch.bfloat16)),
+    "no main params, bf16 momentum, stochastic": Arm(precision=PrecisionPolicy("none", torch.bfloat16, "stochastic")),
 }
-# Two-sided 95% quantiles of Student's t, by degrees of freedom.
-T_95 = dict(enumerate((12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201), start=1))
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/precision"))
-    add("--report", action="store_true", help="read the results in --out instead of training")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--data", help="as launch/train.py's")
-    add("--layers", type=int, default=8)
-    add("--dim", type=int, default=512)
-    add("--heads", type=int, default=8)
-    add("--seq-len", type=int, default=512)
-    add("--batch-size", type=int, default=32)
-    add("--steps", type=int, default=2000)
-    add("--lr", type=float, default=3e-4)
-    add("--weight-decay", type=float, default=0.3)
-    add("--warmup", type=int, default=100)
-    add("--held-out", type=int, default=1024, help="windows that the final loss is measured on")
-    add("--no-compile", action="store_true")
-    return parser.parse_args()
-
-
-def run(args, model, forward, text, seed: int, precision: PrecisionPolicy, device) -> dict:
-    torch.manual_seed(seed)
-    model.load_state_dict(Transformer(args.layers, args.dim, args.heads).to(torch.bfloat16).state_dict())
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others}]
-    optimizer = Lion(groups, lr=args.lr, precision=precision)
-    losses, started = [], time.perf_counter()
-    for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * lr_factor(step, args.warmup, args.steps)
-        windows = global_batch(text[0], args.batch_size, args.seq_len, seed, step)
-        loss = forward(windows.to(device, non_blocking=True))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 20 == 0:
-            losses.append(loss.detach())
-    with torch.no_grad():
-        held_out = held_out_windows(text[1], args.held_out, args.seq_len).to(device)
-        final = [forward(part) for part in held_out.split(args.batch_size)]
-    final = torch.stack(final).double().mean().item()
-    losses = torch.stack(losses).tolist()
-    return {"held_out": final, "losses": losses, "seconds": round(time.perf_counter() - started, 1)}
-
-
-def train(args) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text = read_corpus(args.data, args.seq_len)
-    model = Transformer(args.layers, args.dim, args.heads).to(device, torch.bfloat16)
-    forward = model if args.no_compile else torch.compile(model)
-    numel = sum(p.numel() for p in model.parameters())
-    print(f"{numel / 1e6:.1f} M parameters, {text[0].numel() / 1e6:.1f} MB of text, seeds {args.seeds}")
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "report", "seeds")}
-    path = args.out / f"seeds-{'-'.join(map(str, args.seeds))}.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    with path.open("a") as file:
-        for seed in args.seeds:
-            for arm, precision in ARMS.items():
-                if any((row["seed"], row["arm"]) == (seed, arm) for row in done):
-                    continue
-                result = run(args, model, forward, text, seed, precision, device)
-                row = {"arm": arm, "seed": seed, "numel": numel, "torch": torch.__version__, "machine": machine}
-                file.write(json.dumps(row | settings | result) + "\n")
-                file.flush()
-                print(f"seed {seed}  {result['held_out']:.4f}  {result['seconds']:5.1f} s  {arm}", flush=True)
-
-
-def summarize(rows: list[dict]) -> list[dict]:
-    """Per arm: the mean held-out loss, and the mean paired difference to the baseline with its 95% interval."""
-    by_arm = {arm: {r["seed"]: r["held_out"] for r in rows if r["arm"] == arm} for arm in ARMS}
-    table = []
-    for arm, results in by_arm.items():
-        differences = [loss - by_arm[BASELINE][seed] for seed, loss in results.items() if seed in by_arm[BASELINE]]
-        row = {"arm": arm, "runs": len(results), "held_out": statistics.mean(results.values())}
-        if arm != BASELINE:
-            spread = statistics.stdev(differences) / math.sqrt(len(differences))
-            row |= {"difference": statistics.mean(differences), "half_interval": T_95[len(differences) - 1] * spread}
-        table.append(row)
-    return table
-
-
-def report(args) -> None:
-    rows = [json.loads(line) for path in sorted(args.out.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    table = summarize(rows)
-    baseline = [r["held_out"] for r in rows if r["arm"] == BASELINE]
-    first = rows[0]
-    print(
-        f"{first['numel'] / 1e6:.1f} M parameters in bf16, {first['steps']} steps of "
-        f"{first['batch_size'] * first['seq_len']:,} bytes, {first['machine']}, torch {first['torch']}; "
-        f"{len(baseline)} seeds, baseline {statistics.mean(baseline):.4f} (spread over seeds "
-        f"{statistics.stdev(baseline):.4f})\n"
-    )
-    print("| | held-out loss, nats per byte | paired difference, 95% interval |\n|---|---|---|")
-    for row in table:
-        change = "" if "difference" not in row else f"{row['difference']:+.4f} ± {row['half_interval']:.4f}"
-        print(f"| {row['arm']} | {row['held_out']:.4f} | {change} |")
-    draw(table, rows, args.out / "precision-study.png")
-
-
-def draw(table: list[dict], rows: list[dict], path: Path) -> None:
-    early = min(5, len(rows[0]["losses"]) - 1)  # the first drop would hide the rest
-    out = figure_into(path, 1, 2, size=(12, 4), width_ratios=(1, 1.2))
-    with out as (_, ((left, right),)):
-        for arm in ARMS:
-            if not all(r["losses"] for r in rows if r["arm"] == arm):
-                continue  # a run of which only the held-out loss was kept
-            curves = torch.tensor([r["losses"] for r in rows if r["arm"] == arm])
-            left.plot(torch.arange(curves.shape[1]) * 20, curves.mean(dim=0), linewidth=0.8, label=arm)
-        left.set(xlabel="step", ylabel="training loss, nats per byte", ylim=(None, curves.mean(dim=0)[early].item()))
-        left.legend(fontsize=6)
-        arms = [row for row in table if "difference" in row]
-        right.axvline(0.0, color="grey", linewidth=0.8)
-        right.errorbar(
-            [row["difference"] for row in arms], range(len(arms)), xerr=[row["half_interval"] for row in arms], fmt="o"
-        )
-        right.set_yticks(range(len(arms)), [row["arm"] for row in arms], fontsize=8)
-        right.set(xlabel="held-out loss minus the first arm's, 95% interval", ylim=(len(arms) - 0.5, -0.5))
+BASELINES = {arm: None if arm == BASELINE else BASELINE for arm in ARMS}
 
 
 def main() -> None:
-    args = parse_arguments()
-    report(args) if args.report else train(args)
+    args = study.parse_arguments(__doc__.split("\n")[0], "runs/precision")
+    if args.report:
+        study.report(args, BASELINES, "precision-study.png")
+    else:
+        study.train(args, ARMS)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from comparison.evaluation import held_out_windows
-from precision_study import T_95
+from comparison.study import T_95
 from train import Transformer, global_batch, lr_factor, read_corpus
 
 BETAS = (0.9, 0.99)

@@ -8,7 +8,7 @@ from lion_dist.config import PrecisionPolicy, ShardingConfig
 from lion_dist.grad_scaler import GradScaler
 from lion_dist.lion import Lion
 from lion_dist.sharded_lion import ShardedLion
-from lion_dist.spike_guard import SpikeGuard
+from lion_dist.step_rule import SpikeGuard
 
 if TYPE_CHECKING:
     from lion_dist.replica_check import ReplicaError

@@ -6,14 +6,14 @@ import operator
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lion_dist.full_params import FullParams
 from lion_dist.shard_state import ShardBatch, UpdateOrder
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.backward_updates import BackwardUpdates
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.buffers import CommStream
+from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.foreign_wrappers import refuse_late_grads
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.step_gradients import StepGradients
@@ -50,7 +50,7 @@ class BackwardStep:
         self._scheduler, self._stream, self._order = scheduler, stream, order
         self._terms, self._update, self._send = terms, update, send
         self._updates = BackwardUpdates(stream, self._update_bucket, may_wait)
-        self._last_update = stream.new_mark()
+        self._last_update = stream.new_event()
         scheduler.after_start = self._updates
 
     @torch.no_grad()
@@ -65,12 +65,12 @@ class BackwardStep:
             active = torch.tensor([trained[s.param] for s in bucket.slices], dtype=torch.float32)
             active = active.to(bucket.device, non_blocking=True)
         self._update(batch, active, self._terms())
-        self._stream.mark(self._last_update)
+        self._stream.record_event(self._last_update)
         params.note_updates([bucket], filter(_requires_grad, bucket.params))
         self._send(batch)
         params.end_updates([bucket])
 
-    def finish(self, loss_scale: Tensor | None, module: nn.Module | None, warning: NoGradientWarning) -> None:
+    def finish(self, loss_scale: Tensor | None, warning: NoGradientWarning) -> None:
         """Every bucket has been updated, or its update is queued.
 
         Raises:
@@ -80,21 +80,21 @@ class BackwardStep:
             raise RuntimeError("step() inside no_sync(): the step's last backward pass has to run outside of it")
         if loss_scale is not None:
             raise RuntimeError("a GradScaler judges gradients before the update: use update_in_backward=False with it")
-        begun, agreement = self._updates.begun, self._gradients.judge.agreement
-        refuse_late_grads({p: self._params.names[p] for bucket in begun for p in bucket.params}, module)
+        begun, agreement = self._updates.begun, self._gradients.gradient_check.agreement
+        refuse_late_grads({p: self._params.names[p] for bucket in begun for p in bucket.params}, self._params.module)
         if warning.is_waiting:
             warning.note_step(bool(begun) or any(param.grad is not None for param in self._params.names))
         self._scheduler.start_all_but(begun)
         with self._stream.fork():
             agreement.exchange(self._gradients.choices)
-            self._stream.mark(self._last_update)  # it has read a learning rate or divisor on the device, too
+            self._stream.record_event(self._last_update)  # it has read a learning rate or divisor on the device, too
         if self._params.unfrozen():
             self._gradients.adopt_unfrozen()
             self._scheduler.start_all_but(self._updates.begun)
         self._updates.finish()
         self._updates.refuse_reduced_since()
         # A learning rate or divisor on the device may be changed from here on; the updates have read it.
-        self._stream.join(self._last_update)
+        self._stream.wait_event(self._last_update)
         self._stream.release()
 
     def forget_step(self) -> None:

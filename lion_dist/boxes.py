@@ -214,7 +214,7 @@ class BoxedTensor(torch.Tensor):
         return _rebuild, (tuple(self.shape), boxes, self.dtype, self.device, owner)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args: tuple = (), kwargs: dict | None = None):
         boxed, kwargs = args[0], kwargs or {}
         aten = torch.ops.aten
         if func in (aten.detach.default, aten.clone.default, aten._to_copy.default) or func.overloadpacket is aten.to:

@@ -1,7 +1,7 @@
 """A whole training step of ``ShardedLion`` as one CUDA graph.
 
 What is in the graph, in this order: the all-gather of the parameters that the step before has updated, bucket by bucket
-beside the forward; forward, backward and the reductions; clipping, the verdict and the update. So the gather of step n
+beside the forward; forward, backward and the reductions; clipping, the check and the update. So the gather of step n
 is at the head of the graph of step n + 1, where it stays hidden, and between two replays **parameters are stale**: each
 rank holds its own shard's new values and the others' old ones. Whatever comes between (an evaluation, a checkpoint, an
 eager step) waits for parameters as it always does, by the module's hooks or ``finish_param_sync()``; the difference is
@@ -17,7 +17,7 @@ Alternatives considered:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from lion_dist.sharded_lion import ShardedLion
 Output = TypeVar("Output")
 
 
-class CapturedStep:
+class CapturedStep(Generic[Output]):
     """Calls ``step`` eagerly a few times, then captures it in a CUDA graph and replays that.
 
     Every call is one training step, whatever it is made of::
@@ -74,7 +74,7 @@ class CapturedStep:
         self._stream = torch.cuda.Stream(optimizer.buckets[0].device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] = ()
-        self._outputs: Output | None = None
+        self._outputs = None
         self._constants: list[tuple] = []
 
     def __call__(self, *inputs: Tensor) -> Output:
@@ -95,7 +95,7 @@ class CapturedStep:
         self._optimizer.before_replay()
         self._graph.replay()
         self._optimizer.after_replay()
-        return self._outputs
+        return self._outputs  # pyrefly: ignore[bad-return] # the capture has set them
 
     def _on_own_stream(self, function: Callable[[], Output]) -> Output:
         """Autograd remembers the stream on which a parameter's gradient is first accumulated: the capture's."""

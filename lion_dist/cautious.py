@@ -1,4 +1,4 @@
-"""The learning rates of ``Lion(cautious=True)``: a statistic over each whole tensor, wherever its shards are."""
+"""What ``Lion`` needs of whole tensors: the learning rates of cautious steps, and which engines hide what they need."""
 
 from __future__ import annotations
 
@@ -52,3 +52,12 @@ def sum_over_shards_(counts: Tensor, params: Sequence[Tensor]) -> None:
             part = counts[index]
             collectives.all_reduce(part, mesh.get_group(axis))
             counts[index] = part
+
+
+def refuse_hidden_ranks(param: Tensor, name: str) -> None:
+    """Raise ValueError where the engine does not tell among which ranks a tensor is cut."""
+    if LocalShard.of(param).is_flat:
+        raise ValueError(
+            f"skip_spikes needs the norm over all ranks' gradients, but {name} is part of FSDP1's flat parameter, "
+            "which does not say among which ranks it is cut. Use fully_shard (FSDP2), or skip_spikes=None."
+        )

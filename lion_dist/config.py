@@ -117,7 +117,7 @@ class ShardingConfig:
             where all ranks of the shard group can (NCCL elsewhere; a warning says why when one host's GPUs cannot).
             False: NCCL. True: an error where they cannot.
         update_in_backward: update each bucket as soon as its gradients are reduced, and gather it, inside backward;
-            ``step()`` finishes what is left. There is no norm to clip by and no verdict to skip by: an element whose
+            ``step()`` finishes what is left. There is no norm to clip by and no check to skip by: an element whose
             gradient is not finite stays. A parameter that nobody used counts as one with a zero gradient. All backward
             passes of a step but the last go inside ``no_sync()``.
         wait_in_backward: True: when the gradients of a few buckets are under way, backward waits for the first of them

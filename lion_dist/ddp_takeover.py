@@ -70,7 +70,7 @@ class DDPWithoutReducer(DistributedDataParallel):
         """Whatever else DDP does with it, such as registering a communication hook, is refused here."""
         raise RuntimeError(GONE.format(""))
 
-    logger = reducer
+    logger = reducer  # pyrefly: ignore[bad-assignment] # DDP's attribute, refused as well
 
     def __getstate__(self) -> dict:
         vars(self).update(reducer=None, logger=None)  # which DDP's own leaves out

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from torch.nn import Parameter
 
 from lion_dist.param_sync import GatherParams
-from lion_dist.shard_state import BucketShard
+from lion_dist.shard_state import ShardState
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.forward_hooks import ForwardHooks
-from lion_dist.version_tracker import ParamWatch
+from lion_dist.version_tracker import VersionTracker
 
 
 class FullParams:
@@ -23,9 +23,9 @@ class FullParams:
         param_sync: how updated shards reach the other ranks.
     """
 
-    def __init__(self, shards: Sequence[BucketShard], hooks: ForwardHooks | None, param_sync: GatherParams):
+    def __init__(self, shards: Sequence[ShardState], hooks: ForwardHooks | None, param_sync: GatherParams):
         self._shards, self._hooks, self.param_sync = shards, hooks, param_sync
-        self._versions = ParamWatch()
+        self._versions = VersionTracker()
         self._changed: set[Bucket] = set()  # by somebody else, since the last step
         self._updating: set[Bucket] = set()  # by the update under way, or by one that an exception has ended
 
@@ -33,7 +33,7 @@ class FullParams:
     def buckets(self) -> list[Bucket]:
         return [shard.bucket for shard in self._shards]
 
-    def add(self, shards: Sequence[BucketShard]) -> None:
+    def add(self, shards: Sequence[ShardState]) -> None:
         self._versions.add(shard.bucket for shard in shards)
         if self._hooks is not None:
             self._hooks.add_buckets([shard.bucket for shard in shards])
@@ -45,7 +45,7 @@ class FullParams:
 
     # ---- an update
 
-    def follow_outside_writes(self, shards: Iterable[BucketShard]) -> None:
+    def follow_outside_writes(self, shards: Iterable[ShardState]) -> None:
         """Main params follow parameters that somebody else has changed since our last update."""
         for shard in shards:
             if self._versions.find_changes(shard.bucket):
@@ -53,7 +53,7 @@ class FullParams:
                 self._changed.add(shard.bucket)
 
     def begin_updates(self, buckets: Collection[Bucket]) -> None:
-        """From here to :meth:`end_updates` an exception leaves parameters that ranks may not hold alike."""
+        """Note that from here to :meth:`end_updates` an exception leaves parameters that may differ between ranks."""
         self._updating.update(buckets)
 
     def note_updates(self, buckets: Sequence[Bucket], params: Iterable[Parameter]) -> None:
@@ -69,7 +69,7 @@ class FullParams:
         self._changed.clear()
 
     def finish_step(self) -> None:
-        """What no module waits for is awaited now."""
+        """Wait for parameters that no module waits for."""
         if self._hooks is None:
             self.finish_sync()
         else:

@@ -21,7 +21,7 @@ def check_betas(betas: object, name: str = "betas") -> tuple[float, float]:
             f"{name} must be two numbers in [0, 1), got {values.shown(betas)}. The paper's are (0.9, 0.99); Lion has "
             "no third."
         )
-    return tuple(found)
+    return found[0], found[1]  # pyrefly: ignore[bad-return] # checked above
 
 
 def check_hyperparameters(group: Mapping, decoupled_from: float | None = None) -> None:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lion_dist import values
 from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
-from lion_dist.cautious import cautious_lrs_of_whole_tensors, refuse_hidden_boundaries
+from lion_dist.cautious import cautious_lrs_of_whole_tensors, refuse_hidden_boundaries, refuse_hidden_ranks
 from lion_dist.config import PrecisionPolicy, check_interval, check_policy
 from lion_dist.hyperparameters import (
     HyperparameterWatch,
@@ -29,13 +29,11 @@ from lion_dist.hyperparameters import (
 )
 from lion_dist.kernels.reference import StepScalars, skip_unusable
 from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
-from lion_dist.lion_spikes import judge_spikes, refuse_hidden_ranks
 from lion_dist.local_shard import LocalShard, check_memory, flat, local_tensor, share_axes
 from lion_dist.main_params import collective_safe_state, init_main_param
-from lion_dist.meters import NO_METER, make_meter, refuse_unmeasured
+from lion_dist.optional_metrics import NO_METRICS, make_step_metrics, refuse_unmeasured
 from lion_dist.param_checks import check_grad, check_no_overlap, check_param
-from lion_dist.spike_guard import SpikeGuard, SpikeWatch, check_guard, not_guarded
-from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
+from lion_dist.step_rule import SpikeGuard, StepRule, check_guard, check_torch_options, not_guarded, note_max_lr
 from lion_dist.unused_params import NoGradientWarning
 from lion_dist.update_batch import STATE_KEYS, GlobalIndex, KnownBatches, OwnWrites, UpdateBatch
 
@@ -64,9 +62,8 @@ class Lion(Optimizer):
         maximize: follow the gradient upwards.
         foreach, fused, capturable, differentiable: torch.optim's. The first three ask for what a step is anyway; the
             last is refused.
-        skip_spikes: skip a step whose gradient norm, over all parameters and ranks, is far above those before
-            (``SpikeGuard``); a loss or a norm of the program's own is judged too (:meth:`observe`). FSDP1's flat
-            parameters are refused.
+        skip_spikes: skip a step whose gradient norm, over all parameters and ranks, or whose loss (:meth:`observe`) is
+            far above those before (``SpikeGuard``). FSDP1's flat parameters are refused.
         metrics_every: measure every n-th step, for :meth:`metrics`; 0 measures nothing and costs nothing.
 
     State of a parameter: ``exp_avg`` (its shape, fp32 or bf16); with main params ``main_param`` (fp32, or the int16
@@ -104,14 +101,14 @@ class Lion(Optimizer):
         check_torch_options(foreach, fused, capturable, differentiable)
         self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
         self.precision, self.skip_spikes = check_policy(precision), check_guard(skip_spikes)
-        self._spikes: SpikeWatch | None = None  # until the first step, when parameters are where they will stay
+        self._spikes = None  # until the first step, when parameters are where they will stay
         self.use_triton = values.flag("use_triton", use_triton, optional=True)
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._no_gradients = NoGradientWarning()
         self._index: GlobalIndex | None = None  # of the known batches; None: no random bits were drawn
         self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
         self.metrics_every = check_interval("metrics_every", metrics_every)
-        self._meter = NO_METER  # until the first step, when parameters are where they will stay
+        self._step_metrics = NO_METRICS  # until the first step, when parameters are where they will stay
         self._known_batches: dict[int, KnownBatches] = {}  # by id of the param group, from the last step
         self._own_writes = OwnWrites()
         super().__init__(values.params(params), defaults)
@@ -133,7 +130,7 @@ class Lion(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         # Present when load_state_dict() calls this; absent in a copy.
-        fresh = {"_known_batches": {}, "_own_writes": OwnWrites(), "_meter": NO_METER, "_index": None}
+        fresh = {"_known_batches": {}, "_own_writes": OwnWrites(), "_step_metrics": NO_METRICS, "_index": None}
         for name, value in (fresh | {"_no_gradients": NoGradientWarning()}).items():
             self.__dict__.setdefault(name, value)
         super().__setstate__(state)
@@ -183,15 +180,17 @@ class Lion(Optimizer):
         scalars = [self._scalars(group) for group, _, _ in found]
         skip = skip_unusable(skip, scalars)
         if self.skip_spikes is not None:
-            skip = judge_spikes(self._spike_watch(), found, grad_scale, skip)
+            from lion_dist.spike_guard.lion import judge_spikes
+
+            grad_scale, skip = judge_spikes(self._spike_watch(), found, grad_scale, skip)
         if self._no_gradients.is_waiting:
             self._note_gradients(bool(found))
-        self._make_meter()
-        self._meter.begin_step()
-        with self._meter.clock.phase("update"):
+        self._make_step_metrics()
+        self._step_metrics.begin_step()
+        with self._step_metrics.clock.phase("update"):
             for (_, batch, grads), backend, of_group in zip(found, backends, scalars, strict=True):
                 self._update(batch, grads, of_group, backend, grad_scale, skip)
-        self._meter.end_step(skip)
+        self._step_metrics.end_step(skip)
         return loss
 
     @property
@@ -204,15 +203,16 @@ class Lion(Optimizer):
 
         Args:
             loss: of the step, a tensor on the device; the same on all ranks that share parameters (their mean, say).
-            grad_norm: in place of the one that the step computes itself: what ``clip_grad_norm_`` has returned, for
-                the gradients that it leaves have no spikes.
+            grad_norm: in place of the step's own: what ``clip_grad_norm_`` returned, which leaves no spikes.
         """
         if self.skip_spikes is None:
             raise not_guarded()
         self._spike_watch().observe(loss, grad_norm)
 
-    def _spike_watch(self) -> SpikeWatch:
+    def _spike_watch(self):
         if self._spikes is None:
+            from lion_dist.spike_guard.watch import SpikeWatch
+
             device = local_tensor(next(p for group in self.param_groups for p in group["params"])).device
             self._spikes = SpikeWatch(self.skip_spikes, device, choose_backend(device, self.use_triton))
         return self._spikes
@@ -248,19 +248,19 @@ class Lion(Optimizer):
             arguments["cautious_lrs"] = cautious_lrs_of_whole_tensors(
                 batch, grads, scalars, self.rule.cautious_factor, grad_scale, backend
             )
-        if self._meter.is_measuring:
+        if self._step_metrics.is_measuring:
             from lion_dist.metrics.step_metrics import measure_batch
 
-            with self._meter.clock.phase("measure"):
-                measure_batch(self._meter, params, tensors, grads, scalars, **arguments)
+            with self._step_metrics.clock.phase("measure"):
+                measure_batch(self._step_metrics, params, tensors, grads, scalars, **arguments)
         # Unchecked: each batch has accepted or made its gradients.
         lion_update_(tensors, grads, scalars, skip=skip, check=False, **arguments)
         batch.end_update()
 
-    def _make_meter(self) -> None:
-        if self._meter is NO_METER and self.metrics_every:
+    def _make_step_metrics(self) -> None:
+        if self._step_metrics is NO_METRICS and self.metrics_every:
             first = next(p for group in self.param_groups for p in group["params"])
-            self._meter = make_meter(self.metrics_every, local_tensor(first).device)
+            self._step_metrics = make_step_metrics(self.metrics_every, local_tensor(first).device)  # pyrefly: ignore
 
     @torch.no_grad()
     def metrics(self, process_group: ProcessGroup | None = None) -> dict:
@@ -278,13 +278,13 @@ class Lion(Optimizer):
         """
         remedy = "Pass the group among whose ranks an engine cuts the parameters."
         values.instance("process_group", process_group, ProcessGroup, remedy, optional=True)
-        self._make_meter()
-        refuse_unmeasured(self._meter)
+        self._make_step_metrics()
+        refuse_unmeasured(self._step_metrics)
         from lion_dist.metrics.step_metrics import metrics_of_rank
 
         params = [p for group in self.param_groups for p in group["params"]]
         spikes = {} if self.skip_spikes is None else self._spike_watch().report()
-        return metrics_of_rank(self._meter, params, process_group) | spikes
+        return metrics_of_rank(self._step_metrics, params, process_group) | spikes
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """Return what GradScaler left on this object: (factor for the gradients, nonzero to skip)."""
@@ -345,7 +345,7 @@ class Lion(Optimizer):
         self._known_batches.clear()
         self._index = None
 
-    def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]):
+    def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]) -> list[tuple]:
         alike: dict[tuple, list[int]] = {}
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             check_grad(param, grad)

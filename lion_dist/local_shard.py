@@ -129,7 +129,8 @@ class LocalShard:
     def axes(self) -> tuple[tuple[DeviceMesh, int], ...]:
         """The mesh axes along which a DTensor is cut."""
         # FSDP over tensor parallel is a strided shard, which denies is_shard().
-        return tuple((self.mesh, axis) for axis, place in enumerate(self.placements) if not place.is_replicate())
+        cut = (axis for axis, place in enumerate(self.placements) if not place.is_replicate())
+        return tuple((self.mesh, axis) for axis in cut)  # pyrefly: ignore[bad-return] # without a mesh no placements
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:

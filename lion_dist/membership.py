@@ -13,12 +13,9 @@ from torch import nn
 from torch.nn import Parameter
 
 from lion_dist.sharded_params import clean_name
+from lion_dist.update_batch import same_objects
 
 _parameters = operator.attrgetter("_parameters")
-
-
-def _same_objects(some: Sequence, others: Sequence) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 class Membership:
@@ -66,13 +63,13 @@ class Membership:
         Raises:
             RuntimeError: the groups hold other parameters, or the module has others in the place of the optimizer's.
         """
-        if not _same_objects(groups, self._groups):
+        if not same_objects(groups, self._groups):
             raise RuntimeError(
                 "optimizer.param_groups holds other groups than ShardedLion was given: their settings and parameters "
                 "would have no effect. Use add_param_group(), or close() this optimizer and construct another."
             )
         for i, (group, params) in enumerate(zip(groups, self._params, strict=True)):
-            if not _same_objects(group["params"], params):
+            if not same_objects(group["params"], params):
                 raise RuntimeError(
                     f"param group {i} holds other parameters than ShardedLion was given: new ones are not in its "
                     "buckets and would never be trained. Use add_param_group() for them, or close() this optimizer "
@@ -105,7 +102,7 @@ class Membership:
 
 
 def _params_of(module: nn.Module) -> dict[Parameter, str]:
-    """With the first name of each; without waiting for those in flight, as ``named_parameters()`` would."""
+    """Return each parameter's first name; unlike ``named_parameters()``, do not wait for parameters in flight."""
     params: dict[Parameter, str] = {}
     for prefix, owner in module.named_modules():
         for name, param in dict.items(owner._parameters):

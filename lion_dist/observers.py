@@ -1,23 +1,27 @@
-"""What looks on at the steps of ``ShardedLion`` and may be absent: metrics, and the check of replicas.
-
-Both are imported when they are first asked for.
+"""What looks on at the steps of ``ShardedLion`` and may be absent: metrics, the check of replicas, and
+the watch for spikes. All are imported when they are first asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lion_dist.meters import make_meter, refuse_unmeasured
+from lion_dist.optional_metrics import make_step_metrics, refuse_unmeasured
 from lion_dist.shard_state import ShardBatch
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.buffers import CommStream
+from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.step_rule import SpikeGuard
 from lion_dist.update_terms import UpdateTerms
+
+if TYPE_CHECKING:
+    from lion_dist.spike_guard.watch import SpikeWatch
 
 
 class StepObservers:
@@ -42,33 +46,33 @@ class StepObservers:
     ):
         self._groups, self._stream, self._device, self._copies = groups, stream, device, copies
         self.metrics_every, self._check_replicas_every = metrics_every, check_replicas_every
-        self._meter, self._replica_check = make_meter(metrics_every, device), None
-        self.clock = self._meter.clock
+        self._step_metrics, self._replica_check = make_step_metrics(metrics_every, device), None
+        self.clock = self._step_metrics.clock
 
     def begin_step(self) -> None:
         if self._check_replicas_every:
             with self.clock.phase("measure"):
                 self._replicas().begin_step(self._copies)
-        self._meter.begin_step()
+        self._step_metrics.begin_step()
 
     def before_update(self, batch: ShardBatch, active: Tensor | None, terms: UpdateTerms) -> None:
         """``batch`` is about to be updated. Each element is measured once, by the first replica."""
-        if not self._meter.is_measuring or not batch.owning or batch.groups.replicate_rank:
+        if not self._step_metrics.is_measuring or not batch.owning or batch.groups.replicate_rank:
             return
         from lion_dist.metrics.statistics import measure
 
         with self.clock.phase("measure"):
             arguments = terms.arguments(batch, active)
-            self._meter.add(measure(batch.tensors, batch.grads(), terms.of(batch), **arguments))
+            self._step_metrics.add(measure(batch.tensors, batch.grads(), terms.of(batch), **arguments))
 
     def end_step(self, skip: Tensor, counters: Tensor) -> None:
-        self._meter.end_step(skip, counters)
+        self._step_metrics.end_step(skip, counters)
 
     def metrics(self) -> dict:
-        refuse_unmeasured(self._meter)
+        refuse_unmeasured(self._step_metrics)
         from lion_dist.metrics.step_metrics import metrics_over_ranks
 
-        return metrics_over_ranks(self._meter, self._groups)
+        return metrics_over_ranks(self._step_metrics, self._groups)
 
     def check_replicas(self) -> None:
         self._replicas().check(*self._copies())
@@ -77,7 +81,7 @@ class StepObservers:
         if self._replica_check is None:
             from lion_dist.replica_check import ReplicaCheck
 
-            self._replica_check = ReplicaCheck(self._groups, self._stream, self._device, self._check_replicas_every)
+            self._replica_check = ReplicaCheck(self._groups, self._stream, self._device, self._check_replicas_every)  # pyrefly: ignore
         return self._replica_check
 
 
@@ -89,3 +93,12 @@ def copies_of(params: ShardedParams, buckets: list[Bucket]) -> tuple[list[Bucket
         if param not in names and not param.requires_grad and type(param) is Parameter:
             frozen.append((name, param, groups_for({})))
     return buckets, frozen
+
+
+def watch_of(guard: SpikeGuard | None, device: torch.device, backend: str) -> SpikeWatch | None:
+    """Watch for spikes, where ``guard`` asks for that."""
+    if guard is None:
+        return None
+    from lion_dist.spike_guard.watch import SpikeWatch
+
+    return SpikeWatch(guard, device, backend)

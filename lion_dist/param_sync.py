@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lion_dist.kernels.update import lion_update_
-from lion_dist.shard_state import BucketShard, ShardBatch
+from lion_dist.shard_state import ShardBatch, ShardState
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.update_terms import UpdateTerms
 
@@ -28,7 +28,7 @@ class GatherParams:
     is_interrupted = False  # whole parameters may be received again
     leaves_gathers = True  # on their way when the step ends
 
-    def add(self, shards: Sequence[BucketShard], index_starts: Mapping[Parameter, int]) -> None:
+    def add(self, shards: Sequence[ShardState], index_starts: Mapping[Parameter, int]) -> None:
         """New shards, before their first update."""
 
     def update(self, batch: ShardBatch, active: Tensor | None, terms: UpdateTerms) -> None:

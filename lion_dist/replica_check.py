@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.buffers import CommStream
-from lion_dist.sharding.collectives import Finish
+from lion_dist.sharding.collectives import Work
+from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.process_groups import ShardGroups
 
 Frozen = tuple[str, Tensor, ShardGroups]  # a parameter that is not trained: name, values, who holds it
@@ -139,7 +139,7 @@ class _Look:
     checksums: list[Tensor]  # [pieces] int64 of each holding, on the device
     sent: Tensor  # kept until the gather is done
     rows: Tensor  # [ranks, 1 + 2 * holdings] int64, on the host once it is finished
-    finish: Finish
+    finish: Work
 
 
 class ReplicaCheck:
@@ -208,8 +208,8 @@ class ReplicaCheck:
             if rows.is_cuda:
                 on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
                 on_host.copy_(rows, non_blocking=True)
-                copied = self.stream.new_mark()
-                self.stream.mark(copied)
+                copied = self.stream.new_event()
+                self.stream.record_event(copied)
                 rows, finish = on_host, copied.event.synchronize
         return _Look(groups, holdings, checksums, sent, rows, finish)
 

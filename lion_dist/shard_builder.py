@@ -1,4 +1,4 @@
-"""From parameters to buckets with this rank's state of each: what is decided once, when parameters come."""
+"""Build buckets, and this rank's state of each, from parameters: what is decided once, when parameters are added."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch.nn import Parameter
 
+from lion_dist.choose_transport import choose_transport
 from lion_dist.config import PrecisionPolicy, ShardingConfig
 from lion_dist.param_sync import GatherParams
-from lion_dist.shard_state import BucketShard
+from lion_dist.shard_state import ShardState
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.buffers import CommStream, GradBufferPool
+from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
-from lion_dist.sharding.peer_memory import PeerMemory, connect
 from lion_dist.sharding.phases import PhaseClock
 from lion_dist.sharding.process_groups import ShardGroups, backend_for
+from lion_dist.sharding.transport import Transport
 
 
 class ShardBuilder:
@@ -38,10 +39,9 @@ class ShardBuilder:
     ):
         self._params, self._precision, self._sharding = params, precision, sharding
         self.stream, self.backend, self._clock = stream, backend, clock
-        self._pools: dict[tuple[torch.dtype, ShardGroups], GradBufferPool] = {}
-        self._peer_memories: dict[ShardGroups, PeerMemory | None] = {}
+        self._transports: dict[ShardGroups, Transport] = {}
 
-    def build(self, params: Sequence[tuple[Parameter, dict]], param_sync: GatherParams) -> list[BucketShard]:
+    def build(self, params: Sequence[tuple[Parameter, dict]], param_sync: GatherParams) -> list[ShardState]:
         """Shards of new buckets of ``params`` and their param groups, in order. Frozen ones wait until they are not."""
         for param, group in params:
             if not param.requires_grad:
@@ -55,12 +55,12 @@ class ShardBuilder:
         shards = []
         for members in pack_into_buckets(numels, keys, bucket_numel):
             shards.append(self._make_shard([trainable[i][0] for i in members], trainable[members[0]][1]))
-        for pool in self._pools.values():
-            pool.reserve()
+        for transport in self._transports.values():
+            transport.reserve()
         param_sync.add(shards, self._params.index_starts)
         return shards
 
-    def _make_shard(self, params: list[Parameter], group: dict) -> BucketShard:
+    def _make_shard(self, params: list[Parameter], group: dict) -> ShardState:
         groups, dtype = self._params.groups_for(group), params[0].dtype
         ordered = self._sharding.ordered_sum
         if ordered is None:
@@ -69,35 +69,41 @@ class ShardBuilder:
             params,
             [self._params.names[p] for p in params],
             groups,
-            self._pool_of(self._sharding.reduce_dtype or dtype, groups, params[0].device),
+            self._transport_of(groups, params[0].device),
+            reduce_dtype=self._sharding.reduce_dtype or dtype,
             ordered_sum=ordered,
             stream=self.stream,
             clock=self._clock,
             row_major=self._precision.is_stochastic(dtype),
         )
         groups.broadcast(bucket.flat_params)
-        return BucketShard(bucket, group, self._precision, [self._params.index_starts[p] for p in params])
+        return ShardState(bucket, group, self._precision, [self._params.index_starts[p] for p in params])
 
-    def _pool_of(self, wire: torch.dtype, groups: ShardGroups, device: torch.device) -> GradBufferPool:
-        if groups not in self._peer_memories:
-            self._peer_memories[groups] = connect(groups.shard_group, device, self._sharding.peer_memory)
-        if (wire, groups) not in self._pools:
-            bounded = self._sharding.wait_in_backward
-            self._pools[wire, groups] = GradBufferPool(wire, device, self._peer_memories[groups], bounded)
-        return self._pools[wire, groups]
+    def _transport_of(self, groups: ShardGroups, device: torch.device) -> Transport:
+        if groups not in self._transports:
+            self._transports[groups] = choose_transport(
+                groups,
+                device,
+                self.stream,
+                peer_memory=self._sharding.peer_memory,
+                use_triton=self.backend == "triton",
+                bounded=self._sharding.wait_in_backward,
+            )
+        return self._transports[groups]
 
     @property
     def pooled_nbytes(self) -> int:
-        """Of the gradient buffers that buckets share."""
-        return sum(pool.nbytes for pool in self._pools.values())
+        """Count the bytes of the gradient buffers that buckets share."""
+        return sum(transport.grad_buffer_nbytes for transport in self._transports.values())
 
-    def description(self, shards: Sequence[BucketShard]) -> str:
+    def description(self, shards: Sequence[ShardState]) -> str:
         """What was chosen, in a line for the log."""
         groups, params, sharding = self._params.groups, self._params.names, self._sharding
         device = next(iter(params)).device
         numels = [shard.bucket.layout.numel for shard in shards]
         axes = [backend_for(axis, device) for axis in groups.axes]
-        transport = "peer memory" if any(self._peer_memories.values()) else (axes or ["none"])[0]
+        names = {transport.name for transport in self._transports.values()}
+        transport = "peer memory" if "peer memory" in names else (axes or ["none"])[0]
         parts = [
             f"{sum(p.numel() for p in params):,} parameters in {len(params)} tensors",
             f"{groups.shard_world_size} ranks x {groups.replicate_world_size} replicas",

@@ -19,7 +19,7 @@ from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.memory_format import MemoryFormat
 
 
-class BucketShard:
+class ShardState:
     """This rank's optimizer state of one bucket.
 
     Args:
@@ -74,7 +74,7 @@ class BucketShard:
         return [shard[s.bucket_start - first : s.bucket_stop - first] for s in self.bucket.slices]
 
     def local_shards(self, shard: Tensor) -> list[LocalShard]:
-        """For each of the bucket's parameters, what a [shard_numel] tensor holds of it; of many that is nothing."""
+        """Return what a [shard_numel] tensor holds of each of the bucket's parameters; of many that is nothing."""
         held = dict.fromkeys(range(len(self.bucket.params)), (0, shard[:0]))
         held |= {
             s.param: (s.param_start, view) for s, view in zip(self.bucket.slices, self.slices_of(shard), strict=True)
@@ -142,7 +142,7 @@ class BucketShard:
 
 
 class ShardBatch:
-    """Bucket shards that one launch updates: of one param group, on the same ranks, and alike in dtypes.
+    """Shards that one launch updates: of one param group, on the same ranks, and alike in dtypes.
 
     Attributes:
         tensors: all their slices, or None when this rank owns only padding of them.
@@ -150,7 +150,7 @@ class ShardBatch:
         param_numels: [params] int64 on the device, elements of each whole parameter.
     """
 
-    def __init__(self, shards: Sequence[BucketShard]):
+    def __init__(self, shards: Sequence[ShardState]):
         self.shards, self.group, self.groups = list(shards), shards[0].group, shards[0].bucket.groups
         self.owning = [shard for shard in shards if shard.tensors is not None]
         self.tensors = None
@@ -180,7 +180,7 @@ class ShardBatch:
         return sum(len(shard.bucket.slices) for shard in self.shards)
 
 
-def params_of_slices(shards: Sequence[BucketShard]) -> Tensor:
+def params_of_slices(shards: Sequence[ShardState]) -> Tensor:
     """[slices of all shards] int64: where each slice's parameter is among those of all buckets."""
     firsts = itertools.accumulate((len(shard.bucket.params) for shard in shards), initial=0)
     places = [first + s.param for first, shard in zip(firsts, shards, strict=False) for s in shard.bucket.slices]
@@ -199,7 +199,7 @@ class UpdateOrder:
         self._device, self._one_by_one = device, one_by_one
         self._slice_params: Tensor | None = None  # [slices of all shards] int64: the parameter of each, among all
 
-    def add(self, shards: Sequence[BucketShard]) -> None:
+    def add(self, shards: Sequence[ShardState]) -> None:
         self.batches += [ShardBatch([shard]) for shard in shards] if self._one_by_one else make_batches(shards)
         shards = [shard for batch in self.batches for shard in batch.shards]
         self._slice_params = params_of_slices(shards).to(self._device)
@@ -214,7 +214,7 @@ class UpdateOrder:
         return next(batch for batch in self.batches if batch.shards[0].bucket is bucket)
 
 
-def make_batches(shards: Sequence[BucketShard]) -> list[ShardBatch]:
+def make_batches(shards: Sequence[ShardState]) -> list[ShardBatch]:
     """Batches of 1, 4, 16, ... shards in order: few launches, and the first parameters leave after one bucket's update.
 
     (A launch takes 0.2 to 0.4 ms of the host within a step. One a bucket were 8 ms a step with 38 buckets on an H200.)
@@ -228,6 +228,6 @@ def make_batches(shards: Sequence[BucketShard]) -> list[ShardBatch]:
     return batches
 
 
-def _launch_key(shard: BucketShard) -> tuple:
+def _launch_key(shard: ShardState) -> tuple:
     bucket = shard.bucket
-    return id(shard.group), bucket.groups, bucket.pool.dtype, shard.exp_avg.dtype, bucket.param_shard.dtype
+    return id(shard.group), bucket.groups, bucket.reduce_dtype, shard.exp_avg.dtype, bucket.param_shard.dtype

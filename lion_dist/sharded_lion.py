@@ -25,28 +25,27 @@ from lion_dist.backward_step import BackwardStep
 from lion_dist.cautious_steps import cautious_lrs_of_slices
 from lion_dist.config import PrecisionPolicy, ShardingConfig, check_interval, check_policy, check_sharding
 from lion_dist.full_params import FullParams
-from lion_dist.full_state import maker_of_parts
 from lion_dist.hyperparameters import check_hyperparameters, decoupling_lr
 from lion_dist.kernels.reference import skip_unusable
 from lion_dist.kernels.update import choose_backend
-from lion_dist.observers import StepObservers, copies_of
+from lion_dist.observers import StepObservers, copies_of, watch_of
 from lion_dist.param_sync import GatherParams
 from lion_dist.shard_builder import ShardBuilder
-from lion_dist.shard_state import BucketShard, ShardBatch, UpdateOrder
+from lion_dist.shard_state import ShardBatch, ShardState, UpdateOrder
 from lion_dist.sharded_optimizer import ShardedOptimizer
 from lion_dist.sharded_params import ShardedParams
-from lion_dist.sharding.buffers import CommStream
+from lion_dist.sharding.comm_stream import make_comm_stream
 from lion_dist.sharding.foreign_wrappers import refuse_wrapped
 from lion_dist.sharding.forward_hooks import ForwardHooks
+from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained, resolve_groups
 from lion_dist.sharding.scheduler import GradScheduler
-from lion_dist.sharding.verdict import Judge, Verdict
-from lion_dist.spike_guard import SpikeGuard, SpikeWatch, check_guard
-from lion_dist.state_access import StateAccess
+from lion_dist.state_dict.access import StateAccess
+from lion_dist.state_dict.full_state import maker_of_parts
 from lion_dist.step_gradients import StepGradients, choose_sum_of_squares
 from lion_dist.step_guard import StepGuard, refuse_bare_capture, refuse_blind_scaler
-from lion_dist.step_rule import StepRule, check_torch_options, note_max_lr
+from lion_dist.step_rule import SpikeGuard, StepRule, check_guard, check_torch_options, note_max_lr
 from lion_dist.update_terms import GroupScalars, UpdateTerms
 
 logger = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ class ShardedLion(ShardedOptimizer):
     ``ShardingConfig(overlap_param_sync=False)`` (see "the hazard" in ``sharding/forward_hooks.py``).
     """
 
-    _step_supports_amp_scaling = True  # the verdict and the factor stay on the device
+    _step_supports_amp_scaling = True  # the check and the factor stay on the device
 
     def __init__(
         self,
@@ -130,13 +129,13 @@ class ShardedLion(ShardedOptimizer):
         self._params = ShardedParams(module, resolve_groups(process_group), self.precision, choices)
         self._builder: ShardBuilder | None = None  # until all param groups have been checked
         super().__init__(values.params(params), defaults)
-        self._guard = StepGuard(self._params, module, taken)
+        self._guard = StepGuard(self._params, taken)
         device = self._params.first_device()
         # All user input has been checked: from here on ranks communicate, and tensors change.
         self.groups = self._meet_ranks()
         backend = choose_backend(device, use_triton)
-        stream = CommStream(device, bounded=sharding.wait_in_backward)
-        self.shards: list[BucketShard] = []
+        stream = make_comm_stream(device, bounded=sharding.wait_in_backward)
+        self.shards: list[ShardState] = []
         self.grad_scheduler = GradScheduler(keep_local_grads=sharding.zero_stage == 1)
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)  # steps taken, steps skipped
         self._observers = StepObservers(
@@ -156,10 +155,9 @@ class ShardedLion(ShardedOptimizer):
             self._params,
             lambda: self.param_groups,
             lambda: self._loss_scale,
-            module,
             self.grad_scheduler,
-            Judge(self.groups, device, divisor, choose_sum_of_squares(backend)),
-            None if skip_spikes is None else SpikeWatch(skip_spikes, device, backend),
+            GradientCheck(self.groups, device, divisor, choose_sum_of_squares(backend)),
+            watch_of(skip_spikes, device, backend),
             stream,
             self._observers.clock,
             before_reducing=self._before_reducing,
@@ -254,11 +252,11 @@ class ShardedLion(ShardedOptimizer):
             return loss
         scalars = self._scalars.of(self.param_groups)
         self._gradients.check()
-        verdict = self._gradients.verdict(skip_unusable(None, scalars.values()))
+        checked = self._gradients.checked(skip_unusable(None, scalars.values()))
         self._full_params.note_sync_starts()
         if self._guard.no_gradients.is_waiting:
             self._guard.no_gradients.note_step(any(any(bucket.used) for bucket in self.buckets))
-        terms = self._terms(verdict, scalars)
+        terms = self._terms(checked, scalars)
         self._observers.begin_step()
         self._full_params.follow_outside_writes(self.shards)
         if self.rule.is_cautious:
@@ -267,16 +265,16 @@ class ShardedLion(ShardedOptimizer):
         buckets = self.buckets
         self._full_params.begin_updates(buckets)
         with self._observers.clock.phase("update"):
-            for batch, active in self._order.with_used(verdict.used):
+            for batch, active in self._order.with_used(checked.used):
                 self._update(batch, active, terms)
                 self._send(batch)  # the next forward waits, not this line
         with self._observers.clock.phase("param_sync"):
             self._full_params.finish_sending()
         self._full_params.note_updates(buckets, [param for bucket in buckets for param in bucket.params])
         self._full_params.end_updates(buckets)
-        self._counters += verdict.outcome
+        self._counters += checked.outcome
         self._end_step()
-        self._observers.end_step(verdict.skip, self._counters)
+        self._observers.end_step(checked.skip, self._counters)
         return loss
 
     def _begin_step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
@@ -294,11 +292,11 @@ class ShardedLion(ShardedOptimizer):
         self._full_params.refuse_interrupted()
         return loss
 
-    def _terms(self, verdict: Verdict | None = None, scalars: dict | None = None) -> UpdateTerms:
-        """Without a ``verdict``, inside backward, only what cannot be used skips."""
+    def _terms(self, checked: CheckResult | None = None, scalars: dict | None = None) -> UpdateTerms:
+        """Inside backward there is no ``checked`` result, and only a setting that cannot be used skips."""
         scalars = self._scalars.of(self.param_groups) if scalars is None else scalars
-        skip = skip_unusable(None, scalars.values()) if verdict is None else verdict.skip
-        grad_scale = self._gradients.judge.grad_scale(None if verdict is None else self._loss_scale)
+        skip = skip_unusable(None, scalars.values()) if checked is None else checked.skip
+        grad_scale = self._gradients.gradient_check.grad_scale(None if checked is None else self._loss_scale)
         grad_scale = self.rule.signed(grad_scale, self._counters.device)
         return UpdateTerms(scalars, grad_scale, skip, self.rule, self.precision.seed, self._builder.backend)
 
@@ -314,7 +312,7 @@ class ShardedLion(ShardedOptimizer):
         self._full_params.param_sync.after_update(buckets)
 
     def _finish_backward_step(self) -> None:
-        self._in_backward.finish(self._loss_scale, self._params.module, self._guard.no_gradients)
+        self._in_backward.finish(self._loss_scale, self._guard.no_gradients)
         skip = skip_unusable(None, self._scalars.of(self.param_groups).values())
         if skip is None:
             self._counters[0] += 1
@@ -333,7 +331,7 @@ class ShardedLion(ShardedOptimizer):
     def _forget_step(self) -> None:
         if self._in_backward is not None:
             self._in_backward.forget_step()
-        self._gradients.judge.forget_step()
+        self._gradients.gradient_check.forget_step()
 
     def _before_reducing(self) -> None:
         self._guard.refuse_new_wrappers()

@@ -18,16 +18,16 @@ from lion_dist.full_params import FullParams
 from lion_dist.observers import StepObservers, copies_of
 from lion_dist.param_sync import GatherParams
 from lion_dist.shard_builder import ShardBuilder
-from lion_dist.shard_state import BucketShard
+from lion_dist.shard_state import ShardState
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained
 from lion_dist.sharding.scheduler import GradScheduler
-from lion_dist.spike_guard import not_guarded
-from lion_dist.state_access import StateAccess
-from lion_dist.state_dicts import LiveState
+from lion_dist.state_dict.access import StateAccess
+from lion_dist.state_dict.live_state import LiveState
 from lion_dist.step_gradients import StepGradients
 from lion_dist.step_guard import StepGuard
+from lion_dist.step_rule import not_guarded
 from lion_dist.update_terms import GroupScalars
 
 
@@ -35,7 +35,7 @@ class ShardedOptimizer(Optimizer):
     """The calls between steps. Attributes are made by ``ShardedLion``."""
 
     groups: ShardGroups
-    shards: list[BucketShard]
+    shards: list[ShardState]
     grad_scheduler: GradScheduler
     _builder: ShardBuilder
     _counters: Tensor
@@ -82,13 +82,13 @@ class ShardedOptimizer(Optimizer):
         remedy = "Pass the largest norm that a step may have, such as 1.0."
         max_norm = values.number("max_norm", max_norm, "above 0", above=0.0, remedy=remedy)
         self._gradients.check()
-        return self._gradients.judge.clip(max_norm, self._loss_scale)
+        return self._gradients.gradient_check.clip(max_norm, self._loss_scale)
 
     @explained("grad_norm()")
     def grad_norm(self) -> Tensor:
         """[] fp32 on the device: the global norm of this step's gradients, averaged and unscaled, before clipping."""
         self._gradients.check()
-        return self._gradients.judge.norm(self._loss_scale)
+        return self._gradients.gradient_check.norm(self._loss_scale)
 
     @explained("GradScaler.unscale_()")
     def unscale_and_check_(self, inverse_loss_scale: Tensor, loss_scale: Tensor | None = None) -> Tensor:
@@ -101,8 +101,8 @@ class ShardedOptimizer(Optimizer):
         """
         values.instance("inverse_loss_scale", inverse_loss_scale, Tensor, "Use lion_dist.GradScaler, which passes it.")
         values.scalar_tensor("inverse_loss_scale", inverse_loss_scale)
-        judge = self._gradients.judge
-        judge.inverse_loss_scale, judge.scaler_scale = inverse_loss_scale, loss_scale
+        check = self._gradients.gradient_check
+        check.inverse_loss_scale, check.scaler_scale = inverse_loss_scale, loss_scale
         return self._gradients.check().skip
 
     def observe(self, loss: Tensor) -> None:
@@ -117,7 +117,7 @@ class ShardedOptimizer(Optimizer):
 
         Call it before ``clip_grad_norm_`` and ``step``; it holds for one step. A tensor is not read by the host.
         """
-        self._gradients.judge.set_divisor(count)
+        self._gradients.gradient_check.set_divisor(count)
 
     def full_grad(self, param: Parameter) -> Tensor:
         """The gradient that ``step()`` will use for ``param``, whole, on every rank. All ranks call it together.
@@ -163,7 +163,7 @@ class ShardedOptimizer(Optimizer):
         runs none just calls ``step()``. What the program has written into ``p.grad`` takes part instead of zeros, so
         that all ranks can add gradients of their own after backward by calling it.
         """
-        self.grad_scheduler.finish_absent_pass()
+        self.grad_scheduler.join_backward()
 
     @explained("zero_grad()")
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -295,7 +295,7 @@ class ShardedOptimizer(Optimizer):
         total["grads"] += self._builder.pooled_nbytes
         return total
 
-    # ---- state_dict: this rank's part in torch's format (``state_dicts.py``), or on one rank the whole
+    # ---- state_dict: this rank's part in torch's format (``state_dict/``), or on one rank the whole
 
     @property
     def counters(self) -> Tensor:
@@ -314,7 +314,7 @@ class ShardedOptimizer(Optimizer):
         return LiveState(self.param_groups, self.shards, names, counters, decoupled_from, self.spike_window)
 
     def _settled_state(self) -> LiveState:
-        """With parameters whole, and main params that follow them."""
+        """Return the live state, once parameters are whole and main params follow them."""
         self._full_params.finish_sync()
         self._full_params.follow_outside_writes(self.shards)
         return self._live_state

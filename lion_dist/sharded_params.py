@@ -49,7 +49,7 @@ class ShardedParams:
         self._resolved: dict[object, ShardGroups] = {}
 
     def names_of(self, group: dict) -> list[str]:
-        """Of a param group that has come or is to come."""
+        """Name the parameters of a param group, whether it has been added or not yet."""
         if "param_names" in group:
             return list(group["param_names"])
         if all(param in self.names for param in group["params"]):

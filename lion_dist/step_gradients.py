@@ -1,24 +1,28 @@
-"""The gradients of the step that is to come: reduced, judged by all ranks together, and multiplied by one factor."""
+"""The gradients of the next step: reduced, checked by all ranks together, and multiplied by one factor."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding import full_grad
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.buffers import CommStream
+from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.foreign_wrappers import refuse_late_grads
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
+from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
 from lion_dist.sharding.phases import PhaseClock
 from lion_dist.sharding.scheduler import GradScheduler
-from lion_dist.sharding.verdict import Judge, Verdict
-from lion_dist.spike_guard import SpikeWatch, mean_over_ranks
 from lion_dist.step_choices import Factors, StepChoices
+from lion_dist.step_rule import SpikeGuard
+
+if TYPE_CHECKING:
+    from lion_dist.spike_guard.watch import SpikeWatch
 
 _requires_grad = operator.attrgetter("requires_grad")
 
@@ -29,7 +33,7 @@ class StepGradients:
     Args:
         param_groups: returns the optimizer's.
         loss_scale: returns that of a GradScaler around ``step()`` that has not unscaled.
-        judge: keeps what all ranks know about the gradients, and what they are multiplied by.
+        gradient_check: checks the gradients as a whole and keeps the factor that multiplies them.
         spikes: of ``skip_spikes``; None: no step is skipped for one.
         before_reducing: called before the gradients that are left are reduced.
         used_in_backward: backward updates with each gradient as it comes, and none is left to ask about.
@@ -41,9 +45,8 @@ class StepGradients:
         params: ShardedParams,
         param_groups: Callable[[], Sequence[dict]],
         loss_scale: Callable[[], Tensor | None],
-        module: nn.Module | None,
         scheduler: GradScheduler,
-        judge: Judge,
+        gradient_check: GradientCheck,
         spikes: SpikeWatch | None,
         stream: CommStream,
         clock: PhaseClock,
@@ -53,7 +56,7 @@ class StepGradients:
         used_in_backward: bool,
     ):
         self._params, self._param_groups, self._loss_scale = params, param_groups, loss_scale
-        self._module, self._scheduler, self.judge, self.spikes = module, scheduler, judge, spikes
+        self._scheduler, self.gradient_check, self.spikes = scheduler, gradient_check, spikes
         self._stream, self._clock = stream, clock
         self._before_reducing, self._adopt = before_reducing, adopt
         self._used_in_backward = used_in_backward
@@ -69,10 +72,10 @@ class StepGradients:
                 "with update_in_backward=True gradients are used as they come: there is no norm to clip by, to read or "
                 "to scale by. Construct ShardedLion with ShardingConfig(update_in_backward=False)."
             )
-        self.judge.drop_outdated(self._scheduler.version)
-        if self.judge.verdict is None:
+        self.gradient_check.drop_outdated(self._scheduler.version)
+        if self.gradient_check.result is None:
             self._reduce_what_is_left()
-        refuse_late_grads(self._params.names, self._module)
+        refuse_late_grads(self._params.names, self._params.module)
 
     def _reduce_what_is_left(self) -> None:
         if self._scheduler.in_no_sync:
@@ -83,16 +86,16 @@ class StepGradients:
         self._before_reducing()
         self._scheduler.finish_backward()
         if self._params.unfrozen():
-            self._decide()  # what ranks without such parameters do now, too
+            self._run_check()  # what ranks without such parameters do now, too
             self.adopt_unfrozen()
             self._scheduler.start_added()
-            self.judge.verdict = None  # it knows nothing of the new buckets
+            self.gradient_check.result = None  # it knows nothing of the new buckets
 
     def adopt_unfrozen(self) -> None:
         """Parameters that take gradients now get buckets. Every rank has started the reductions of the others, so that
         ranks with and without a batch come to the new ones' broadcast at the same point; and ranks have compared that
         they are the same ones."""
-        self.judge.agreement.wait()
+        self.gradient_check.agreement.wait()
         unfrozen = self._params.unfrozen()
         if unfrozen:
             self._params.check_memory({self._params.names[param]: param for param, _ in unfrozen})
@@ -102,29 +105,29 @@ class StepGradients:
 
     # ---- what all ranks know
 
-    def check(self) -> Verdict:
+    def check(self) -> CheckResult:
         """Wait for every reduction, then ask all ranks once: norm, finite, used. Kept until ``step()``."""
         self.reduce()
-        if self.judge.verdict is None:
-            self._decide()
+        if self.gradient_check.result is None:
+            self._run_check()
             self._stream.release()
-        return self.judge.verdict
+        return self.gradient_check.result  # pyrefly: ignore[bad-return] # it has run
 
-    def verdict(self, skip: Tensor | None) -> Verdict:
-        """The checked gradients' verdict, which skips also where ``skip`` ([] on the device) is not 0, and spikes."""
+    def checked(self, skip: Tensor | None) -> CheckResult:
+        """Return the result of the check, which skips also where ``skip`` ([] on the device) is not 0, and spikes."""
         if self.spikes is not None:
-            _, loss = self.spikes.take_given()
-            loss = (
-                None
-                if loss is None
-                else mean_over_ranks(loss.to(self.spikes.state.device), self._params.groups_for({}))
-            )
-            skip = self.spikes.verdict(self.judge.norm(self._loss_scale()), loss, skip)
-        return self.judge.skip_unusable(skip)
+            loss = self.spikes.take_mean_loss(self._params.groups_for({}))
+            skip = self.spikes.verdict(self.gradient_check.norm(self._loss_scale()), loss, skip)
+            self.gradient_check.clip_by(self.spikes.clip_coefficient)
+        return self.gradient_check.skip_unusable(skip)
 
-    def _decide(self) -> None:
+    @property
+    def guard(self) -> SpikeGuard | None:
+        return None if self.spikes is None else self.spikes.guard
+
+    def _run_check(self) -> None:
         with self._clock.phase("norm"):
-            self.judge.decide(self.buckets, self._scheduler.version, self.choices)
+            self.gradient_check.run(self.buckets, self._scheduler.version, self.choices)
 
     def choices(self) -> StepChoices:
         """What has to be the same on all ranks in every step."""
@@ -135,9 +138,9 @@ class StepGradients:
         return StepChoices(self._factors_now(), self._factors, unfrozen, frozen)
 
     def _factors_now(self) -> Factors:
-        judge = self.judge
-        loss_scale = self._loss_scale() if judge.scaler_scale is None else judge.scaler_scale
-        others = judge.divisor, loss_scale, judge.inverse_loss_scale, judge.max_norm
+        check = self.gradient_check
+        loss_scale = self._loss_scale() if check.scaler_scale is None else check.scaler_scale
+        others = check.divisor, loss_scale, check.inverse_loss_scale, check.max_norm
         return Factors.of(self._param_groups(), *others)
 
     def end_step(self) -> None:
@@ -146,20 +149,20 @@ class StepGradients:
     # ---- one parameter's
 
     def read(self, param: Parameter) -> Tensor:
-        """``ShardedLion.full_grad``."""
+        """Return what ``ShardedLion.full_grad`` returns."""
         bucket, position = self._place_of(param)
-        return full_grad.read(bucket, position, self.judge.unscaling(self._loss_scale()))
+        return full_grad.read(bucket, position, self.gradient_check.unscaling(self._loss_scale()))
 
     def write(self, param: Parameter, grad: Tensor) -> None:
-        """``ShardedLion.set_full_grad``."""
+        """Do what ``ShardedLion.set_full_grad`` does."""
         if not isinstance(grad, Tensor) or grad.shape != param.shape or not grad.dtype.is_floating_point:
             raise ValueError(
                 f"set_full_grad() takes a floating-point tensor of the parameter's shape {tuple(param.shape)}, got "
                 f"{f'{grad.dtype} {tuple(grad.shape)}' if isinstance(grad, Tensor) else repr(grad)}"
             )
-        self.judge.refuse_clipped("set_full_grad()")
+        self.gradient_check.refuse_clipped("set_full_grad()")
         bucket, position = self._place_of(param)
-        full_grad.write(bucket, position, grad.to(bucket.device), self.judge.unscaling(self._loss_scale()))
+        full_grad.write(bucket, position, grad.to(bucket.device), self.gradient_check.unscaling(self._loss_scale()))
         self._scheduler.version += 1
 
     def _place_of(self, param: Parameter) -> tuple[Bucket, int]:
@@ -175,7 +178,7 @@ class StepGradients:
 
 
 def choose_sum_of_squares(backend: str) -> SumOfSquares:
-    """Of gradient shards, by the backend of the update."""
+    """Choose how gradient shards are summed, by the backend of the update."""
     if backend != "triton":
         return sum_of_squares
     from lion_dist.kernels import squares_triton

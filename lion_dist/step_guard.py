@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from lion_dist.membership import Membership
 from lion_dist.sharded_params import ShardedParams, refuse_sparse_gradients
 from lion_dist.sharding.foreign_wrappers import refuse_sharded_since, refuse_wrapped
-from lion_dist.state_dicts import refuse_emptied
 from lion_dist.unused_params import NoGradientWarning
 
 if TYPE_CHECKING:
@@ -25,14 +23,13 @@ class StepGuard:
         no_gradients: warns of an optimizer that trains nothing.
     """
 
-    def __init__(self, params: ShardedParams, module: nn.Module | None, taken: Takeover | None):
-        refuse_wrapped(params.names, module, None if taken is None else taken.ddp)
+    def __init__(self, params: ShardedParams, taken: Takeover | None):
+        refuse_wrapped(params.names, params.module, None if taken is None else taken.ddp)
         if taken is not None:
             taken.check(params.names, params.groups.num_ranks)
-        refuse_sparse_gradients(params.names, module)
+        refuse_sparse_gradients(params.names, params.module)
         self.no_gradients = NoGradientWarning()
-        self._params, self._module = params, module
-        self._membership = Membership(module)
+        self._params, self._membership = params, Membership(params.module)
         self._has_looked_for_wrappers = False  # before a step
         self._is_closed = False
 
@@ -54,8 +51,8 @@ class StepGuard:
     def refuse_new_wrappers(self) -> None:
         """Before the first step, in which every wrapper must be known that is to be."""
         if not self._has_looked_for_wrappers:
-            refuse_wrapped(self._params.names, self._module)
-            refuse_sharded_since(self._params.module_names, self._module)
+            refuse_wrapped(self._params.names, self._params.module)
+            refuse_sharded_since(self._params.module_names, self._params.module)
             self._has_looked_for_wrappers = True
 
     def close(self) -> None:
@@ -70,7 +67,12 @@ def refuse_blind_scaler(optimizer: torch.optim.Optimizer) -> None:
             "torch.amp.GradScaler found no gradients to check, for ShardedLion keeps them in shards. Use "
             "lion_dist.GradScaler, which finds them; everything else about it is torch's."
         )
-    refuse_emptied(optimizer.state)
+    if not optimizer.state:  # torch's get_optimizer_state_dict would start it by a step of its own
+        raise RuntimeError(
+            "optimizer.state has been emptied, which changes nothing: ShardedLion's momentum lives in its shards. To "
+            'start afresh load {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}, or construct '
+            "another; optimizer.state itself must keep its entries."
+        )
 
 
 def refuse_bare_capture() -> None:

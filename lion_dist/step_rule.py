@@ -89,3 +89,38 @@ def check_max_lr(group: dict) -> None:
     name, expected = "max_lr of a param group with corrected_weight_decay=True", "finite and above 0"
     remedy = "Begin with an lr above 0, or put the schedule's largest into the group: {'params': ..., 'max_lr': 3e-4}."
     values.number(name, group.get("max_lr"), expected, above=0.0, finite=True, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class SpikeGuard:
+    """What counts as a spike among gradient norms (and losses), and what becomes of the step.
+
+    Args:
+        window: how many of the last steps a step is compared with; it judges from half as many on.
+        sigmas: how many standard deviations above their mean is too far.
+        clip: a step whose norm is a spike is taken, with gradients that are scaled down to the limit. (A loss that is
+            one still skips the step.)
+    """
+
+    window: int = 128
+    sigmas: float = 6.0
+    clip: bool = False
+
+    def __post_init__(self):
+        window = values.whole_number("window", self.window, "at least 2 steps", least=2, below=2**20, remedy="Use 128.")
+        remedy = "Use 6.0; from 3 on, steps of ordinary training are skipped too."
+        sigmas = values.number("sigmas", self.sigmas, "finite and above 0", above=0.0, finite=True, remedy=remedy)
+        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "sigmas", sigmas)
+        object.__setattr__(self, "clip", values.flag("clip", self.clip))
+
+
+def check_guard(guard: object) -> SpikeGuard | None:
+    """TypeError unless ``guard`` is a SpikeGuard or None."""
+    remedy = "Pass lion_dist.SpikeGuard(window=128, sigmas=6.0), for example."
+    return values.instance("skip_spikes", guard, SpikeGuard, remedy, optional=True)
+
+
+def not_guarded() -> RuntimeError:
+    """What observe() of an optimizer without a guard raises."""
+    return RuntimeError("observe() is for skip_spikes: construct the optimizer with skip_spikes=SpikeGuard(...).")

@@ -123,7 +123,7 @@ class UnevenInputs(Joinable):
 
 class _BeforeForward(OwnModelHook):
     def __call__(self, _module, _args) -> None:
-        inputs = None if self.hooks is None else self.hooks()
+        inputs = None if self.hooks is None else self.hooks()  # pyrefly: ignore[not-callable] # a weak reference
         if inputs is not None:
             inputs.before_forward()
 

@@ -26,7 +26,7 @@ class GroupScalars:
         self._settings = HyperparameterWatch(decoupled_from, corrected)
 
     def of(self, groups: Sequence[dict]) -> dict[int, StepScalars]:
-        """By id of the param group.
+        """Return scalars by id of the param group.
 
         Raises:
             ValueError: a group holds what cannot be used.
@@ -66,7 +66,7 @@ class UpdateTerms:
         return self.scalars[id(batch.group)]
 
     def arguments(self, batch: ShardBatch, active: Tensor | None) -> dict:
-        """For a kernel that reads ``batch``. ``active``: [slices] fp32, 0 where a slice stays as it is; None: none."""
+        """Return a kernel's arguments for ``batch``. ``active``: [slices] fp32, 0 where a slice stays."""
         return {
             "grad_scale": self.grad_scale,
             "active": active,

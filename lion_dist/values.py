@@ -12,7 +12,7 @@ import os
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def choice(name: str, value: T, choices: Sequence[T]) -> T:
     """ValueError unless ``value`` is one of ``choices``, which are strings."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {tuple(choices)}, got {shown(value)}. Pass one of them.")
-    return str(value)
+    return str(value)  # pyrefly: ignore[bad-return] # T is a kind of string
 
 
 def dtype(name: str, value: object, choices: Sequence[torch.dtype], remedy: str) -> torch.dtype | None:
@@ -123,7 +123,7 @@ def dtype(name: str, value: object, choices: Sequence[torch.dtype], remedy: str)
     return value
 
 
-def instance(name: str, value: object, kind: type[T], remedy: str, *, optional: bool = False) -> T | None:
+def instance(name: str, value: object, kind: type[T], remedy: str, *, optional: bool = False) -> T | Any:
     """TypeError unless ``value`` is a ``kind``; ``optional``: or None. For config objects, modules, groups of ranks."""
     if not isinstance(value, kind) and not (optional and value is None):
         or_none = " or None" if optional else ""

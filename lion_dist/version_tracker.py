@@ -19,7 +19,7 @@ from lion_dist.sharding.memory_format import MemoryFormat
 _version = operator.attrgetter("_version")
 
 
-class ParamWatch:
+class VersionTracker:
     """The version counters of the buckets' parameters after the optimizer's last update."""
 
     def __init__(self):

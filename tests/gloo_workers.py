@@ -52,7 +52,8 @@ class GlooPool:
         self._workers: list[tuple[mp.Process, Connection]] = []
         self._store: dist.TCPStore | None = None
         self._tasks = 0
-        self._stacks = Path(tempfile.mkdtemp(prefix="lion-dist-stacks-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="lion-dist-stacks-")  # removed with the pool
+        self._stacks = Path(self._folder.name)
 
     def run(self, world_size: int, function: Callable, *args, timeout: float = TASK_TIMEOUT) -> list:
         """Returns what each rank returned, in rank order.
@@ -77,7 +78,9 @@ class GlooPool:
     def _start(self, count: int) -> None:
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = mp.get_context("spawn")
+        # Forked from a process that has imported torch, which is most of what a start costs. (It runs no threads yet.)
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.tensor", "lion_dist.checkpoint"])
         new = []
         for rank in range(len(self._workers), count):
             ours, theirs = context.Pipe()

@@ -12,16 +12,17 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from lion_dist import shard_builder
+from lion_dist import choose_transport
+from lion_dist.peer_memory.memory import PeerBuffer, PeerMemory
+from lion_dist.peer_memory.transport import PeerTransport
 from lion_dist.sharding import collectives
-from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory
 
 
 class SharedFiles(PeerMemory):
     """``PeerMemory`` but for where the memory comes from, and with gloo's barrier."""
 
     def __init__(self, group, folder: Path):
-        self.rank, self.world_size, self._group, self._device = group.rank(), group.size(), group, torch.device("cpu")
+        self.rank, self.world_size, self._group, self.device = group.rank(), group.size(), group, torch.device("cpu")
         self._folder, self._count = folder, 0
         self._handle = SimpleNamespace(barrier=lambda channel: dist.barrier(group))
 
@@ -39,20 +40,21 @@ class SharedFiles(PeerMemory):
 @contextlib.contextmanager
 def shared_files() -> Iterator[None]:
     """``ShardedLion``s made within have peer memory."""
-    folders, connect = [], shard_builder.connect
+    folders = []
 
-    def connect_by_files(group, _device, _wanted):
+    def over_files(groups, _device, stream, _peer_memory, use_triton):
+        group = groups.shard_group
         if group is None:
             return None
         folder = tempfile.mkdtemp(dir="/dev/shm") if group.rank() == 0 else None
         folders.append(collectives.gather_objects(folder, group)[0])
-        return SharedFiles(group, Path(folders[-1]))
+        return PeerTransport(SharedFiles(group, Path(folders[-1])), groups, stream, use_triton)
 
-    shard_builder.connect = connect_by_files
+    choose_transport.CONNECTORS.insert(0, over_files)
     try:
         yield
     finally:
-        shard_builder.connect = connect
+        choose_transport.CONNECTORS.remove(over_files)
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays until it is not
 

@@ -44,7 +44,7 @@ def test_the_python_of_the_guides_runs(tmp_path):
     program = "\n".join(f"exec(compile({code!r}, {name!r}, 'exec'), {{}})\n{end}" for name, code in blocks)
     environment = os.environ | ranks | {"MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
 
@@ -136,7 +136,7 @@ def cells_of(table: str) -> dict[str, list[str]]:
     return {first.strip(): [cell.strip() for cell in others] for first, *others in rows}
 
 
-def tests_in(path: Path) -> set[str]:
+def names_of_tests(path: Path) -> set[str]:
     return set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
 
 
@@ -156,14 +156,14 @@ def test_each_cell_of_class_framework_and_feature_names_a_test_or_who_refuses(ki
 def test_the_tests_that_the_table_of_frameworks_names_are_there():
     named = re.findall(r"^\| (\w+) \| `(.+)::(.+)` \|$", OF_THE_TABLE, re.MULTILINE)
     assert len(named) > 30
-    assert [key for key, file, test in named if test not in tests_in(ROOT / "tests" / file)] == []
+    assert [key for key, file, test in named if test not in names_of_tests(ROOT / "tests" / file)] == []
     used = set(KEY.findall(OF_THE_TABLE.split("| key | test |")[0]))
     assert {key for key, _, _ in named} == used
 
 
 def test_the_tests_that_the_page_of_hugging_face_names_are_there():
     text = (DOCS / "huggingface.md").read_text()
-    there = tests_in(ROOT / "tests/integrations/test_trainer.py") | tests_in(
+    there = names_of_tests(ROOT / "tests/integrations/test_trainer.py") | names_of_tests(
         ROOT / "tests/integrations/test_accelerate.py"
     )
     assert set(re.findall(r"`(test_\w+)`", text)) <= there

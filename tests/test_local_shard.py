@@ -120,7 +120,7 @@ QUESTIONS = re.compile(
 ANSWERS = {
     "local_shard.py",
     "grad_placement.py",  # whether a gradient lies as its parameter does
-    "full_state.py",  # a tensor that torch takes for a DTensor
+    "state_dict/full_state.py",  # a tensor that torch takes for a DTensor
     "sharding/foreign_wrappers.py",  # names the wrappers that ShardedLion refuses
 }
 

@@ -15,10 +15,10 @@ from tests.test_budgets import ROOMS
 
 PACKAGE = Path(lion_dist.__file__).parent
 
-# One process for all rooms, which imports torch once and forks.
+# One process for all rooms, which imports once what each would import of torch, and forks.
 EACH_IN_A_FORK = """
 import os, sys, traceback, importlib.machinery
-import torch
+import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor
 finders = (importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter, importlib.machinery.PathFinder)
 sys.meta_path[:] = finders  # an editable installation would find what is missing in the copy
 for copy in sys.argv[1:]:

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from lion_pytorch import Lion as PublishedLion
 
-from lion_dist import Lion, ShardedLion, ShardingConfig, full_state
+from lion_dist import Lion, ShardedLion, ShardingConfig
 from lion_dist.sharding import collectives
+from lion_dist.state_dict import full_state
 from tests.checkpoint.engines import POLICIES
 from tests.full_states import assert_same_tensors, build, same_params, train, trained
 from tests.models import mlp

@@ -123,7 +123,7 @@ def equals_lion_fed_its_reduced_gradients(device, case):
             model(tokens_for(10 * step + micro_batch, device)).backward()
         optimizer.clip_grad_norm_(0.5)
         grads = reduced_gradients(optimizer)
-        factor = optimizer._gradients.judge.grad_scale(None)
+        factor = optimizer._gradients.gradient_check.grad_scale(None)
         masters = [grads[p] for p in model.parameters()]
         for param, grad in zip(twin.parameters(), masters, strict=True):
             param.grad = None

@@ -73,7 +73,7 @@ def see_gradients_in_hooks(device: torch.device, peer_memory: bool | None) -> No
 def run_out_of_memory(device: torch.device, peer_memory: bool | None) -> None:
     """On all ranks, when the second bucket is packed."""
     (model, opt), (expected, other) = make(device, peer_memory), make(device, peer_memory)
-    pool = opt.buckets[0].pool
+    pool = opt.buckets[0]._reduce_scatter.pool
     take, taken = pool.take, []
 
     def no_room():

@@ -229,8 +229,8 @@ def fail_alone(phase: str, function: str, occurrence: int) -> str:
         ("backward", "GradBufferPool.take", 0),
         ("backward", "GradBufferPool.take", -1),
         ("backward", "Bucket.complete_reduction", -1),
-        ("clip", "GradNorm._judge", 0),
-        ("step", "BucketShard.grad_slices", 0),
+        ("clip", "GradNorm._check", 0),
+        ("step", "ShardState.grad_slices", 0),
         ("sync", "Bucket.finish_param_sync", -1),
     ],
 )

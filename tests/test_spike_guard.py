@@ -14,7 +14,7 @@ import lion_dist.checkpoint
 from lion_dist import GradScaler, Lion, ShardedLion, ShardingConfig, SpikeGuard
 from lion_dist.integrations.deepspeed_config import read_params
 from lion_dist.kernels import triton_kernels
-from lion_dist.spike_guard import SpikeWatch
+from lion_dist.spike_guard.watch import SpikeWatch
 
 GUARD = SpikeGuard(window=8, sigmas=6.0)
 CPU = torch.device("cpu")
@@ -116,7 +116,29 @@ def test_a_value_that_is_not_finite_is_no_spike_and_does_not_enter(bad, backend)
     assert not any(found) and torch.equal(watch.state[:18], without.state[:18])
 
 
-@pytest.mark.parametrize("settings", [{"window": 1}, {"window": 2.5}, {"sigmas": 0.0}, {"sigmas": float("nan")}])
+def test_a_norm_that_is_a_spike_can_be_clipped_to_the_limit(backend):
+    watch = SpikeWatch(SpikeGuard(window=8, sigmas=6.0, clip=True), CPU, backend)
+    norms = [1.0, 1.1, 0.9, 1.0, 1.05, 50.0, 1.0]
+    found = []
+    for norm in norms:
+        assert watch.verdict(torch.tensor(norm), None, None).item() == 0
+        found.append(watch.clip_coefficient.item())
+    mean = sum(norms[:5]) / 5
+    limit = mean + 6 * (sum((x - mean) ** 2 for x in norms[:5]) / 4) ** 0.5
+    assert [x for i, x in enumerate(found) if i != 5] == [1.0] * 6
+    assert found[5] == pytest.approx(limit / 50.0, rel=1e-6)
+    assert watch.report() == {"spikes": 1, "last_spike": 6}
+
+
+def test_a_loss_that_is_a_spike_skips_a_guard_that_clips_too(backend):
+    watch = SpikeWatch(SpikeGuard(window=8, sigmas=6.0, clip=True), CPU, backend)
+    skipped = [watch.verdict(torch.tensor(1.0), torch.tensor(x), None).item() for x in (1.0, 1.1, 0.9, 1.0, 50.0)]
+    assert skipped == [0, 0, 0, 0, 1] and watch.clip_coefficient.item() == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"clip": 1}, {"window": 1}, {"window": 2.5}, {"sigmas": 0.0}, {"sigmas": float("nan")}]
+)
 def test_a_guard_that_cannot_judge_is_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SpikeGuard(**settings)
@@ -227,6 +249,27 @@ def test_deepspeed_refuses_the_guard():
         read_params({"skip_spikes": True})
 
 
+def test_lion_takes_the_step_of_a_spike_with_clipped_gradients():
+    weights = [nn.Parameter(torch.zeros(4, dtype=torch.float64).float()) for _ in range(2)]
+    guarded = Lion([weights[0]], lr=1e-2, betas=(0.9, 0.5), skip_spikes=SpikeGuard(window=8, clip=True))
+    by_hand = Lion([weights[1]], lr=1e-2, betas=(0.9, 0.5))
+    for step in range(8):
+        grad = torch.tensor([1.0, -2.0, 0.5, 0.25]) * (1 + step % 3 / 10)
+        weights[0].grad = grad * (1024 if step == 6 else 1)
+        guarded.step()
+        weights[1].grad = weights[0].grad * (guarded._spike_watch().clip_coefficient if step == 6 else 1)
+        by_hand.step()
+    assert torch.equal(*weights) and guarded._spike_watch().clip_coefficient.item() == 1
+    momenta = [opt.state[w]["exp_avg"] for opt, w in zip((guarded, by_hand), weights, strict=True)]
+    assert torch.equal(*momenta) and guarded._spike_watch().report()["last_spike"] == 7
+
+
+def test_a_norm_that_is_handed_over_does_not_go_with_clipping():
+    opt = Lion([nn.Parameter(torch.ones(3))], skip_spikes=SpikeGuard(clip=True))
+    with pytest.raises(ValueError, match=r"observe\(grad_norm=...\) does not go with SpikeGuard\(clip=True\)"):
+        opt.observe(grad_norm=torch.tensor(1.0))
+
+
 # ---- ranks
 
 
@@ -270,6 +313,37 @@ def sharded_skips_with_one_rank(param_sync):
 def test_all_ranks_skip_when_one_has_a_spike(gloo, ranks, param_sync):
     first, *others = gloo.run(ranks, sharded_skips_with_one_rank, param_sync)
     assert all(other == first for other in others)
+
+
+def sharded_clips(max_norm):
+    """The step of a spike is that of gradients which clip_grad_norm_() has brought down to the limit, or lower."""
+    rank, trained, limit = dist.get_rank(), {}, 0.0
+    for clips in (True, False):
+        model = make_model()
+        guard = SpikeGuard(window=8, sigmas=6.0, clip=True) if clips else None
+        opt = ShardedLion(model.parameters(), lr=1e-3, betas=(0.9, 0.5), module=model, skip_spikes=guard)
+        for step in range(STEPS):
+            backward(model, step, rank, is_poisoned=step == POISONED and rank == 1)
+            norm = opt.grad_norm()
+            if max_norm is not None:
+                opt.clip_grad_norm_(max_norm)
+            elif not clips and step == POISONED:
+                opt.clip_grad_norm_(limit)
+            opt.step()
+            if clips and step == POISONED:
+                coefficient = opt._gradients.spikes.clip_coefficient
+                assert coefficient < 0.1
+                limit = (coefficient * norm).item()
+        opt.finish_param_sync()
+        assert opt.skipped_steps() == 0
+        trained[clips] = [p.detach().clone() for p in model.parameters()]
+    for p, q in zip(trained[True], trained[False], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [None, 1e-3])
+def test_all_ranks_clip_a_spike(gloo, max_norm):
+    gloo.run(2, sharded_clips, max_norm)
 
 
 def sharded_judges_the_mean_loss():

@@ -25,7 +25,7 @@ from torch import nn
 from lion_dist import Lion, checkpoint
 from lion_dist.benchmarks.report import Rows
 
-Action = Callable[[], None]
+Action = Callable[[], object]
 
 
 def state_of(layers: int, width: int, device: torch.device) -> tuple[nn.Module, Lion]:

@@ -70,7 +70,7 @@ def measure(args, stage: int) -> dict:
     for step in steps:
         for _ in range(args.warm_up):
             step()
-    found = paired.compare(*steps, args, device)
+    found = paired.compare(steps[0], steps[1], args, device)
     own, theirs = (momentum_bytes(engine) for engine in engines)
     del engines, steps
     free_gpu_memory()

@@ -6,8 +6,9 @@
 The step is the time line of the GPU, from the first kernel of the profiled steps to the last. At each moment it
 computes (a kernel of forward or backward runs), or is exposed. An exposed moment has one cause, the first that runs of
 ``update`` (the Lion kernels), ``grad_sync`` (reduce-scatter and the packing before it), ``param_sync`` (all-gather, and
-replayed codes), ``norm`` (the verdict and its all-reduce); or none, and the device waits for the ``host``. Copies from
-peers' memory count as communication, and so do the barriers around them, in which a GPU waits for the others.
+replayed codes), ``norm`` (the check of the gradients and its all-reduce); or none, and the device waits for the
+``host``. Copies from peers' memory count as communication, and so do the barriers around them, in which a GPU waits for
+the others.
 """
 
 from __future__ import annotations

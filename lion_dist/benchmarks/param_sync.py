@@ -91,11 +91,12 @@ def sent_bytes() -> int:
 def measure(args, precision: str, device: torch.device) -> list[dict]:
     """One row an engine. Each trains a model of its own on the same batches."""
     steps: dict[str, Step] = {}
+    numel = 0
     for name, build in ENGINES.items():
         torch.manual_seed(0)
         model = Llama(args.layers, args.dim, args.dim // 64, 64 * round(args.dim / 24), vocab=args.vocab)
+        numel = sum(p.numel() for p in model.parameters())
         steps[name] = build(model.to(device, DTYPES[precision]))
-    numel = sum(p.numel() for p in model.parameters())
     generator = torch.Generator().manual_seed(dist.get_rank())
     times, sent, losses = ({name: [] for name in steps} for _ in range(3))
     for i in range(args.warm_up + args.steps):

@@ -32,8 +32,8 @@ from lion_dist import CapturedStep, Lion, PrecisionPolicy, ShardedLion, Sharding
 from lion_dist.benchmarks.llama import SIZES, make_llama
 from lion_dist.benchmarks.report import Rows
 from lion_dist.benchmarks.timing import free_gpu_memory
+from lion_dist.peer_memory import memory as peer_memory
 from lion_dist.reporting import figure_into
-from lion_dist.sharding import peer_memory
 
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.99), 0.1, 1.0
 SETTINGS = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
@@ -153,7 +153,7 @@ def flash_lion(params):
 
 
 def fsdp2(model: nn.Module, make: Callable, reshard: bool) -> Step:
-    for block in model.blocks:
+    for block in model.get_submodule("blocks").children():
         fully_shard(block, reshard_after_forward=reshard)
     fully_shard(model, reshard_after_forward=reshard)
     return torch_loop(model, model, make(model.parameters()))

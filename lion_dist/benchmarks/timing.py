@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -103,9 +104,12 @@ def time_in_graph(step: Callable[[], None], repeats: int, steps: int = 20) -> Ti
     return Timing(whole.median / steps, whole.p10 / steps, whole.p90 / steps, whole.repeats)
 
 
-def time_on_cpu(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, Timing]:
+Key = TypeVar("Key")
+
+
+def time_on_cpu(steps: dict[Key, Callable[[], object]], repeats: int) -> dict[Key, Timing]:
     """Wall time; the contenders take turns, so that other load on the machine meets them alike."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[Key, list[float]] = {name: [] for name in steps}
     for repeat in range(-1, repeats):
         for name, step in steps.items():
             start = time.perf_counter()

@@ -50,7 +50,8 @@ def llama_shapes() -> list[tuple[int, ...]]:
 
 def small_shapes() -> list[tuple[int, ...]]:
     """4,000 tensors of 67 M parameters: biases, norms and low-rank adapters, some with odd sizes."""
-    return 1000 * [(16, 2048), (2048, 16), (1024,), (771,)]
+    shapes: list[tuple[int, ...]] = [(16, 2048), (2048, 16), (1024,), (771,)]
+    return 1000 * shapes
 
 
 MODELS = {"llama 1.35B": llama_shapes, "4000 small": small_shapes, "4 MiB shard": lambda: [(2**21,)]}
@@ -114,7 +115,7 @@ def compiled_reference_step(params: list[nn.Parameter], policy: PrecisionPolicy)
     """torch.compile of the reference implementation, for precisions that need no random bits."""
     (param,) = params
     tensors = flat_tensors(param.detach(), policy)
-    state = [tensors.params[0], None if tensors.mains is None else tensors.mains[0], tensors.exp_avgs[0]]
+    main_param = None if tensors.mains is None else tensors.mains[0]
     scalars = StepScalars.from_group(LR, BETAS, WEIGHT_DECAY)
 
     @torch.compile
@@ -123,7 +124,7 @@ def compiled_reference_step(params: list[nn.Parameter], policy: PrecisionPolicy)
             if old is not None:
                 old.copy_(new)
 
-    return torch.no_grad()(lambda: step_(*state, param.grad))
+    return torch.no_grad()(lambda: step_(tensors.params[0], main_param, tensors.exp_avgs[0], param.grad))
 
 
 def optimizer_step(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
@@ -180,7 +181,7 @@ RULES = {
 RULED_PRECISIONS = ("fp32", "bf16 split", "bf16 none")
 
 
-def ruled_step(params: list[nn.Parameter], policy: PrecisionPolicy, rule: str) -> Callable[[], None]:
+def ruled_step(params: list[nn.Parameter], policy: PrecisionPolicy, rule: str) -> Callable[[], object]:
     opt = Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, precision=policy, **RULES[rule][0])
     if opt.skip_spikes is None:
         return opt.step

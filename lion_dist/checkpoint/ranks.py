@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ T = TypeVar("T")
 # CheckpointException is torch.distributed.checkpoint's, and derives from BaseException.
 FAILURES = (Exception, CheckpointException)
 
-_group_of_world: tuple[ProcessGroup, ProcessGroup] | None = None
+_group_of_world: tuple[Any, Any] | None = None  # process groups: the default one, and the one made for it
 
 
 class Ranks:
@@ -94,7 +94,8 @@ class Ranks:
         Raises:
             CheckpointError: on every rank, when it failed on any.
         """
-        result, failure = None, None
+        result: Any = None
+        failure = None
         try:
             result = function()
         except FAILURES as error:
@@ -108,7 +109,7 @@ class Ranks:
 
     def on_first(self, function: Callable[[], T]) -> T:
         """Call ``function`` on the first rank; every rank gets its (small, picklable) result, or its error."""
-        result = self.agree(lambda: function() if self.is_first else None)
+        result: Any = self.agree(lambda: function() if self.is_first else None)
         return self.gather(result)[0]
 
 

@@ -15,10 +15,10 @@ import sys
 from collections.abc import Sequence
 
 from lion_dist import __version__
-from lion_dist.cli import checkpoint, doctor, plan, plot
+from lion_dist.cli import checkpoint, doctor, plan, plot, suggest
 from lion_dist.cli.errors import UsageError
 
-VERBS = (checkpoint, doctor, plan, plot)
+VERBS = (checkpoint, doctor, plan, plot, suggest)
 
 
 def make_parser() -> argparse.ArgumentParser:

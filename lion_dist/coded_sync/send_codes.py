@@ -22,10 +22,10 @@ from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
 from lion_dist.config import PrecisionPolicy
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.param_sync import GatherParams
-from lion_dist.shard_state import BucketShard, ShardBatch
+from lion_dist.shard_state import ShardBatch, ShardState
 from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.collectives import Finish, nothing
+from lion_dist.sharding.collectives import COMPLETED, Work
 from lion_dist.sharding.layout import round_up
 from lion_dist.update_terms import UpdateTerms
 
@@ -47,7 +47,7 @@ class SendCodes(GatherParams):
         self._escapes: dict[Bucket, Tensor] = {}  # [] int32, of this step's buckets
         self._replays: list[_Replay] = []  # of the last step
 
-    def add(self, shards: Sequence[BucketShard], index_starts: Mapping[Parameter, int]) -> None:
+    def add(self, shards: Sequence[ShardState], index_starts: Mapping[Parameter, int]) -> None:
         for shard in shards:
             starts = [index_starts[param] for param in shard.bucket.params]
             self.codecs[shard.bucket] = codec_of(shard, self._precision, starts, self._backend, self._cautious_wd)
@@ -98,7 +98,7 @@ class SendCodes(GatherParams):
         else:
             bucket.start_param_sync(functools.partial(self._exchange, bucket, codec, codec.message(escapes)))
 
-    def _exchange(self, bucket: Bucket, codec: ShardCodec, message: Tensor) -> Finish:
+    def _exchange(self, bucket: Bucket, codec: ShardCodec, message: Tensor) -> Work:
         messages = message.new_empty(bucket.groups.shard_world_size * len(message))
         finish_gather = collectives.all_gather(messages, message, bucket.groups.shard_group)
         replay = _Replay(finish_gather, bucket, codec, messages)
@@ -123,9 +123,9 @@ class SendCodes(GatherParams):
 
 
 class _Replay:
-    """The ``Finish`` of codes that are under way: waits for them and replays them, once."""
+    """The ``Work`` of codes that are under way: waits for them and replays them, once."""
 
-    def __init__(self, finish_gather: Finish, bucket: Bucket, codec: ShardCodec, messages: Tensor):
+    def __init__(self, finish_gather: Work, bucket: Bucket, codec: ShardCodec, messages: Tensor):
         self._finish_gather, self._bucket, self._codec, self._messages = finish_gather, bucket, codec, messages
         self.is_wanted, self.is_interrupted = True, False
 
@@ -141,11 +141,14 @@ class _Replay:
         self.is_interrupted = True
         self._codec.replay(self._bucket.flat_params, self._messages.view(self._bucket.groups.shard_world_size, -1))
         self.is_wanted = self.is_interrupted = False
-        self._messages, self._finish_gather = None, nothing  # their memory goes now, not with the next step
+        self._messages, self._finish_gather = (
+            self._messages.new_empty(0),
+            COMPLETED,
+        )  # their memory goes now, not with the next step
 
 
 def codec_of(
-    shard: BucketShard, precision: PrecisionPolicy, starts: Sequence[int], backend: str, cautious_wd: bool
+    shard: ShardState, precision: PrecisionPolicy, starts: Sequence[int], backend: str, cautious_wd: bool
 ) -> ShardCodec:
     """The codec of one bucket's shard. ``starts``: global element indices of the parameters' first elements."""
     bucket = shard.bucket
@@ -183,7 +186,7 @@ def rates_of(scalars: StepScalars, moves: Tensor, cautious_lrs: Tensor | None) -
 
 
 def _update_and_encode(
-    shard: BucketShard, codec: ShardCodec, moves: Tensor, terms: UpdateTerms, batch: ShardBatch
+    shard: ShardState, codec: ShardCodec, moves: Tensor, terms: UpdateTerms, batch: ShardBatch
 ) -> None:
     """The update of this shard and its codes in one launch. ``moves``: [slices] bool."""
     codec.update_and_encode(
@@ -202,4 +205,4 @@ def _update_and_encode(
 
 
 def _keep(*_tensors: Tensor) -> None:
-    """The ``Finish`` of what is queued, for as long as it is not forgotten."""
+    """The ``Work`` of what is queued, for as long as it is not forgotten."""

@@ -111,7 +111,7 @@ class ShardCodec:
 
     @cached_property
     def pieces(self) -> list[list[Piece]]:
-        """Of every shard; each within CHUNK, so that it stays in the cache."""
+        """Cut every shard into pieces within CHUNK, which stay in the cache."""
         num_bytes = self.layout.num_bytes(self.shard_numel)
         cuts = sorted({*range(0, self.shard_numel, CHUNK), *range(0, self.shard_numel, num_bytes)})
         result: list[list[Piece]] = []
@@ -155,7 +155,7 @@ class ShardCodec:
         if self.old is not None:
             self._backend.encode(self, params, self.count)
             self.old = None
-        return self.count
+        return self.count  # pyrefly: ignore[bad-return] # begin() has made it
 
     def update_and_encode(
         self,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -86,7 +87,7 @@ class ShardedAccelerator(Accelerator):
             )
         accelerator.__class__ = cls
         accelerator._become_sharded()
-        return accelerator
+        return cast(ShardedAccelerator, accelerator)
 
     def _become_sharded(self) -> None:
         self.sharded_lions: list[ShardedLion] = []
@@ -179,8 +180,8 @@ class ShardedAccelerator(Accelerator):
                 stack.enter_context(optimizer.no_sync())
             yield
 
-    def clip_grad_norm_(self, parameters: Iterable[Parameter], max_norm: float, norm_type: float = 2) -> Tensor:
-        """Clip the global norm over all ranks, and return it; an infinite ``max_norm`` clips nothing.
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        """Clip the global norm of ``parameters`` over all ranks, and return it; infinite ``max_norm``: clip nothing.
 
         Raises:
             ValueError: another norm, or the norm of other parameters than all that one ShardedLion trains.
@@ -200,7 +201,7 @@ class ShardedAccelerator(Accelerator):
         self.unscale_gradients(optimizer)
         return optimizer.grad_norm() if math.isinf(max_norm) else optimizer.clip_grad_norm_(max_norm)
 
-    def clip_grad_value_(self, parameters: Iterable[Parameter], clip_value: float) -> None:
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if self._owners(parameters):
             raise ValueError(
@@ -226,7 +227,7 @@ class ShardedAccelerator(Accelerator):
             optimizer.broadcast_buffers()
             optimizer.consolidate_state_dict(to=0)
 
-    def save_state(self, output_dir: str | None = None, *args, **kwargs) -> str:
+    def save_state(self, output_dir: str | None = None, *args, **kwargs) -> Any:
         """As Accelerate's; what it writes loads on any number of ranks. All ranks call it together."""
         self.consolidate()
         return super().save_state(output_dir, *args, **kwargs)

@@ -299,6 +299,6 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     # By its own name: classes of a module that runs as __main__ would be others than those its importers see.
-    from lion_dist.integrations.deepspeed import main as run
+    from lion_dist.integrations.deepspeed import main as run  # pyrefly: ignore[missing-module-attribute]
 
     run(sys.argv[1:])

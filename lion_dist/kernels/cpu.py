@@ -57,17 +57,19 @@ def update(
         columns = [None if tensors.mains is None else tensors.mains[i], tensors.exp_avgs[i], grads[i].reshape(-1)]
         chunks = [repeat(None) if column is None else column.split(chunk) for column in columns]
         rule = {"cautious_lrs": None if cautious_lrs is None else cautious_lrs[i], "cautious_wd": cautious_wd}
-        for part, *parts in zip(param.split(chunk), *chunks, strict=False):
+        for part, main, exp_avg, grad in zip(param.split(chunk), *chunks, strict=False):
             numel = part.numel()
             bits = None
             if tensors.is_stochastic:
                 bits = random_bits(torch.arange(index, index + numel), seed, tensors.steps[i])
                 index += numel
             if cautious_wd or cautious_lrs is not None:
-                _update_by_reference(part, *parts, scalars, scale, bits, tensors.stochastic_momentum, **rule)
+                _update_by_reference(
+                    part, main, exp_avg, grad, scalars, scale, bits, tensors.stochastic_momentum, **rule
+                )
                 continue
             views = scratch if scratch[0].numel() == numel else [buffer[:numel] for buffer in scratch]
-            _update_chunk(part, *parts, scalars, factors, scale, bits, tensors.stochastic_momentum, views)
+            _update_chunk(part, main, exp_avg, grad, scalars, factors, scale, bits, tensors.stochastic_momentum, views)
 
 
 def _update_chunk(param, main, exp_avg, grad, scalars, factors, scale, bits, stochastic_momentum, scratch) -> None:

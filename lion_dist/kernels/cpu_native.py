@@ -78,7 +78,9 @@ def update(
     calls = []
     rule = CAUTIOUS * (cautious_lrs is not None) | CAUTIOUS_DECAY * cautious_wd
     plain = _scalars(scalars, grad_scale, rule)
-    structs = {(None, None): plain}  # by completed steps and cautious learning rates, None without
+    structs: dict[tuple, _Scalars] = {
+        (None, None): plain
+    }  # by completed steps and cautious learning rates, None without
     lrs = [None] * len(tensors.numels) if cautious_lrs is None else list(map(tuple, cautious_lrs.tolist()))
     piece = _piece_numel(tensors)
     for i, numel in enumerate(tensors.numels):

@@ -24,7 +24,7 @@ from lion_dist.sharding.process_groups import ShardGroups
 Axes = tuple[tuple, ...]  # (mesh, axis) pairs along which a tensor is cut
 
 
-class Meter:
+class StepMetrics:
     """When to measure, and what the last measured step left on the device.
 
     Statistics are kept apart by the axes that cut their tensors, because they are summed along those later.
@@ -96,7 +96,9 @@ class Meter:
         return 0 if self._skipped is None else int(self._skipped)
 
 
-def measure_batch(meter: Meter, params: Sequence[Tensor], tensors: LionTensors, grads, scalars, **arguments) -> None:
+def measure_batch(
+    step_metrics: StepMetrics, params: Sequence[Tensor], tensors: LionTensors, grads, scalars, **arguments
+) -> None:
     """Measure one of ``Lion``'s batches, apart by the axes that cut the ``params``. Arguments as ``measure``'s."""
     axes = [LocalShard.of(param).axes for param in params]
     kinds = dict.fromkeys(axes)
@@ -104,11 +106,11 @@ def measure_batch(meter: Meter, params: Sequence[Tensor], tensors: LionTensors, 
         active = None
         if len(kinds) > 1:
             active = torch.tensor([float(a == kind) for a in axes]).to(tensors.device, non_blocking=True)
-        meter.add(measure(tensors, grads, scalars, active=active, **arguments), kind)
+        step_metrics.add(measure(tensors, grads, scalars, active=active, **arguments), kind)
 
 
 def sum_over_shards(record: Mapping[Axes, Tensor], process_group: ProcessGroup | None) -> tuple[int, list[float]]:
-    """(step, sums over whole tensors [COLUMNS]) of a :meth:`Meter.record`; waits for the device.
+    """(step, sums over whole tensors [COLUMNS]) of a :meth:`StepMetrics.record`; waits for the device.
 
     One message a mesh axis along which anything is cut: one in all under FSDP2 and HSDP. ``process_group``: the ranks
     among which an engine has cut what looks like plain tensors.
@@ -145,11 +147,11 @@ def describe(step: int, sums: Sequence[float]) -> dict[str, float]:
     return {"step": step, **norms, "update_ratio": ratio, **shares}
 
 
-def metrics_over_ranks(meter: Meter, groups: ShardGroups) -> dict:
+def metrics_over_ranks(step_metrics: StepMetrics, groups: ShardGroups) -> dict:
     """All keys but ``skipped_steps``: one message, a row a rank. Every element is counted by one rank only."""
     rank = torch.distributed.get_rank() if groups.axes else 0
-    times = torch.tensor([rank, *times_of(meter.clock.last)], dtype=torch.float64).to(meter.device)
-    rows, finish = collectives.gather_rows(torch.cat([meter.record()[()], times]), groups.axes)
+    times = torch.tensor([rank, *times_of(step_metrics.clock.last)], dtype=torch.float64).to(step_metrics.device)
+    rows, finish = collectives.gather_rows(torch.cat([step_metrics.record()[()], times]), groups.axes)
     finish()
     values, end = rows.tolist(), 1 + len(COLUMNS)
     sums = [math.fsum(column) for column in zip(*(row[1:end] for row in values), strict=True)]
@@ -157,13 +159,13 @@ def metrics_over_ranks(meter: Meter, groups: ShardGroups) -> dict:
     return describe(int(values[0][0]), sums) | describe_times(ranks, times)
 
 
-def metrics_of_rank(meter: Meter, params: Iterable[Tensor], process_group: ProcessGroup | None) -> dict:
+def metrics_of_rank(step_metrics: StepMetrics, params: Iterable[Tensor], process_group: ProcessGroup | None) -> dict:
     """All keys, for an optimizer of tensors that somebody else shards and whose communication somebody else does."""
-    step, sums = sum_over_shards(meter.record(LocalShard.of(param).axes for param in params), process_group)
-    times = describe_times([0], [times_of(meter.clock.last)])
+    step, sums = sum_over_shards(step_metrics.record(LocalShard.of(param).axes for param in params), process_group)
+    times = describe_times([0], [times_of(step_metrics.clock.last)])
     times["ms_by_phase"] = {phase: times["ms_by_phase"][phase] for phase in ("update", "measure", "elsewhere")}
     unknown = {"bytes_by_phase": {}, "rank_ms": [], "slowest_rank": None}
-    return describe(step, sums) | {"skipped_steps": meter.skipped_steps()} | times | unknown
+    return describe(step, sums) | {"skipped_steps": step_metrics.skipped_steps()} | times | unknown
 
 
 TIMES = (*PHASES, *PHASES)  # columns of a rank's message: milliseconds, then bytes

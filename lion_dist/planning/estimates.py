@@ -342,7 +342,7 @@ def engines_for(precision: Precision, job: Job) -> dict[str, tuple[Callable, dic
 def _engines_of_adamw(precision: Precision, job: Job) -> dict[str, tuple[Callable, dict]]:
     if job.ranks == 1:
         return {"AdamW": (plan_adamw, {"engine": plan_replicated})}
-    engines = {
+    engines: dict[str, tuple[Callable, dict]] = {
         "DDP + AdamW": (plan_adamw, {"engine": plan_replicated}),
         "DDP + ZeRO-1 AdamW": (plan_adamw, {"engine": plan_zero_redundancy}),
         "FSDP2 + AdamW": (plan_adamw, {"engine": plan_fsdp}),
@@ -363,7 +363,7 @@ def plan(model: ModelShapes, job: Job, precision: str) -> list[EnginePlan]:
         found = engine(model, chosen, job, **settings)
         if found is not None:
             compute = settings.get("compute") or chosen.param_dtype
-            plans.append(EnginePlan(name, precision, *found, compute.itemsize))
+            plans.append(EnginePlan(name, precision, found[0], found[1], compute.itemsize))
     return plans
 
 
@@ -377,7 +377,7 @@ def activation_bytes(model: ModelShapes, tokens: int, itemsize: int, *, checkpoi
     values.instance("model", model, ModelShapes, 'Pass model_shapes.read_shapes("7b"), for example.')
     for name, count in (("tokens", tokens), ("itemsize", itemsize)):
         values.whole_number(name, count, "at least 1", least=1, remedy="Pass a whole number.")
-    checkpointing = values.flag("checkpointing", checkpointing)
+    checkpointing = values.flag("checkpointing", checkpointing) is True
     per_layer = 17 * model.hidden * itemsize
     layers = model.layers * model.hidden * itemsize + per_layer if checkpointing else model.layers * per_layer
     return tokens * (layers + model.vocab * (itemsize + 8))

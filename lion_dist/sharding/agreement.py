@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from lion_dist.sharding import collectives
 
-Entry = tuple[str, tuple]  # (what it is, its value)
+Entry = tuple[str, object]  # (what it is, its value)
 
 
 def check_ranks_agree(entries: Sequence[Entry], group: ProcessGroup) -> None:

@@ -1,11 +1,11 @@
-"""Updating a bucket from within backward, as soon as its gradients have been reduced."""
+"""Update a bucket from within backward, as soon as its gradients have been reduced."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from lion_dist.sharding.bucket import Bucket, GradState
-from lion_dist.sharding.buffers import CommStream
+from lion_dist.sharding.comm_stream import CommStream
 
 
 class BackwardUpdates:

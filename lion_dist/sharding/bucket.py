@@ -4,9 +4,9 @@ The tensors of a bucket, with N = shard_world_size and the geometry of ``layout.
 
     flat_params  [numel]        the parameters lie in it, each with a storage of its own; full on every rank
     param_shard  [shard_numel]  this rank's part of flat_params, a view
-    grad buffer  [numel]        this micro-batch's gradients, packed; from a pool, on their way out. Over peer memory
-                                nothing is packed, and it is what the other ranks send of theirs (``grad_push.py``)
     grad_shard   [shard_numel]  this rank's part of the gradients summed over ranks (and micro-batches)
+
+What moves the bytes is a ``Transport``, which keeps the buffers in which gradients are sent or received.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lion_dist.sharding import collectives
-from lion_dist.sharding.buffers import CommStream, GradBuffer, GradBufferPool, gaps_of, views_of
+from lion_dist.sharding.buffers import views_of
 from lion_dist.sharding.collective_error import CollectiveError
-from lion_dist.sharding.collectives import Finish, nothing
-from lion_dist.sharding.grad_push import GradPush
+from lion_dist.sharding.collectives import COMPLETED, Work
+from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.layout import BucketLayout
 from lion_dist.sharding.memory_format import MemoryFormat, with_own_storage
-from lion_dist.sharding.peer_memory import zeros
 from lion_dist.sharding.phases import NO_CLOCK, PhaseClock, in_phase
 from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.sharding.transport import Transport
 
 _grad, _shape, _layout = map(operator.attrgetter, ("grad", "shape", "layout"))
 
@@ -82,10 +81,10 @@ class Bucket:
         params: they move into the flat buffer; their values are kept, and the strides of those without gaps.
         names: for errors.
         groups: the ranks that share and replicate the bucket.
-        pool: of gradient buffers, in the dtype of the wire; its ``peer_memory`` moves the bucket's bytes, else
-            ``collectives``.
+        transport: of ``groups``; it moves the bucket's bytes.
+        reduce_dtype: of gradients while they are sent.
         ordered_sum: gradients are summed in fp32 in rank order (see ``collectives.reduce_scatter``).
-        stream: where communication is queued.
+        stream: where communication is enqueued.
         clock: told when this bucket packs, waits or starts a gather.
         row_major: parameters of other strides become row-major.
     """
@@ -95,8 +94,9 @@ class Bucket:
         params: Sequence[Parameter],
         names: Sequence[str],
         groups: ShardGroups,
-        pool: GradBufferPool,
+        transport: Transport,
         *,
+        reduce_dtype: torch.dtype,
         ordered_sum: bool,
         stream: CommStream,
         clock: PhaseClock = NO_CLOCK,
@@ -105,13 +105,13 @@ class Bucket:
         self.params, self.names, self.groups = list(params), list(names), groups
         self.layout = BucketLayout(tuple(p.numel() for p in params), groups.shard_world_size)
         self.slices = self.layout.slices(groups.shard_rank)
-        self.pool, self.ordered_sum, self.stream, self.clock = pool, ordered_sum, stream, clock
-        pool.fit(self.layout.numel)
+        self.reduce_dtype, self.stream, self.clock = reduce_dtype, stream, clock
         self.shapes = [p.shape for p in self.params]
         self.formats = [MemoryFormat.row_major(p.shape) if row_major else MemoryFormat.of(p) for p in params]
 
-        self._shared_params = zeros(self.layout.numel, params[0].dtype, params[0].device, pool.peer_memory)
-        self.flat_params = self._shared_params.flat
+        self._transport = transport
+        self._params_buffer = transport.allocate(self.layout.numel, params[0].dtype)
+        self.flat_params = self._params_buffer.flat
         self._places = views_of(self.flat_params, self.layout, self.formats)
         for param, place in zip(params, self._places, strict=True):
             _move_in(param, place)
@@ -119,23 +119,18 @@ class Bucket:
         start, stop = self.layout.shard_range(groups.shard_rank)
         self.param_shard = self.flat_params[start:stop]
 
-        wire_dtype = torch.float32 if ordered_sum else pool.dtype
-        self._grad_shard = torch.zeros(self.layout.shard_numel, dtype=wire_dtype, device=self.device)
+        self._reduce_scatter = transport.reduce_scatter(self.layout, self.formats, reduce_dtype, ordered=ordered_sum)
+        summed_dtype = torch.float32 if ordered_sum else reduce_dtype
+        self._grad_shard = torch.zeros(self.layout.shard_numel, dtype=summed_dtype, device=self.device)
         self._accumulator: Tensor | None = None  # fp32, when micro-batches are added up over a 16-bit wire
-        self._squares: Tensor | None = None  # of the shard, where peers' gradients are summed up
-        self._push: GradPush | None = None
-        if pool.peer_memory is not None:
-            self._push = GradPush(self.layout, self.formats, pool.peer_memory, pool.dtype, self.device)
-            if groups.replicate_group is None:
-                self._squares = self._push.squares()
 
         self.grad_state = GradState.EMPTY
         self.param_state = ParamState.FULL
         self.used = [False] * len(params)  # which parameters had a gradient on this rank since reset_grad()
         self._missing = set(range(len(params)))  # which have none yet in this backward pass
-        self._finish_reduce: Finish = nothing
-        self._finish_gather: Finish = nothing
-        self._grad_mark, self._param_mark = stream.new_mark(), stream.new_mark()
+        self._reduction: Work | None = None  # under way
+        self._gather: Work = COMPLETED
+        self._grad_event, self._param_event = stream.new_event(), stream.new_event()
         self._param_stream: torch.cuda.Stream | None = None
 
     @property
@@ -155,7 +150,7 @@ class Bucket:
     @property
     def squares(self) -> Tensor | None:
         """[n] fp64: sums of squares of parts of what ``finish_grad_sync()`` returns, where they cost nothing."""
-        return self._squares
+        return self._reduce_scatter.squares
 
     def _set_grad_state(self, new: GradState) -> None:
         if (self.grad_state, new) not in _GRAD_TRANSITIONS:
@@ -201,60 +196,18 @@ class Bucket:
         self._set_grad_state(GradState.SYNCING)
         self.used = [grad is not None or used for grad, used in zip(grads, self.used, strict=True)]
         with self.stream.fork():  # packing and sending too: backward goes on beside it
-            reduce = self._pack_and_reduce if self._push is None else self._push_and_sum
+            output = self._grad_accumulator() if adds_up else self._grad_shard
             try:
-                self._finish_reduce = reduce(grads, adds_up)
+                self._reduction = self._reduce_scatter.start(
+                    grads, output, adds_up=adds_up, complete=self.complete_reduction
+                )
             except CollectiveError as error:
                 self._explain(error, "starting to reduce the gradients")
                 raise
             for param in self.params:
                 param.grad = None
-            if self.stream.stream is not None:  # the rest only joins the queue, as the buffer's next use will
-                self.complete_reduction()
+            self.stream.complete_enqueued(self.complete_reduction)  # it joins the queue, as the buffer's next use will
         self._missing = set(range(len(self.params)))
-
-    def _pack_and_reduce(self, grads: Sequence[Tensor | None], adds_up: bool) -> Finish:
-        buffer = self.pool.take()
-        self._pack(buffer, grads)
-        self.stream.hold(grads)
-        if self.stream.stream is None:
-            buffer.release = self.complete_reduction
-        reduced = torch.empty_like(self._grad_shard) if adds_up else self._grad_shard
-        flat = buffer.flat[: self.layout.numel]
-        finish = collectives.reduce_scatter(reduced, flat, self.groups.shard_group, ordered=self.ordered_sum)
-        return lambda: self._take_in(finish, reduced, adds_up, buffer)
-
-    def _push_and_sum(self, grads: Sequence[Tensor | None], adds_up: bool) -> Finish:
-        buffer = self.pool.take()
-        if self._squares is not None:
-            target = self._sum_of_earlier() if adds_up else self._grad_shard
-            self._push(buffer, grads, target, self._squares, adds_up=adds_up)
-            self.stream.hold(grads)
-            return self._note_reduced
-        reduced = torch.zeros_like(self._grad_shard) if adds_up else self._grad_shard
-        self._push(buffer, grads, reduced, self._push.squares(), adds_up=False)  # squares of a sum that replicas add to
-        self.stream.hold(grads)
-        return lambda: self._take_in(nothing, reduced, adds_up)
-
-    def _pack(self, buffer: GradBuffer, grads: Sequence[Tensor | None]) -> None:
-        places, gaps = self._views_of(buffer)
-        present = [i for i, grad in enumerate(grads) if grad is not None]
-        empty = gaps
-        if len(present) < len(grads):
-            empty = gaps + [places[i] for i, grad in enumerate(grads) if grad is None and places[i].numel()]
-            places, grads = [places[i] for i in present], [grads[i] for i in present]
-        if empty:
-            torch._foreach_zero_(empty)
-        if present:
-            with torch.no_grad():
-                torch._foreach_copy_(places, grads)
-
-    def _views_of(self, buffer: GradBuffer) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters' places in ``buffer`` and the gaps between them; made once."""
-        if self not in buffer.views:
-            flat = buffer.flat[: self.layout.numel]
-            buffer.views[self] = views_of(flat, self.layout, self.formats), gaps_of(flat, self.layout)
-        return buffer.views[self]
 
     def check_grads(self, grads: Sequence[Tensor | None] | None = None) -> None:
         """Raise TypeError or ValueError when one of ``grads`` (None: those there are) cannot be reduced.
@@ -279,13 +232,17 @@ class Bucket:
             )
 
     def complete_reduction(self) -> None:
-        """Bring a reduction under way to its end. On a CUDA stream it is queued already and this costs nothing."""
-        finish, self._finish_reduce = self._finish_reduce, nothing
+        """Bring a reduction under way to its end. On a CUDA stream it is enqueued already and this costs nothing."""
+        if self._reduction is None:
+            return
+        reduction, self._reduction = self._reduction, None
         try:
-            finish()
+            reduction()
         except CollectiveError as error:
             self._explain(error, "reducing the gradients")
             raise
+        self._set_grad_state(GradState.REDUCED)
+        self.stream.record_event(self._grad_event)
 
     def _explain(self, error: CollectiveError, what: str) -> None:
         """Say in ``error`` what this bucket was doing, unless it had to wait for another one, which has said it."""
@@ -293,23 +250,7 @@ class Bucket:
             first, last = repr(self.names[0]), repr(self.names[-1])
             self.groups.progress.explain(error, f"{what} of {first}" + f" to {last}" * (first != last))
 
-    def _take_in(self, finish: Finish, reduced: Tensor, adds_up: bool, buffer: GradBuffer | None = None) -> None:
-        finish()
-        if buffer is not None:  # whoever takes it next must not wait for a later reduction of this bucket
-            buffer.release = nothing
-        if self.ordered_sum:
-            collectives.ordered_all_reduce(reduced, self.groups.replicate_group)
-        else:
-            collectives.all_reduce(reduced, self.groups.replicate_group)
-        if adds_up:
-            self._sum_of_earlier().add_(reduced)
-        self._note_reduced()
-
-    def _note_reduced(self) -> None:
-        self._set_grad_state(GradState.REDUCED)
-        self.stream.mark(self._grad_mark)
-
-    def _sum_of_earlier(self) -> Tensor:
+    def _grad_accumulator(self) -> Tensor:
         """What this step's further micro-batches are added to: fp32, whatever the wire carries."""
         if self._grad_shard.dtype == torch.float32:
             return self._grad_shard
@@ -321,7 +262,7 @@ class Bucket:
     def finish_grad_sync(self) -> Tensor:
         """The gradients of this rank's shard [shard_numel], summed over ranks and micro-batches of this step."""
         self.complete_reduction()
-        self.stream.join(self._grad_mark)
+        self.stream.wait_event(self._grad_event)
         if self.grad_state is not GradState.REDUCED:
             self._refuse_interrupted()
             raise RuntimeError(
@@ -333,8 +274,7 @@ class Bucket:
     def note_written_grad(self, position: int) -> None:
         """The program has written what ``finish_grad_sync()`` returns, at ``params[position]``."""
         self.used[position] = True
-        if self._squares is not None:
-            self._squares.zero_()[:1] = self.finish_grad_sync().double().square().sum()
+        self._reduce_scatter.note_written(self.finish_grad_sync())
 
     def reset_grad(self) -> None:
         """Forget this step's gradients, also those under way. From every state, whatever exception has led to it."""
@@ -350,7 +290,7 @@ class Bucket:
     @property
     def is_interrupted(self) -> bool:
         """Whether an exception has ended a reduction: nothing is under way, and the gradients are not reduced."""
-        return self.grad_state is GradState.SYNCING and self._finish_reduce is nothing
+        return self.grad_state is GradState.SYNCING and self._reduction is None
 
     def _refuse_interrupted(self) -> None:
         if self.is_interrupted:
@@ -362,7 +302,7 @@ class Bucket:
     # ---- parameters: (the shard is updated) ... start_param_sync ... finish_param_sync
 
     @in_phase("param_sync")
-    def start_param_sync(self, start: Callable[[], Finish] | None = None) -> None:
+    def start_param_sync(self, start: Callable[[], Work] | None = None) -> None:
         """Start what makes ``flat_params`` full again; ``param_shard`` may be read but not written.
 
         ``start`` is called where communication is queued; None: an all-gather.
@@ -370,22 +310,19 @@ class Bucket:
         self._set_param_state(ParamState.GATHERING)
         with self.stream.fork() as self._param_stream:
             try:
-                self._finish_gather = self._gather() if start is None else start()
+                self._gather = self._all_gather() if start is None else start()
             except CollectiveError as error:
                 self._explain(error, "starting to gather the parameters")
                 raise
-            self.stream.mark(self._param_mark)
+            self.stream.record_event(self._param_event)
 
     def leave_stale(self) -> None:
         """The shard is updated, and its gather is left to whoever needs the parameters."""
         self._set_param_state(ParamState.STALE)
-        self._finish_gather = nothing
+        self._gather = COMPLETED
 
-    def _gather(self) -> Finish:
-        if self.pool.peer_memory is not None:
-            self.pool.peer_memory.all_gather(self._shared_params)
-            return nothing
-        return collectives.all_gather(self.flat_params, self.param_shard, self.groups.shard_group)
+    def _all_gather(self) -> Work:
+        return self._transport.all_gather(self._params_buffer, self.param_shard)
 
     def finish_param_sync(self) -> None:
         """What follows may read every parameter. Costs nothing when no gather is under way."""
@@ -395,13 +332,15 @@ class Bucket:
             self.start_param_sync()
         with self.clock.phase("param_sync", self.label):
             try:
-                self._finish_gather()  # and again, if an exception ends it
+                self._gather()  # and again, if an exception ends it
             except CollectiveError as error:
                 self._explain(error, "gathering the parameters")
                 raise
-            self._finish_gather = nothing
-            self.stream.join(self._param_mark)
-            self.stream.join(self._param_mark, self._param_stream)  # whoever asks first may be on a stream of its own
+            self._gather = COMPLETED
+            self.stream.wait_event(self._param_event)
+            self.stream.wait_event(
+                self._param_event, self._param_stream
+            )  # whoever asks first may be on a stream of its own
         self._set_param_state(ParamState.FULL)
 
     def moved_params(self) -> list[int]:

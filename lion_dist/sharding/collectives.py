@@ -1,4 +1,4 @@
-"""The door to NCCL and gloo. (``peer_memory.py`` is the other way between ranks.)
+"""The door to NCCL and gloo. (``peer_memory/`` is the other way between ranks.)
 
 Each function starts a collective on the current stream (NCCL) or in the background (gloo) and returns what has yet to
 be done: a callable that completes it. On a CUDA stream the rest is queued at once and the callable does nothing; on
@@ -10,6 +10,7 @@ Where the backend fails, the functions and what they return raise ``CollectiveEr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from lion_dist.sharding.collective_error import attempt, explained
 
-Finish = Callable[[], None]
+Work = Callable[[], None]  # completes what has been started; may be called once
 
 # torch 2.13 renames them and warns at the old names; 2.11 has only those.
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -38,8 +39,11 @@ def count_sent(nbytes: int) -> None:
     sent_bytes += nbytes
 
 
-def nothing() -> None:
-    """The ``Finish`` of what is already done."""
+def _completed() -> None:
+    """Nothing is left to do."""
+
+
+COMPLETED: Work = _completed
 
 
 def reduce_scatter(
@@ -48,7 +52,7 @@ def reduce_scatter(
     group: ProcessGroup | None,
     *,
     ordered: bool,
-) -> Finish:
+) -> Work:
     """Sum ``flat`` over the group and keep this rank's shard of it in ``output``.
 
     ``ordered`` sums in fp32 in rank order, ``((g0 + g1) + g2) + ...``: each rank receives the others' addends by an
@@ -57,7 +61,7 @@ def reduce_scatter(
     """
     if group is None:
         output.copy_(flat)
-        return nothing
+        return COMPLETED
     count_sent(flat.nbytes - flat.nbytes // group.size())
     if ordered:
         return _ordered_reduce_scatter(output, flat, group)
@@ -68,7 +72,7 @@ def reduce_scatter(
     return _finish_of(work, "reduce_scatter", group)
 
 
-def _ordered_reduce_scatter(output: Tensor, flat: Tensor, group: ProcessGroup) -> Finish:
+def _ordered_reduce_scatter(output: Tensor, flat: Tensor, group: ProcessGroup) -> Work:
     world_size, shard_numel = group.size(), output.numel()
     addends = flat.view(world_size, shard_numel)
     chunks = 1 if flat.is_cuda else max(1, min(GLOO_CHUNKS, shard_numel // GLOO_CHUNK_NUMEL))
@@ -90,10 +94,10 @@ def _ordered_reduce_scatter(output: Tensor, flat: Tensor, group: ProcessGroup) -
     return _now_or_later(finish, flat)
 
 
-def all_gather(flat: Tensor, shard: Tensor, group: ProcessGroup | None) -> Finish:
+def all_gather(flat: Tensor, shard: Tensor, group: ProcessGroup | None) -> Work:
     """Fill ``flat`` [world_size * shard_numel] with every rank's ``shard`` [shard_numel], which is a view of it."""
     if group is None:
-        return nothing
+        return COMPLETED
     count_sent((group.size() - 1) * shard.nbytes)
     try:
         work = _all_gather_single(flat, shard, group=group, async_op=not flat.is_cuda)
@@ -135,12 +139,12 @@ def broadcast(tensor: Tensor, group: ProcessGroup | None) -> None:
         attempt(dist.broadcast, tensor, group_src=0, group=group)
 
 
-def gather_rows(row: Tensor, axes: Sequence[ProcessGroup]) -> tuple[Tensor, Finish]:
+def gather_rows(row: Tensor, axes: Sequence[ProcessGroup]) -> tuple[Tensor, Work]:
     """Every rank's ``row`` [n], as [ranks, n]: the ranks of the first axis are next to each other.
 
-    The result may be read when the ``Finish`` has been called. With two axes the host waits for the first on gloo.
+    The result may be read when the ``Work`` has been called. With two axes the host waits for the first on gloo.
     """
-    rows, finish = row.reshape(-1), nothing
+    rows, finish = row.reshape(-1), COMPLETED
     for axis in axes:
         finish()
         gathered = rows.new_empty(axis.size() * rows.numel())
@@ -149,7 +153,7 @@ def gather_rows(row: Tensor, axes: Sequence[ProcessGroup]) -> tuple[Tensor, Fini
     return rows.view(-1, row.numel()), finish
 
 
-def gather_objects(value: object, group: ProcessGroup | None) -> list[object]:
+def gather_objects(value: object, group: ProcessGroup | None) -> list[Any]:
     """Every rank's ``value``, in rank order."""
     if group is None:
         return [value]
@@ -163,9 +167,9 @@ def _parts(numel: int, count: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-def _finish_of(work: dist.Work | None, collective: str, group: ProcessGroup) -> Finish:
+def _finish_of(work: dist.Work | None, collective: str, group: ProcessGroup) -> Work:
     if work is None:
-        return nothing
+        return COMPLETED
 
     def finish() -> None:
         try:
@@ -176,8 +180,8 @@ def _finish_of(work: dist.Work | None, collective: str, group: ProcessGroup) -> 
     return finish
 
 
-def _now_or_later(finish: Finish, flat: Tensor) -> Finish:
+def _now_or_later(finish: Work, flat: Tensor) -> Work:
     if not flat.is_cuda:
         return finish
     finish()
-    return nothing
+    return COMPLETED

@@ -100,11 +100,11 @@ class CompiledCall:
 
     def __call__(self, *args, **kwargs):
         self.before(self.module, args)
-        return self.compiled(*args, **kwargs)
+        return self.compiled(*args, **kwargs)  # pyrefly: ignore[not-callable]
 
 
 class ForwardHooks:
-    """Lets each module's forward wait for its own parameters only.
+    """Lets each module's forward wait for its own parameters only. The module gets hooks with the first buckets.
 
     Attributes:
         all_whole: nothing is in flight; known since ``finish_all()``, and until ``note_sync_starts()``.
@@ -128,7 +128,6 @@ class ForwardHooks:
             reason="ShardedLion waits for parameters here. Compile the model before ShardedLion is made, or in place "
             "(model.compile(), block.compile()), and the graph stays whole.",
         )
-        self._hook_up()
 
     # ---- hooks
 

@@ -1,4 +1,4 @@
-"""The verdict on a step's gradients: their global norm, whether they are finite, and which parameters had any.
+"""What the check of a step's gradients finds: their global norm, whether they are finite, which parameters had any.
 
 One message per group of ranks: a vector in fp64 that is summed, ``[sum of squares, uses of parameter 0, ...]``, and
 among all ranks a hash of what they have chosen for this step (``step_agreement.py``). fp64 makes the norm independent
@@ -27,7 +27,7 @@ def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
 
 
 class GradNorm:
-    """Computes the verdict of a step; all ranks call it together, with all grad shards reduced.
+    """Sums what a step's check needs to know; all ranks call it together, with all grad shards reduced.
 
     Everything it returns stays on the device. ``total`` is [] fp64: the sum of squares of the summed, still scaled
     gradients over all parameters. ``used`` is [params of all buckets] fp32, 1 where the parameter had a gradient on
@@ -44,12 +44,12 @@ class GradNorm:
         for bucket in buckets:
             by_groups.setdefault(bucket.groups, []).append(bucket)
         if list(by_groups) == [self.main_groups]:
-            total, used, also = self._judge(self.main_groups, by_groups[self.main_groups], also)
+            total, used, also = self._check(self.main_groups, by_groups[self.main_groups], also)
             return total[0], used, also
         # Groups of their own (experts): every rank of a group brings an equal share of that group's sum.
         totals, used_of = [torch.zeros(1, dtype=torch.float64, device=self.device)], {}
         for groups, members in by_groups.items():
-            total, used, _ = self._judge(groups, members, also[:0])
+            total, used, _ = self._check(groups, members, also[:0])
             totals.append(total / groups.num_ranks)
             used_of |= zip(members, used.split([len(b.params) for b in members]), strict=True)
         message = torch.cat([torch.cat(totals).sum().reshape(1), also])
@@ -57,7 +57,7 @@ class GradNorm:
         none = torch.zeros(0, device=self.device)  # every parameter is frozen
         return message[0], torch.cat([none, *(used_of[bucket] for bucket in buckets)]), message[1:]
 
-    def _judge(self, groups: ShardGroups, buckets: list[Bucket], also: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _check(self, groups: ShardGroups, buckets: list[Bucket], also: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[1] the total of these buckets, which of their parameters were used, and the sum of ``also``."""
         message = torch.cat([self._squares_of(buckets).reshape(1), also, self._uses_on_device(buckets)])
         self._sum(message, groups)

@@ -121,10 +121,10 @@ def _make(given: ProcessGroup, name: str) -> ProcessGroup:
     finally:
         world.bound_device_id = bound
     distributed_c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
-    return group
+    return group  # pyrefly: ignore[bad-return] # this rank is a member
 
 
 def _backends(group: ProcessGroup) -> str:
-    """As ``init_process_group`` takes them: "gloo", or "cpu:gloo,cuda:nccl"."""
+    """Return the backends as ``init_process_group`` takes them: "gloo", or "cpu:gloo,cuda:nccl"."""
     backend, _ = distributed_c10d._world.pg_map[group]
     return str(backend)

@@ -6,7 +6,7 @@ counts as ``grad_sync`` or ``param_sync`` is what the computation stood still fo
 
     ===========  ======================================================================================
     grad_sync    gradients packed; computation waiting for their reduction
-    norm         the verdict on the gradients: norm, finite, used (and cautious Lion's counts); one message
+    norm         the check of the gradients: norm, finite, used (and cautious Lion's counts); one message
     update       the update of this rank's shards
     param_sync   gathers started; computation waiting for parameters
     measure      the measuring itself: statistics, checksums of replicas
@@ -41,7 +41,7 @@ LABEL = "lion_dist."  # labels begin so
 
 
 @dataclass(frozen=True)
-class _Mark:
+class _Boundary:
     """From here on, time and bytes belong to ``phase``."""
 
     time: float | torch.cuda.Event  # seconds, or an event
@@ -52,7 +52,7 @@ class _Mark:
 class Interval:
     """One measured stretch of the timeline."""
 
-    def __init__(self, marks: list[_Mark]):
+    def __init__(self, marks: list[_Boundary]):
         self._marks = marks
 
     def ms_by_phase(self) -> dict[str, float]:
@@ -87,7 +87,7 @@ class PhaseClock:
         self.device = device
         self.last: Interval | None = None  # between the last start() and stop()
         self.is_running = False
-        self._marks: list[_Mark] = []
+        self._marks: list[_Boundary] = []
 
     def start(self) -> None:
         self.is_running, self._marks = True, []
@@ -122,7 +122,7 @@ class PhaseClock:
             now = torch.cuda.current_stream(self.device).record_event(event)
         else:
             now = time.perf_counter()
-        self._marks.append(_Mark(now, collectives.sent_bytes, phase))
+        self._marks.append(_Boundary(now, collectives.sent_bytes, phase))
 
 
 NO_CLOCK = PhaseClock(torch.device("cpu"))  # is never started

@@ -236,7 +236,7 @@ class GradScheduler:
             if bucket.grad_state is GradState.EMPTY:
                 bucket.start_grad_sync()
 
-    def finish_absent_pass(self) -> None:
+    def join_backward(self) -> None:
         """This rank has no micro-batch where others run one: it takes part with what is in ``.grad``, or zeros."""
         if self.in_no_sync and self.keep_local_grads:
             self._pending_local = True  # as on the ranks that run it

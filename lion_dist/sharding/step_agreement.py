@@ -45,7 +45,7 @@ class Choices(Protocol):
     """What has to be the same on all ranks. ``repr()`` says all of it but what lies on the device, and is quick."""
 
     def entries(self) -> list[Entry]:
-        """By name, also what lies on the device; for an error."""
+        """Return all values by name, also those on the device; for an error."""
 
     def tensors(self) -> Sequence[Tensor]:
         """[] or [1], on the device: what ``repr()`` does not say."""

@@ -12,7 +12,7 @@ import pytest
 from lion_dist import __version__, cli
 from lion_dist.cli.errors import UsageError
 
-VERBS = ("checkpoint", "doctor", "plan", "plot")
+VERBS = ("checkpoint", "doctor", "plan", "plot", "suggest")
 
 
 def test_help_names_every_verb(capsys):

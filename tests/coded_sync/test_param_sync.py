@@ -11,7 +11,8 @@ from torch.nn import Parameter
 from lion_dist import PrecisionPolicy
 from lion_dist.coded_sync.send_codes import SendCodes
 from lion_dist.sharding.bucket import Bucket
-from lion_dist.sharding.buffers import CommStream, GradBufferPool
+from lion_dist.sharding.collective_transport import CollectiveTransport
+from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.process_groups import resolve_groups
 
 CPU = torch.device("cpu")
@@ -46,9 +47,10 @@ def sync_two_buckets(escapes_by_rank: list[tuple[int, int]], written_on: int | N
     sync = SendCodes(PrecisionPolicy(), "reference")
     buckets = []
     for escapes in escapes_by_rank[dist.get_rank()]:
-        pool = GradBufferPool(torch.float32, CPU)
         param = Parameter(torch.full((300,), float(dist.get_rank())))
-        buckets.append(Bucket([param], ["p"], groups, pool, ordered_sum=True, stream=CommStream(CPU)))
+        stream = CommStream()
+        transport, wire = CollectiveTransport(groups, CPU, stream), torch.float32
+        buckets.append(Bucket([param], ["p"], groups, transport, reduce_dtype=wire, ordered_sum=True, stream=stream))
         sync.codecs[buckets[-1]] = NotedCodec(escapes, notes)
     for bucket in buckets:
         sync.after_update([bucket])

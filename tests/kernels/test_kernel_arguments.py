@@ -8,12 +8,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from lion_dist import spike_guard_triton
 from lion_dist.coded_sync import codes_triton
 from lion_dist.coded_sync import update_triton as coded_update_triton
 from lion_dist.kernels import cautious_triton, triton_kernels, triton_launch
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.metrics import statistics_triton
+from lion_dist.spike_guard import watch_triton
 from tests.kernels.cases import BF16, INT16, Case, Storage
 
 KERNELS = {
@@ -24,7 +24,7 @@ KERNELS = {
         statistics_triton,
         codes_triton,
         coded_update_triton,
-        spike_guard_triton,
+        watch_triton,
     )
     for name, function in vars(module).items()
     if name.endswith("_kernel") and hasattr(function, "fn")

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import rounds_study
 import torch
-from rounds_study import Arm, Workers, summarize
 
+import rounds_study
 from lion_dist import Lion, PrecisionPolicy
+from rounds_study import Arm, Workers, summarize
 from train import Transformer
 
 FLAGS = "--layers 1 --dim 16 --heads 2 --seq-len 8 --batch-size 8 --steps 6 --held-out 4 --no-compile --lr 1e-2".split()

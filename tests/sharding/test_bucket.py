@@ -7,19 +7,22 @@ import torch
 from torch import nn
 
 from lion_dist.sharding.bucket import Bucket, GradState, ParamState
-from lion_dist.sharding.buffers import CommStream, GradBufferPool, gaps_of, views_of
+from lion_dist.sharding.buffers import GradBufferPool, gaps_of, views_of
+from lion_dist.sharding.collective_transport import CollectiveTransport
+from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.layout import BucketLayout
 from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.sharding.transport import FlatBuffer
 
 CPU = torch.device("cpu")
 
 
 def make_bucket(*shapes: tuple[int, ...], wire: torch.dtype = torch.float32, ordered_sum: bool = True) -> Bucket:
     params = [nn.Parameter(torch.full(shape, float(i + 1))) for i, shape in enumerate(shapes)]
-    pool = GradBufferPool(wire, CPU)
-    names = [f"p{i}" for i in range(len(params))]
-    return Bucket(params, names, ShardGroups(None), pool, ordered_sum=ordered_sum, stream=CommStream(CPU))
+    names, groups, stream = [f"p{i}" for i in range(len(params))], ShardGroups(None), CommStream()
+    transport = CollectiveTransport(groups, CPU, stream)
+    return Bucket(params, names, groups, transport, reduce_dtype=wire, ordered_sum=ordered_sum, stream=stream)
 
 
 def reduce(bucket: Bucket, *values: float | None) -> None:
@@ -44,7 +47,7 @@ def test_padding_is_zero_and_stays_zero():
     bucket = make_bucket((3,), (5,))
     assert bucket.flat_params.sum().item() == 3 * 1 + 5 * 2
     for _ in range(GradBufferPool.DEPTH):
-        bucket.pool.take().flat.fill_(7.0)  # what another bucket left in the buffers
+        bucket._reduce_scatter.pool.take().flat.fill_(7.0)  # what another bucket left in the buffers
     reduce(bucket, 1.0, 1.0)
     assert bucket.finish_grad_sync().sum().item() == 8.0
 
@@ -141,7 +144,7 @@ def test_views_and_gaps_cover_the_flat_buffer():
 
 
 def test_pool_completes_the_last_use_of_a_buffer_before_it_is_taken_again():
-    pool = GradBufferPool(torch.float32, CPU)
+    pool = GradBufferPool(lambda numel: FlatBuffer(torch.zeros(numel)))
     pool.fit(10)
     released = []
     buffers = []
@@ -156,7 +159,7 @@ def test_pool_completes_the_last_use_of_a_buffer_before_it_is_taken_again():
 
 def test_pool_completes_the_uses_of_buffers_that_it_gives_up():
     """A collective on another stream may read them yet; their memory goes to whoever asks next."""
-    pool, released = GradBufferPool(torch.float32, CPU), []
+    pool, released = GradBufferPool(lambda numel: FlatBuffer(torch.zeros(numel))), []
     pool.fit(10)
     for i in range(2):
         pool.take().release = lambda i=i: released.append(i)
@@ -165,7 +168,7 @@ def test_pool_completes_the_uses_of_buffers_that_it_gives_up():
 
 
 def test_pool_grows_with_the_largest_bucket():
-    pool = GradBufferPool(torch.bfloat16, CPU)
+    pool = GradBufferPool(lambda numel: FlatBuffer(torch.zeros(numel, dtype=torch.bfloat16)))
     pool.fit(10)
     pool.take()
     pool.fit(30)

@@ -1,8 +1,6 @@
-"""``skip_spikes``: a step whose gradient norm (or loss) is far above those of the steps before is not taken.
-
-An observer of a step with one word in it: :meth:`SpikeWatch.verdict` says whether to skip. Everything is on the device:
-the window of the last values, the comparison and the counters; nothing waits. All ranks give the same values, so they
-come to the same verdict and hold the same window.
+"""An observer of a step with one word in it: :meth:`SpikeWatch.verdict` says whether to skip. Everything is on the
+device: the window of the last values, the comparison and the counters; nothing waits. All ranks give the same values,
+so they come to the same verdict and hold the same window.
 
 A value is a spike when it is above ``mean + sigmas * std`` of the window, once half of that is filled. It enters the
 window as that limit: one spike does not blind the guard to the next, and values that stay high raise the limit at each
@@ -12,43 +10,16 @@ is skipped anyway).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from lion_dist import values
 from lion_dist.sharding import collectives
 from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.step_rule import SpikeGuard
 
 NORM, LOSS = range(2)  # rows of the window
 LEAST_STD = 1e-6  # of the mean: equal values differ by the rounding of their mean
-
-
-@dataclass(frozen=True)
-class SpikeGuard:
-    """What counts as a spike.
-
-    Args:
-        window: how many of the last steps a step is compared with; it judges from half as many on.
-        sigmas: how many standard deviations above their mean is too far.
-    """
-
-    window: int = 128
-    sigmas: float = 6.0
-
-    def __post_init__(self):
-        window = values.whole_number("window", self.window, "at least 2 steps", least=2, below=2**20, remedy="Use 128.")
-        remedy = "Use 6.0; from 3 on, steps of ordinary training are skipped too."
-        sigmas = values.number("sigmas", self.sigmas, "finite and above 0", above=0.0, finite=True, remedy=remedy)
-        object.__setattr__(self, "window", window)
-        object.__setattr__(self, "sigmas", sigmas)
-
-
-def check_guard(guard: object) -> SpikeGuard | None:
-    """TypeError unless ``guard`` is a SpikeGuard or None."""
-    remedy = "Pass lion_dist.SpikeGuard(window=128, sigmas=6.0), for example."
-    return values.instance("skip_spikes", guard, SpikeGuard, remedy, optional=True)
 
 
 class SpikeWatch:
@@ -57,6 +28,8 @@ class SpikeWatch:
     Attributes:
         state: [2 * window + 5] fp64 on the device, all there is to save: the last norms, the last losses, how many of
             each have entered, the steps that were judged, the spikes among them, and the number of the last one.
+        clip_coefficient: [] fp32, what the last step's gradients are multiplied by, with ``SpikeGuard(clip=True)``: it
+            brings the norm of a spike down to the limit, and is 1 in other steps. None without.
 
     Args:
         backend: as ``kernels.update.choose_backend`` says. A window depends in last bits on the kind of device.
@@ -69,6 +42,7 @@ class SpikeWatch:
         self._entered, self._numbers = self.state[-5:-3], self.state[-3:]
         self._places = torch.arange(guard.window, dtype=torch.float64, device=device)
         self._given: list[Tensor | None] = [None, None]  # by the user, for the next step
+        self.clip_coefficient: Tensor | None = None
 
     def __getstate__(self) -> tuple:
         return self.guard, self.backend, self.state
@@ -83,6 +57,11 @@ class SpikeWatch:
         for row, name, value in ((NORM, "grad_norm", grad_norm), (LOSS, "loss", loss)):
             if value is None:
                 continue
+            if row == NORM and self.guard.clip:
+                raise ValueError(
+                    "observe(grad_norm=...) does not go with SpikeGuard(clip=True), which multiplies the gradients "
+                    "that step() finds. Leave out the clipping and grad_norm, or use clip=False."
+                )
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name} must be a tensor of one element, got {values.shown(value)}. Pass the tensor.")
             values.scalar_tensor(name, value)
@@ -94,6 +73,16 @@ class SpikeWatch:
         self._given = [None, None]
         return norm, loss
 
+    def take_mean_loss(self, groups: ShardGroups) -> Tensor | None:
+        """[] fp64: the mean of the losses that all ranks have been given, which call this together. None: no loss."""
+        _, loss = self.take_given()
+        if loss is None:
+            return None
+        message = loss.to(self.state.device, torch.float64).reshape(1).clone()
+        for axis in groups.axes:
+            collectives.all_reduce(message, axis)
+        return message[0] / groups.num_ranks
+
     def verdict(self, norm: Tensor | None, loss: Tensor | None, skip: Tensor | None) -> Tensor:
         """[] fp32, not 0 where the step is to be skipped: ``skip`` ([] fp32 or None), or a spike. Asked once a step.
 
@@ -101,24 +90,34 @@ class SpikeWatch:
         """
         norm, loss, skip = (x if x is None else x.to(self.state.device).reshape(()) for x in (norm, loss, skip))
         if self.backend == "triton":
-            from lion_dist import spike_guard_triton
+            from lion_dist.spike_guard import watch_triton
 
             sizes = {"SIGMAS": self.guard.sigmas, "LEAST_STD": LEAST_STD, "WINDOW": self.guard.window}
-            return spike_guard_triton.verdict(self.state, norm, loss, skip, **sizes)
-        is_spike = torch.zeros((), dtype=torch.bool, device=self.state.device)
+            result, self.clip_coefficient = watch_triton.verdict(
+                self.state, norm, loss, skip, clip=self.guard.clip, **sizes
+            )
+            return result
+        is_spike = must_skip = torch.zeros((), dtype=torch.bool, device=self.state.device)
+        self.clip_coefficient = torch.ones((), device=self.state.device) if self.guard.clip else None
         for row, value in ((NORM, norm), (LOSS, loss)):
-            if value is not None:
-                is_spike = is_spike | self._enter(row, value.double())
+            if value is None:
+                continue
+            here, limit = self._enter(row, value.double())
+            is_spike = is_spike | here
+            if row == NORM and self.guard.clip:
+                self.clip_coefficient = torch.where(here, limit / value.double(), 1.0).float()
+            else:
+                must_skip = must_skip | here
         judged, spikes, last = self._numbers.unbind()
         judged += 1
         spikes += is_spike
         last.copy_(torch.where(is_spike, judged, last))
         if skip is None:
-            return is_spike.float()
-        return (is_spike | (skip != 0)).float()
+            return must_skip.float()
+        return (must_skip | (skip != 0)).float()
 
-    def _enter(self, row: int, value: Tensor) -> Tensor:
-        """Whether ``value`` is a spike, [] bool; it is in the window from now on."""
+    def _enter(self, row: int, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether ``value`` is a spike, [] bool, and the limit; it is in the window from now on."""
         window, entered = self._window[row], self._entered[row]
         count = entered.clamp(max=self.guard.window)
         known = self._places < count
@@ -130,7 +129,7 @@ class SpikeWatch:
         here = (self._places == entered % self.guard.window) & is_finite
         window.copy_(torch.where(here, torch.where(is_spike, limit, value), window))
         entered += is_finite
-        return is_spike
+        return is_spike, limit
 
     def report(self) -> dict[str, int]:
         """For ``metrics()``; it waits for the device."""
@@ -157,16 +156,3 @@ class SpikeWatch:
             self.state.zero_()
         else:
             self.state.copy_(saved)
-
-
-def mean_over_ranks(value: Tensor, groups: ShardGroups) -> Tensor:
-    """[] fp64: of each rank's ``value``; all ranks call it together."""
-    message = value.to(torch.float64).reshape(1).clone()
-    for axis in groups.axes:
-        collectives.all_reduce(message, axis)
-    return message[0] / groups.num_ranks
-
-
-def not_guarded() -> RuntimeError:
-    """What observe() of an optimizer without a guard raises."""
-    return RuntimeError("observe() is for skip_spikes: construct the optimizer with skip_spikes=SpikeGuard(...).")

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lion_dist import ShardedLion, ShardingConfig
-from lion_dist.sharding import collectives, peer_memory
-from lion_dist.sharding.grad_push import GradPush
+from lion_dist.peer_memory import connect as peer_connect
+from lion_dist.peer_memory import memory as peer_memory
+from lion_dist.peer_memory.memory import PeerBuffer, PeerMemory, Recording
+from lion_dist.peer_memory.ordered_sum_triton import OrderedSum
+from lion_dist.peer_memory.transport import PeerCopies
+from lion_dist.sharding import collectives
 from lion_dist.sharding.layout import BucketLayout
 from lion_dist.sharding.memory_format import MemoryFormat
-from lion_dist.sharding.ordered_sum_triton import OrderedSum
-from lion_dist.sharding.peer_memory import PeerBuffer, PeerMemory, Recording
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the kernel; interpreted on a CPU
 DTYPES = [torch.float32, torch.bfloat16]
@@ -42,7 +44,7 @@ def on_ranks(flats, function):
 
     def run(rank):
         memory = PeerMemory.__new__(PeerMemory)
-        memory.rank, memory.world_size, memory._handle = rank, len(flats), handle
+        memory.rank, memory.world_size, memory.device, memory._handle = rank, len(flats), DEVICE, handle
         try:
             function(memory, PeerBuffer(flats[rank], tuple(flats)))
         except BaseException as error:
@@ -108,7 +110,7 @@ class Reductions:
         results = [[None] * self.ranks for _ in range(count)]
 
         def reduce(memory, _):
-            push = GradPush(self.layout, self.formats, memory, self.dtype, DEVICE)
+            push = PeerCopies(self.layout, self.formats, memory, self.dtype)
             output = torch.zeros(self.layout.shard_numel, dtype=output_dtype, device=DEVICE)
             buffers = itertools.cycle(
                 SimpleNamespace(shared=PeerBuffer(flats[memory.rank], flats), flat=flats[memory.rank], views={})
@@ -331,10 +333,10 @@ def test_gloo_ranks_use_no_peer_memory_and_say_why_when_they_are_to(gloo):
 
 def ask_for_peer_memory():
     group = dist.group.WORLD
-    assert peer_memory.connect(group, torch.device("cpu"), None) is None
-    assert peer_memory.connect(group, torch.device("cpu"), False) is None
+    assert peer_connect.connect(group, torch.device("cpu"), None) is None
+    assert peer_connect.connect(group, torch.device("cpu"), False) is None
     with pytest.raises(RuntimeError, match="peer_memory=True cannot be had.*gloo.*peer_memory=None"):
-        peer_memory.connect(group, torch.device("cpu"), True)
+        peer_connect.connect(group, torch.device("cpu"), True)
 
 
 class Ranks:
@@ -343,9 +345,9 @@ class Ranks:
     def __init__(self, monkeypatch, theirs, visible=("gpu-a", "gpu-b"), reachable=True):
         self.theirs = list(theirs)
         device_of = lambda i: type("", (), {"uuid": visible[getattr(i, "index", i)]})  # noqa: E731
-        monkeypatch.setattr(peer_memory, "backend_for", lambda group, device: "nccl")
-        monkeypatch.setattr(peer_memory, "_host", lambda: "here")
-        monkeypatch.setattr(peer_memory, "PeerMemory", lambda group, device: "connected")
+        monkeypatch.setattr(peer_connect, "backend_for", lambda group, device: "nccl")
+        monkeypatch.setattr(peer_connect, "_host", lambda: "here")
+        monkeypatch.setattr(peer_connect, "PeerMemory", lambda group, device: "connected")
         monkeypatch.setattr(collectives, "gather_objects", lambda mine, group: [mine, self.theirs.pop(0)])
         monkeypatch.setattr(torch.cuda, "get_device_properties", device_of)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
@@ -355,7 +357,7 @@ class Ranks:
         return 0
 
     def connect(self, wanted=None):
-        return peer_memory.connect(self, torch.device("cuda", 0), wanted)
+        return peer_connect.connect(self, torch.device("cuda", 0), wanted)
 
 
 def test_ranks_whose_gpus_reach_each_other_connect(monkeypatch, caplog):

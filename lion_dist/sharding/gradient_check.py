@@ -1,4 +1,4 @@
-"""What becomes of a step's gradients as a whole: one verdict that all ranks share, and one factor for all of them."""
+"""The check of a step's gradients as a whole, which all ranks share, and the one factor that multiplies them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lion_dist.sharding.step_agreement import Choices, StepAgreement
 
 
 @dataclass
-class Verdict:
+class CheckResult:
     """What all ranks know about the gradients of the step that is about to be taken; on the device."""
 
     sum_of_squares: Tensor  # [] fp64, of the summed gradients as backward left them (scaled, not averaged)
     outcome: Tensor  # [2] bool: the step is taken, the step is skipped because a gradient is not finite
     skip: Tensor  # [] fp32, 1 when it is
     used: Tensor  # [params of all buckets] fp32, 1 where the parameter had a gradient
-    grad_version: int  # of the gradients that were judged; a later backward outdates the verdict
+    grad_version: int  # of the gradients that were checked; a later backward outdates the result
     clip_coefficient: Tensor | None = None  # [] fp32
 
 
-class Judge:
-    """Keeps the verdict of a step, and what its gradients are multiplied by: averaging, unscaling, clipping.
+class GradientCheck:
+    """Checks the gradients of a step (norm, finite, used) and keeps their factor: averaging, unscaling, clipping.
 
     Args:
         divisor: of the summed gradients, unless a step has its own.
@@ -37,7 +37,7 @@ class Judge:
     """
 
     def __init__(self, groups: ShardGroups, device: torch.device, divisor: int, sum_of_squares: SumOfSquares):
-        self.verdict: Verdict | None = None
+        self.result: CheckResult | None = None
         self.inverse_loss_scale: Tensor | None = None  # of a GradScaler that has unscaled already
         self.scaler_scale: Tensor | None = None  # its scale
         self.agreement = StepAgreement(groups, device)
@@ -51,41 +51,41 @@ class Judge:
         self._nothing = torch.zeros(0, dtype=torch.float64, device=device)
 
     def forget_step(self) -> None:
-        self.verdict = self.divisor = self.inverse_loss_scale = self.scaler_scale = self.max_norm = None
+        self.result = self.divisor = self.inverse_loss_scale = self.scaler_scale = self.max_norm = None
 
     def drop_outdated(self, grad_version: int) -> None:
-        """Of gradients that a later backward pass has added to."""
-        if self.verdict is None or self.verdict.grad_version == grad_version:
+        """Forget the result when a later backward pass has added to the gradients."""
+        if self.result is None or self.result.grad_version == grad_version:
             return
-        if self.verdict.clip_coefficient is not None:
+        if self.result.clip_coefficient is not None:
             raise RuntimeError(
                 "a backward pass ran after clip_grad_norm_(), which did not see its gradients. Clip after the last "
                 "backward of the step; grad_norm() may be read at any time."
             )
-        self.verdict = None
+        self.result = None
 
-    def decide(self, buckets: Sequence[Bucket], grad_version: int, choices: Callable[[], Choices]) -> None:
+    def run(self, buckets: Sequence[Bucket], grad_version: int, choices: Callable[[], Choices]) -> None:
         """Ask all ranks, once, about the reduced gradients of ``buckets``, and compare their ``choices``."""
         also = self.agreement.begin(choices()) if self.agreement.is_on else self._nothing
         total, used, sums = self._grad_norm(buckets, also)
         if self.agreement.is_on:
             self.agreement.end(sums)
         outcome = (total < math.inf) == self._taken_or_skipped  # NaN is not below
-        self.verdict = Verdict(total, outcome, outcome[1].float(), used, grad_version)
+        self.result = CheckResult(total, outcome, outcome[1].float(), used, grad_version)
 
-    def skip_unusable(self, unusable: Tensor | None) -> Verdict:
-        """The verdict, which skips the step also where ``unusable`` ([] fp32 on the device) is not 0: a learning rate
-        that cannot be used; and where the divisor is a tensor that cannot."""
-        skip = self.verdict.skip if unusable is None else torch.maximum(self.verdict.skip, unusable)
+    def skip_unusable(self, unusable: Tensor | None) -> CheckResult:
+        """Return the result. It skips the step also where the divisor is a tensor that cannot be used, and where
+        ``unusable`` ([] fp32 on the device) is not 0: a learning rate that cannot be used."""
+        skip = self.result.skip if unusable is None else torch.maximum(self.result.skip, unusable)
         if isinstance(self.divisor, Tensor):
             usable = (self.divisor > 0) & (self.divisor < math.inf)
             skip = torch.maximum(skip, usable.logical_not().to(self._device).reshape(()).float())
-        if skip is not self.verdict.skip:
-            self.verdict.skip, self.verdict.outcome = skip, (skip == 0) == self._taken_or_skipped
-        return self.verdict
+        if skip is not self.result.skip:
+            self.result.skip, self.result.outcome = skip, (skip == 0) == self._taken_or_skipped
+        return self.result  # pyrefly: ignore[bad-return] # run() comes first
 
     def set_divisor(self, count: float | Tensor) -> None:
-        """Of this step's summed gradients."""
+        """Divide this step's summed gradients by ``count``."""
         if isinstance(count, Tensor):
             values.scalar_tensor("count", count)
         else:
@@ -97,7 +97,7 @@ class Judge:
 
     def refuse_clipped(self, caller: str) -> None:
         """Raise RuntimeError when gradients have been clipped already: ``caller`` would outdate the norm."""
-        if self.verdict is not None and self.verdict.clip_coefficient is not None:
+        if self.result is not None and self.result.clip_coefficient is not None:
             raise RuntimeError(f"{caller} comes before clip_grad_norm_(), whose norm would be outdated by it")
 
     def unscaling(self, loss_scale: Tensor | None) -> Tensor:
@@ -115,16 +115,22 @@ class Judge:
     def grad_scale(self, loss_scale: Tensor | None) -> Tensor:
         """[] fp32: the one factor that the update multiplies gradients by."""
         scale = self.unscaling(loss_scale).float()
-        clips = self.verdict is not None and self.verdict.clip_coefficient is not None
-        return scale * self.verdict.clip_coefficient if clips else scale
+        clips = self.result is not None and self.result.clip_coefficient is not None
+        return scale * self.result.clip_coefficient if clips else scale
 
     def norm(self, loss_scale: Tensor | None) -> Tensor:
         """[] fp32: the global norm, averaged and unscaled, before clipping."""
-        return (self.verdict.sum_of_squares.sqrt() * self.unscaling(loss_scale)).float()
+        return (self.result.sum_of_squares.sqrt() * self.unscaling(loss_scale)).float()
 
     def clip(self, max_norm: float, loss_scale: Tensor | None) -> Tensor:
         """Let ``grad_scale`` bring the norm down to ``max_norm``; returns :meth:`norm`."""
         norm = self.norm(loss_scale)
-        self.verdict.clip_coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.result.clip_coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         self.max_norm = max_norm
         return norm
+
+    def clip_by(self, coefficient: Tensor | None) -> None:
+        """Let ``grad_scale`` be multiplied by ``coefficient`` ([] fp32), unless clipping makes it smaller yet."""
+        clipped = self.result.clip_coefficient
+        if coefficient is not None:
+            self.result.clip_coefficient = coefficient if clipped is None else torch.minimum(clipped, coefficient)

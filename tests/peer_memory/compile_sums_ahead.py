@@ -1,6 +1,6 @@
 """Compile the kernels that add up for sm_90 where there is no GPU, and print what is in their PTX as JSON.
 
-A process of its own, as ``compile_ahead.py``: ``python -m tests.kernels.compile_sums_ahead``.
+A process of its own, as ``compile_ahead.py``: ``python -m tests.peer_memory.compile_sums_ahead``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 
 from lion_dist.kernels import squares_triton, triton_launch
 from lion_dist.kernels.triton_launch import TL_DTYPES
-from lion_dist.sharding import ordered_sum_triton
+from lion_dist.peer_memory import ordered_sum_triton
 from tests.kernels.cases import BF16, FP32
 from tests.kernels.compile_ahead import compile_for_hopper, count_instructions
 

@@ -21,11 +21,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from lion_dist.boxes import BoxedTensor, Part, read_box
-from lion_dist.shard_state import BucketShard
+from lion_dist.shard_state import ShardState
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import views_of
 from lion_dist.sharding.process_groups import ShardGroups
-from lion_dist.state_dicts import LiveState
+from lion_dist.state_dict.live_state import LiveState
 
 _log = logging.getLogger(__name__)
 
@@ -62,12 +62,12 @@ class Consolidated:
             whole |= {key: value.cpu().clone() for key, value in live.guard().items()}
         return cls(to, whole, _moment_of(live.param_groups, live.shards))
 
-    def is_of(self, param_groups: Sequence[dict], shards: Sequence[BucketShard]) -> bool:
+    def is_of(self, param_groups: Sequence[dict], shards: Sequence[ShardState]) -> bool:
         """Whether nobody has written the state since, or added parameters. Our own step says so itself."""
         return self._moment == _moment_of(param_groups, shards)
 
 
-def _moment_of(param_groups: Sequence[dict], shards: Sequence[BucketShard]) -> tuple:
+def _moment_of(param_groups: Sequence[dict], shards: Sequence[ShardState]) -> tuple:
     tensors = (tensor for shard in shards for tensor in (shard.exp_avg, shard.main_param) if tensor is not None)
     return sum(len(group["params"]) for group in param_groups), *(tensor._version for tensor in tensors)
 
@@ -102,7 +102,7 @@ def copied_containers(state_dict: dict) -> dict:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def gather_whole(shards: Sequence[BucketShard], to: int) -> dict[Parameter, dict[str, Tensor]]:
+def gather_whole(shards: Sequence[ShardState], to: int) -> dict[Parameter, dict[str, Tensor]]:
     """Every tensor of the state, in host memory of global rank ``to``; ``{}`` elsewhere.
 
     Ranks that share a bucket with ``to`` call it together. Each holds one bucket's tensor of one kind at a time.
@@ -119,7 +119,7 @@ def gather_whole(shards: Sequence[BucketShard], to: int) -> dict[Parameter, dict
     return state
 
 
-def _whole_tensors(shard: BucketShard) -> Iterator[tuple[Parameter, str, Tensor]]:
+def _whole_tensors(shard: ShardState) -> Iterator[tuple[Parameter, str, Tensor]]:
     """Parameter, kind of state, full tensor; all ranks of the shard group iterate together."""
     bucket, group = shard.bucket, shard.bucket.groups.shard_group
     start, stop = bucket.layout.shard_range(bucket.groups.shard_rank)
@@ -191,11 +191,11 @@ def _waiting_for(store: dist.Store, base: str, ranks: list[int], count: int, wha
 # ---- what torch.distributed.checkpoint.state_dict can gather
 
 
-def maker_of_parts(gatherable: bool) -> Callable[[BucketShard], Callable[..., BoxedTensor]]:
-    """For each shard, what ``shard.state()`` makes tensors with: boxes that know whose they are."""
+def maker_of_parts(gatherable: bool) -> Callable[[ShardState], Callable[..., BoxedTensor]]:
+    """Return, for each shard, what ``shard.state()`` makes tensors with: boxes that know whose they are."""
     meshes: dict[dist.ProcessGroup, DeviceMesh] = {}
 
-    def boxed_for(shard: BucketShard) -> Callable[..., BoxedTensor]:
+    def boxed_for(shard: ShardState) -> Callable[..., BoxedTensor]:
         groups, tensor_class, mesh = shard.bucket.groups, BoxedTensor, None
         if gatherable and groups.shard_group is not None:
             tensor_class = _gatherable_class()

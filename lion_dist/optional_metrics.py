@@ -10,11 +10,11 @@ from torch import Tensor
 from lion_dist.sharding.phases import NO_CLOCK
 
 if TYPE_CHECKING:
-    from lion_dist.metrics.step_metrics import Meter
+    from lion_dist.metrics.step_metrics import StepMetrics
 
 
-class NoMeter:
-    """The meter of an optimizer that does not measure."""
+class NoMetrics:
+    """The place of ``StepMetrics`` in an optimizer that does not measure."""
 
     is_measuring = False
     clock = NO_CLOCK  # labels phases for a profiler all the same
@@ -26,19 +26,19 @@ class NoMeter:
         """Nothing was measured."""
 
 
-NO_METER = NoMeter()
+NO_METRICS = NoMetrics()
 
 
-def make_meter(every: int, device: torch.device) -> Meter | NoMeter:
+def make_step_metrics(every: int, device: torch.device) -> StepMetrics | NoMetrics:
     """``every``: measure each ``every``-th step; 0: never."""
     if not every:
-        return NO_METER
-    from lion_dist.metrics.step_metrics import Meter
+        return NO_METRICS
+    from lion_dist.metrics.step_metrics import StepMetrics
 
-    return Meter(every, device)
+    return StepMetrics(every, device)
 
 
-def refuse_unmeasured(meter: Meter | NoMeter) -> None:
+def refuse_unmeasured(step_metrics: StepMetrics | NoMetrics) -> None:
     """Raise RuntimeError where there are no metrics to ask for."""
-    if meter is NO_METER:
+    if step_metrics is NO_METRICS:
         raise RuntimeError("metrics() of an optimizer that does not measure: construct it with metrics_every=K")

@@ -1,20 +1,12 @@
-"""``ShardedLion.state_dict()`` and ``load_state_dict()``: their format, and what can be loaded.
-
-    {"state": {i: {"exp_avg": ..., "main_param": ..., "step": ...}},    i counts parameters over all param groups
-     "param_groups": [{"lr": ..., "betas": ..., "weight_decay": ..., "params": [i, ...]}],
-     "counters": [2] int64, steps taken and skipped}
-
-That is torch's format and plain ``Lion``'s. Values are live: a ``BoxedTensor`` over this rank's part, or a view of the
-full tensor where one rank holds all. The state of the first parameter holds ``counters`` too, because
-``torch.distributed.checkpoint.state_dict`` hands on ``state`` and ``param_groups`` and nothing else.
-"""
+"""``ShardedLion.load_state_dict()``: what can be loaded into the live state (``live_state.py``), and how."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,78 +17,10 @@ from lion_dist.adopted_state import adopt_groups
 from lion_dist.boxes import Box, BoxedTensor, can_read, read_box
 from lion_dist.local_shard import local_tensor
 from lion_dist.main_params import main_param_as
-from lion_dist.shard_state import BucketShard
+from lion_dist.shard_state import ShardState
+from lion_dist.state_dict.live_state import LiveState
 
 OWN_KEYS = ("params", "param_names", "process_group")  # of param groups: a loaded state does not change them
-
-
-@dataclass(frozen=True)
-class LiveState:
-    """What the state dicts of one ``ShardedLion`` are made of.
-
-    Attributes:
-        names: of its parameters, frozen ones too.
-        counters: [2] int64 on the device.
-        decoupled_from: what ``decoupled_weight_decay`` divides the weight decay by.
-        spike_window: of ``skip_spikes``, on the device; None without.
-    """
-
-    param_groups: list[dict]
-    shards: Sequence[BucketShard]
-    names: Mapping[Parameter, str]
-    counters: Tensor
-    decoupled_from: float | None
-    spike_window: Tensor | None = None
-
-    @property
-    def params(self) -> list[Parameter]:
-        """In the order in which a state dict counts them."""
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def by_param(self, boxed_for: Callable[[BucketShard], Callable[..., BoxedTensor]]) -> dict[Parameter, dict]:
-        """The state of each parameter, in order; ``{}`` of a frozen one that was never trained."""
-        found = {param: kinds for shard in self.shards for param, kinds in shard.state(boxed_for(shard)).items()}
-        for param in self.params:
-            if param in found:
-                found[param]["counters"] = self.counters
-                break
-        return {param: found.get(param, {}) for param in self.params}
-
-    def packed(self, state: dict[Parameter, dict]) -> dict:
-        """``state`` of each parameter as a state dict."""
-        indexed = {i: kinds for i, kinds in enumerate(state.values()) if kinds}
-        return {"state": indexed, "param_groups": self.packed_groups(), "counters": self.counters} | self.guard()
-
-    def guard(self) -> dict[str, Tensor]:
-        return {} if self.spike_window is None else {"spike_guard": self.spike_window}
-
-    def packed_groups(self) -> list[dict]:
-        """Param groups as torch packs them. A process group cannot be saved; its key stays, for readers that look for
-        the keys that the optimizer has."""
-        groups, first = [], 0
-        for group in self.param_groups:
-            count = len(group["params"])
-            packed = {key: None if key == "process_group" else value for key, value in group.items() if key != "params"}
-            groups.append(packed | {"params": list(range(first, first + count))})
-            first += count
-        return groups
-
-    def whole_groups(self) -> list[dict]:
-        """Param groups as a file of one rank holds them: with names, and nothing that only ``ShardedLion`` reads."""
-        packed = [{key: value for key, value in g.items() if key != "process_group"} for g in self.packed_groups()]
-        names = [[self.names[param] for param in group["params"]] for group in self.param_groups]
-        return [group | {"param_names": members} for group, members in zip(packed, names, strict=True)]
-
-
-def refuse_emptied(state: Mapping) -> None:
-    """``optimizer.state`` shows the live state and is not where it lives. Torch's ``get_optimizer_state_dict`` would
-    take an empty one for an optimizer that has to be started by a step of its own."""
-    if not state:
-        raise RuntimeError(
-            "optimizer.state has been emptied, which changes nothing: ShardedLion's momentum lives in its shards. To "
-            'start afresh load {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}, or construct '
-            "another; optimizer.state itself must keep its entries."
-        )
 
 
 class LoadPlan:
@@ -110,7 +34,7 @@ class LoadPlan:
         ValueError: what cannot be loaded, and why.
     """
 
-    def __init__(self, live: LiveState, state_dict: object):
+    def __init__(self, live: LiveState, state_dict: Any):
         groups = _checked_groups(live, state_dict)
         saved = _saved_by_param(live, groups, state_dict["state"])
         self._live = live
@@ -167,7 +91,7 @@ class _Copy:
         self.target.copy_(main_param_as(self.target.dtype, source, self.param) if self.kind == "main_param" else source)
 
 
-def _copies_of(shard: BucketShard, saved: Mapping[Parameter, dict[str, Tensor]]) -> Iterator[_Copy]:
+def _copies_of(shard: ShardState, saved: Mapping[Parameter, dict[str, Tensor]]) -> Iterator[_Copy]:
     """What this rank's part of the bucket needs.
 
     Raises:
@@ -189,7 +113,7 @@ def _copies_of(shard: BucketShard, saved: Mapping[Parameter, dict[str, Tensor]])
             yield _Copy(kind, box, target, value.boxes.get(box, value.tensor), source)
 
 
-def _other_part(what: str, source: BoxedTensor, shard: BucketShard) -> str:
+def _other_part(what: str, source: BoxedTensor, shard: ShardState) -> str:
     groups = shard.bucket.groups
     here = f"this is rank {groups.shard_rank} of {groups.shard_world_size}"
     if source.part is None:
@@ -209,7 +133,7 @@ def _other_part(what: str, source: BoxedTensor, shard: BucketShard) -> str:
 # ---- checks
 
 
-def _checked_groups(live: LiveState, state_dict: object) -> list[dict]:
+def _checked_groups(live: LiveState, state_dict: Any) -> list[dict]:
     """The saved param groups, of as many parameters as the live ones."""
     values.state_dict(state_dict)
     groups = state_dict["param_groups"]
@@ -251,7 +175,7 @@ def _in_saved_order(live: LiveState, groups: Sequence[Mapping]) -> list[Paramete
 
     That is their own order, as in torch, unless a saved group names the same parameters in another.
     """
-    ordered: list[Parameter] = []
+    ordered: list[Any] = []  # parameters
     by_name = {name: param for param, name in live.names.items()}
     for i, (group, saved) in enumerate(zip(live.param_groups, groups, strict=True)):
         names, members = saved.get("param_names") or saved["params"], group["params"]
@@ -310,7 +234,7 @@ def _local(value: Tensor, what: str) -> Tensor:
 
 
 def _counters_in(state_dict: Mapping, live: LiveState) -> Tensor:
-    """Of steps taken and skipped; zeros where another optimizer, which counts none, has saved."""
+    """Return the saved counts of steps taken and skipped; zeros where the optimizer that saved counts none."""
     kept = [kinds["counters"] for kinds in state_dict["state"].values() if kinds and "counters" in kinds]
     counters = state_dict.get("counters", kept[0] if kept else torch.zeros_like(live.counters))
     if not isinstance(counters, Tensor) or counters.shape != live.counters.shape:

@@ -8,18 +8,8 @@ import torch
 from torch import Tensor
 
 from lion_dist.cautious import sum_over_shards_
-from lion_dist.local_shard import LocalShard
-from lion_dist.spike_guard import SpikeWatch
+from lion_dist.spike_guard.watch import SpikeWatch
 from lion_dist.update_batch import UpdateBatch
-
-
-def refuse_hidden_ranks(param: Tensor, name: str) -> None:
-    """Raise ValueError where the engine does not tell among which ranks a tensor is cut."""
-    if LocalShard.of(param).is_flat:
-        raise ValueError(
-            f"skip_spikes needs the norm over all ranks' gradients, but {name} is part of FSDP1's flat parameter, "
-            "which does not say among which ranks it is cut. Use fully_shard (FSDP2), or skip_spikes=None."
-        )
 
 
 def judge_spikes(
@@ -27,11 +17,12 @@ def judge_spikes(
     found: Sequence[tuple[dict, UpdateBatch, Sequence[Tensor]]],  # param group, batch, its gradients
     grad_scale: Tensor | None,
     skip: Tensor | None,
-) -> Tensor | None:
-    """``skip`` ([] or None), not 0 also where the gradients or a given loss are a spike."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """``grad_scale``, which clips a spike where the guard asks for that; and ``skip`` ([] or None), not 0 also where
+    the gradients or a given loss are a spike."""
     rates = [group["lr"] for group, _, _ in found]
     if not any(isinstance(lr, Tensor) or lr for lr in rates):
-        return skip  # torch.distributed.checkpoint makes state by a step of lr 0, with gradients of its own
+        return grad_scale, skip  # torch.distributed.checkpoint makes state by a step of lr 0, with gradients of its own
     norm, loss = watch.take_given()
     if norm is None:
         squares = []
@@ -41,4 +32,8 @@ def judge_spikes(
             squares.append(of_batch.sum().to(watch.state.device, non_blocking=True))
         norm = torch.stack(squares).sum().sqrt()
         norm = norm if grad_scale is None else norm * grad_scale.to(norm.device)
-    return watch.verdict(norm, loss, skip)
+    skip = watch.verdict(norm, loss, skip)
+    if watch.clip_coefficient is not None:
+        clips = watch.clip_coefficient
+        grad_scale = clips if grad_scale is None else grad_scale * clips.to(grad_scale.device)
+    return grad_scale, skip

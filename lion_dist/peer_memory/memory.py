@@ -8,8 +8,8 @@ wire's dtype.
 
 Memory comes from ``torch.distributed._symmetric_memory``, whose interface torch calls alpha; all use of it is here.
 A gather is closed by barriers on both sides, kernels that wait for the other GPUs: before it every rank's part is
-there, after it nobody reads that any more. (A reduction does with one: ``grad_push.py``.) All is queued on the current
-stream and the host waits for nothing.
+there, after it nobody reads that any more. (A reduction does with one: ``transport.py``.) All is enqueued on the
+current stream and the host waits for nothing.
 
 What has the same tensors and addresses as in an earlier step is recorded as a CUDA graph and replayed from then on:
 6 us of the host, where a barrier takes 5, a copy 4 and a Triton kernel 37, and twice that within a step. (Gradients
@@ -18,21 +18,16 @@ come to the same addresses in most steps: the caching allocator is asked the sam
 
 from __future__ import annotations
 
-import logging
-import socket
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lion_dist.sharding import collectives
-from lion_dist.sharding.process_groups import backend_for
-
-logger = logging.getLogger(__name__)
+from lion_dist.sharding.transport import FlatBuffer
 
 MOST_RECORDINGS = 1024  # of one buffer
 
@@ -57,40 +52,30 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class PeerBuffer:
+class PeerBuffer(FlatBuffer):
     """Memory of the same size on each rank of a group, that all of them can read and write.
 
     Attributes:
-        flat: [numel], this rank's.
         peers: every rank's, by rank. They keep the memory mapped, here and there.
     """
 
-    flat: Tensor
     peers: tuple[Tensor, ...]
     recordings: dict[tuple, Recording | None] = field(default_factory=dict, repr=False)  # PeerMemory's
 
 
-def zeros(numel: int, dtype: torch.dtype, device: torch.device, memory: PeerMemory | None) -> PeerBuffer:
-    """From ``memory``, by all its ranks together; without it, of this rank alone."""
-    if memory is not None:
-        return memory.allocate(numel, dtype)
-    flat = torch.zeros(numel, dtype=dtype, device=device)
-    return PeerBuffer(flat, (flat,))
-
-
 class PeerMemory:
-    """The ranks of one group, who reach each other's memory. Use :func:`connect`, which asks whether they do."""
+    """The ranks of one group, who reach each other's memory (``connect.connect()`` asks whether they do)."""
 
     def __init__(self, group: ProcessGroup, device: torch.device):
         """All ranks of ``group`` together, as every method. RuntimeError where the driver or the container forbids."""
-        self.rank, self.world_size, self._group, self._device = group.rank(), group.size(), group, device
+        self.rank, self.world_size, self._group, self.device = group.rank(), group.size(), group, device
         self._recorder = torch.cuda.Stream(device)
         self._meeting_place, self._handle = self._rendezvous(1024, torch.uint8)  # no byte of it is used
 
     def _rendezvous(self, numel: int, dtype: torch.dtype):
         from torch.distributed import _symmetric_memory as symmetric_memory
 
-        flat = symmetric_memory.empty(numel, dtype=dtype, device=self._device)
+        flat = symmetric_memory.empty(numel, dtype=dtype, device=self.device)
         handle = symmetric_memory.rendezvous(flat, self._group)
         if handle is None:
             raise RuntimeError("torch gave no handle of symmetric memory")
@@ -173,76 +158,3 @@ def _remote(handle, rank: int, numel: int, dtype: torch.dtype) -> Tensor:
     if hasattr(handle, "get_remote_tensor"):  # knows where in a larger allocation the tensor lies
         return handle.get_remote_tensor(rank, (numel,), dtype)
     return handle.get_buffer(rank, (numel,), dtype)
-
-
-def connect(group: ProcessGroup | None, device: torch.device, wanted: bool | None) -> PeerMemory | None:
-    """PeerMemory of ``group``, or None where NCCL or gloo is to carry its bytes. All ranks get the same answer.
-
-    Args:
-        wanted: False: no. None: where all ranks are GPUs of this host that reach each other; where they should and do
-            not, the first rank logs why. True: or else an error.
-
-    Raises:
-        RuntimeError: ``wanted`` and not to be had; on every rank, with the first reason that any of them has.
-    """
-    if wanted is False or group is None:
-        return None
-    reason = _why_elsewhere(group, device)
-    if reason is None:
-        memory, reason = _meet(group, device)
-        if memory is not None:
-            return memory
-        if not wanted and group.rank() == 0:
-            logger.warning("Collectives run by NCCL, which slows the computation beside them: %s.", reason)
-    if wanted:
-        raise RuntimeError(f"peer_memory=True cannot be had: {reason}. Leave peer_memory=None to have NCCL used then.")
-    return None
-
-
-def _why_elsewhere(group: ProcessGroup, device: torch.device) -> str | None:
-    """Why nobody would expect peer memory here, so that its absence needs no word."""
-    backend = backend_for(group, device)
-    if device.type != "cuda" or backend != "nccl":
-        return f"the group is {backend}'s on {device.type}, not one host's GPUs"
-    hosts = set(collectives.gather_objects(_host(), group))
-    return None if len(hosts) == 1 else f"the ranks are on {len(hosts)} hosts"
-
-
-def _meet(group: ProcessGroup, device: torch.device) -> tuple[PeerMemory | None, str | None]:
-    """The memory, or the first reason against it that any rank has."""
-    uuids = collectives.gather_objects(str(torch.cuda.get_device_properties(device).uuid), group)
-    reason, memory = _first_reason(_why_unreachable(device, uuids), group), None
-    if reason is None:
-        try:
-            memory = PeerMemory(group, device)
-        except (RuntimeError, ImportError) as error:
-            reason = f"rank {group.rank()}: {error!s:.300}"
-        reason = _first_reason(reason, group)
-    return (memory if reason is None else None), reason
-
-
-def _first_reason(own: str | None, group: ProcessGroup) -> str | None:
-    return next((reason for reason in collectives.gather_objects(own, group) if reason is not None), None)
-
-
-def _host() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname() + (boot.read_text() if boot.exists() else "")
-
-
-def _why_unreachable(device: torch.device, uuids: list[str]) -> str | None:
-    """Why this rank's GPU cannot read the memory of those with ``uuids``."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed, which sums gradients that peers have sent"
-    if len(set(uuids)) < len(uuids):
-        return "several ranks share a GPU"
-    visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-    for uuid in uuids:
-        if uuid not in visible:
-            return f"GPU {uuid} of another rank is hidden from {device} (CUDA_VISIBLE_DEVICES)"
-        index = visible[uuid]
-        if index != device.index and not torch.cuda.can_device_access_peer(device.index, index):
-            return f"{device} cannot access the memory of cuda:{index} (nvidia-smi topo -p2p r)"
-    return None

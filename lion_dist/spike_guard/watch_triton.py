@@ -1,4 +1,4 @@
-"""The verdict of ``spike_guard.py`` in one launch of one program: by PyTorch operations it is some forty."""
+"""The verdict of ``watch.py`` in one launch of one program: by PyTorch operations it is some forty."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def _enter(
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """SpikeWatch._enter of one row; ``value_at`` may be None, and is no spike then. [] int32."""
+    """SpikeWatch._enter of one row; ``value_at`` may be None, and is no spike then. [] int32, and what clips it."""
     is_spike = tl.full([], 0, tl.int32)
+    coefficient = tl.full([], 1.0, tl.float64)
     if value_at is not None:
         places = tl.arange(0, BLOCK)
         value = tl.load(value_at).to(tl.float64)
@@ -40,7 +41,8 @@ def _enter(
         tl.store(window + places, stored, mask=(places.to(tl.float64) == place) & (tl.abs(stored) < float("inf")))
         tl.store(entered_at, entered + is_finite.to(tl.float64))
         is_spike = above.to(tl.int32)
-    return is_spike
+        coefficient = tl.where(above, limit / value, 1.0)
+    return is_spike, coefficient
 
 
 @triton.jit
@@ -50,28 +52,40 @@ def _verdict_kernel(
     loss,  # the same
     skip,  # [] fp32, or None
     verdict,  # [] fp32
+    clip_coefficient,  # [] fp32, or None: a norm that is a spike skips
     SIGMAS: tl.constexpr,
     LEAST_STD: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     entered, numbers = state + 2 * WINDOW, state + 2 * WINDOW + 2
-    is_spike = _enter(state, entered, norm, SIGMAS, LEAST_STD, WINDOW, BLOCK)
-    is_spike |= _enter(state + WINDOW, entered + 1, loss, SIGMAS, LEAST_STD, WINDOW, BLOCK)
+    is_spike, coefficient = _enter(state, entered, norm, SIGMAS, LEAST_STD, WINDOW, BLOCK)
+    must_skip, _ = _enter(state + WINDOW, entered + 1, loss, SIGMAS, LEAST_STD, WINDOW, BLOCK)
+    if clip_coefficient is None:
+        must_skip |= is_spike
+    else:
+        tl.store(clip_coefficient, coefficient.to(tl.float32))
+    is_spike |= must_skip
     judged = tl.load(numbers) + 1.0
     tl.store(numbers, judged)
     tl.store(numbers + 1, tl.load(numbers + 1) + is_spike.to(tl.float64))
     tl.store(numbers + 2, tl.where(is_spike != 0, judged, tl.load(numbers + 2)))
-    result = is_spike != 0
+    result = must_skip != 0
     if skip is not None:
         result |= tl.load(skip) != 0
     tl.store(verdict, result.to(tl.float32))
 
 
-def verdict(state: Tensor, norm: Tensor | None, loss: Tensor | None, skip: Tensor | None, **constants) -> Tensor:
-    """Arguments as ``SpikeWatch.verdict``'s, on one device; ``constants``: the kernel's."""
+def verdict(
+    state: Tensor, norm: Tensor | None, loss: Tensor | None, skip: Tensor | None, *, clip: bool, **constants
+) -> tuple[Tensor, Tensor | None]:
+    """The verdict and the clip coefficient. Arguments as ``SpikeWatch.verdict``'s, on one device; ``constants``: the
+    kernel's."""
     result = torch.empty((), dtype=torch.float32, device=state.device)
+    coefficient = torch.empty_like(result) if clip else None
     with launch_on(state.device):
         constants["BLOCK"] = triton.next_power_of_2(constants["WINDOW"])
-        _verdict_kernel[(1,)](state, norm, loss, skip, result, **constants, num_warps=1, enable_fp_fusion=False)
-    return result
+        _verdict_kernel[(1,)](
+            state, norm, loss, skip, result, coefficient, **constants, num_warps=1, enable_fp_fusion=False
+        )
+    return result, coefficient

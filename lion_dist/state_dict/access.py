@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from lion_dist.full_state import Consolidated, check_rank, copied_containers, maker_of_parts, meet
 from lion_dist.sharding.process_groups import ShardGroups
-from lion_dist.spike_guard import SpikeWatch
-from lion_dist.state_dicts import LiveState, LoadPlan
+from lion_dist.state_dict.full_state import Consolidated, check_rank, copied_containers, maker_of_parts, meet
+from lion_dist.state_dict.live_state import LiveState
+from lion_dist.state_dict.load_plan import LoadPlan
+
+if TYPE_CHECKING:
+    from lion_dist.spike_guard.watch import SpikeWatch
 
 
 class StateAccess:

@@ -7,7 +7,7 @@ NAMES = [f"{kernel}, {dtype}" for kernel in ("squares", "ordered sum") for dtype
 
 @pytest.fixture(scope="module")
 def instructions(compiled_by) -> dict[str, dict[str, int]]:
-    return compiled_by("tests.kernels.compile_sums_ahead")
+    return compiled_by("tests.peer_memory.compile_sums_ahead")
 
 
 @pytest.mark.parametrize("name, accesses", list(zip(NAMES, (16, 8, 16, 8), strict=True)))
