@@ -8,6 +8,7 @@ ranks. compare_engines.py, beside this file, runs the same training under DDP, F
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -55,8 +56,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, seq_len, dim = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, seq_len, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.attention_norm(x)).view(batch, seq_len, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
         x = x + self.attention_out(y.transpose(1, 2).reshape(batch, seq_len, dim))
         gate, up = self.gate_and_up(self.mlp_norm(x)).chunk(2, dim=-1)
@@ -139,19 +139,15 @@ class Training:
         torch.manual_seed(args.seed)
         self.model = Transformer(args.layers, args.dim, args.heads).to(device, DTYPES[args.precision])
         matrices, gains = ([p for p in self.model.parameters() if (p.dim() == 2) == is_2d] for is_2d in (True, False))
-        mesh, sizes = None, (args.replicate, WORLD_SIZE // args.replicate)
-        if args.replicate > 1:  # neighbouring ranks share one replica of the optimizer's state
-            mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
-        self.optimizer = ShardedLion(
-            [{"params": matrices, "weight_decay": args.weight_decay}, {"params": gains, "weight_decay": 0.0}],
-            lr=args.lr,
-            module=self.model,  # updated parameters arrive while the next forward pass runs
-            process_group=mesh,
-            sharding=ShardingConfig(zero_stage=args.zero_stage),
-            precision=PrecisionPolicy(seed=args.seed),
+        groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+        sizes, axes = (args.replicate, WORLD_SIZE // args.replicate), ("replicate", "shard")
+        mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=axes) if args.replicate > 1 else None
+        sharding, precision = ShardingConfig(zero_stage=args.zero_stage), PrecisionPolicy(seed=args.seed)
+        self.optimizer = ShardedLion(  # with module=, updated parameters arrive while the next forward pass runs
+            groups, lr=args.lr, module=self.model, process_group=mesh, sharding=sharding, precision=precision
         )
         self.schedule = LambdaLR(self.optimizer, lambda completed: lr_factor(completed, args.warmup, args.steps))
-        self.pending_save: checkpoint.PendingSave | None = None
+        self.pending_save = self.wandb = None  # a checkpoint.PendingSave; a run of Weights & Biases, on the first rank
         self.signals: set[int] = set()  # that this process got; the ranks act on them together
         signal.signal(signal.SIGUSR1, lambda number, _frame: self.signals.add(number))
 
@@ -175,8 +171,7 @@ class Training:
     def train(self, text: Tensor, step: int) -> int:
         """Trains from `step` completed steps to --steps, or until a SIGTERM. Returns the completed steps."""
         args, stop, unlogged, since = self.args, False, [], time.perf_counter()
-        # Until now it ended the process: there was nothing to save.
-        signal.signal(signal.SIGTERM, lambda number, _frame: self.signals.add(number))
+        signal.signal(signal.SIGTERM, lambda number, _frame: self.signals.add(number))  # until now it ended the process
         while step < args.steps and not stop:
             step += 1
             batch = global_batch(text, args.batch_size, args.seq_len, args.seed, step)
@@ -206,6 +201,8 @@ class Training:
                 for (step, lr, _), (loss, norm) in zip(steps, means, strict=True):
                     row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": tokens_per_s}
                     file.write(json.dumps(row) + "\n")
+                    if self.wandb is not None:
+                        self.wandb.log(row, step=step)
             if 10 * step // self.args.steps > 10 * (step - len(steps)) // self.args.steps:  # ten lines a run
                 print(f"step {step}/{self.args.steps}  loss {loss:.4f}  {tokens_per_s:,} tokens/s", flush=True)
         return asked[0] > 0, asked[1] > 0
@@ -248,6 +245,8 @@ class Training:
             rows = metrics.read_text().splitlines() if metrics.exists() else []  # there is one for each step
             new.write_text("".join(row + "\n" for row in rows[: extra["step"]]))
             new.replace(metrics)
+            if project := self.args.wandb:
+                self.wandb = importlib.import_module("wandb").init(project=project, dir=out, config=vars(self.args))
         dist.barrier()
         return extra["step"]
 
@@ -271,14 +270,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     add("--precision", choices=list(DTYPES), default="fp32", help="dtype of the parameters")
     add("--zero-stage", type=int, default=2, choices=(1, 2), help="1 keeps full gradients between micro-batches")
-    add("--replicate", default="1", help="replicas, inside which the state is sharded; 'nodes': one on each node")
+    add("--replicate", default="1", help="replicas of the state, each of neighbouring ranks; 'nodes': one a node")
     add("--seed", type=int, default=0, help="of the initial weights and the batches")
     add("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end, and when a signal asks")
     add("--keep-last", type=int, default=0, help="checkpoints to keep; older ones are removed; 0: all")
     add("--resume", choices=["auto"], help="go on from the newest whole checkpoint in --out, or begin")
     add("--log-every", type=int, default=5, help="steps between exchanges of losses, when signals are acted on, too")
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too; offline with WANDB_MODE=offline")
     add("--timeout", type=float, default=600, help="seconds that a rank waits for the others before it gives up")
     args = parser.parse_args()
+    if args.wandb and importlib.util.find_spec("wandb") is None:
+        parser.error("wandb is not installed, and --wandb needs it: pip install wandb")
     args.replicate = NODES if args.replicate == "nodes" else int(args.replicate)
     parts = WORLD_SIZE * args.micro_batches
     args.batch_size = args.batch_size or math.ceil(8 / parts) * parts
@@ -295,10 +297,8 @@ def main() -> int:
         training = Training(args, start_process_group(timedelta(seconds=args.timeout)))
     except (OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
-    begin = training.begin()
-    before = training.held_out_loss(held_out_text)
-    end = training.train(text, begin)
-    is_first = dist.get_rank() == 0
+    begin, is_first = training.begin(), dist.get_rank() == 0
+    before, end = training.held_out_loss(held_out_text), training.train(text, begin)
     if end < args.steps:
         if is_first:
             print(f"SIGTERM: {args.out}/step-{end:06d} holds {end} of {args.steps} steps; --resume auto continues it")

@@ -48,7 +48,7 @@ FIELDS = {
     PrecisionPolicy: 4,
     ShardingConfig: 11,
 }  # one more for held references, on request
-FLAGS_OF_THE_TRAINING_PROGRAM = 23
+FLAGS_OF_THE_TRAINING_PROGRAM = 24  # one more for Weights & Biases, on request
 ATTRIBUTES_OF_SHARDED_LION = 18  # beside those of every torch.optim.Optimizer
 
 PROGRAMS = ("cli", "benchmarks")  # start process groups, and measure torch's own collectives

@@ -17,7 +17,7 @@ from lion_dist import checkpoint
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RUNNABLE = ("quick-start.md", "precision.md", "huggingface.md")
+RUNNABLE = ("quick-start.md", "precision.md", "huggingface.md", "frameworks.md")
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")], key=str)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
@@ -37,11 +37,14 @@ def test_the_python_of_the_guides_runs(tmp_path):
     """On one rank, as torchrun would start it, one block after the other in one process."""
     blocks = [(f"{page}, block {i}", code) for page in RUNNABLE for i, code in enumerate(snippets(DOCS / page))]
     assert len(blocks) >= 4
-    program = "\n".join(f"exec(compile({code!r}, {name!r}, 'exec'), {{}})" for name, code in blocks)
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    # As at the end of a program and the start of the next: frameworks leave a process group, or take variables away.
+    end = f"import os, torch.distributed as dist\nos.environ.update({ranks!r})\n"
+    end += "if dist.is_initialized(): dist.destroy_process_group()"
+    program = "\n".join(f"exec(compile({code!r}, {name!r}, 'exec'), {{}})\n{end}" for name, code in blocks)
     environment = os.environ | ranks | {"MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
 
@@ -119,6 +122,51 @@ def test_the_readmes_bytes_are_those_of_the_defaults():
 def test_the_index_names_every_page():
     index = (DOCS / "README.md").read_text()
     assert [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name})" not in index] == []
+
+
+FRAMEWORKS = ("Trainer", "Accelerate", "Lightning", "TRL", "PEFT", "DeepSpeed", "torchtitan-like loop")
+FEATURES = ["clip", "accumulate", "resume", "other ranks", "compile", "bf16", "fp16"]
+KEY = re.compile(r"\b[A-Z]\d+\b")
+OF_THE_TABLE = (DOCS / "frameworks.md").read_text().split("\n## ")[1]
+
+
+def cells_of(table: str) -> dict[str, list[str]]:
+    """Row by row: {what its first cell says: the other cells}."""
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    return {first.strip(): [cell.strip() for cell in others] for first, *others in rows}
+
+
+def names_of_tests(path: Path) -> set[str]:
+    return set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("kind", ["Lion", "ShardedLion"])
+def test_each_cell_of_class_framework_and_feature_names_a_test_or_who_refuses(kind):
+    known = {key for key, _ in re.findall(r"^\| (\w+) \| `(.+)` \|$", OF_THE_TABLE, re.MULTILINE)}
+    cells = cells_of(OF_THE_TABLE.split(f"**`{kind}`**")[1].split("**")[0].split("\n\n")[1])
+    assert cells.pop("") == FEATURES
+    del cells["---"]
+    assert [name.split(", ")[0] for name in cells] == list(FRAMEWORKS)
+    for row in cells.values():
+        assert len(row) == len(FEATURES)
+        assert all(set(KEY.findall(cell)) & known or cell == "not tested" for cell in row)
+        assert {key for cell in row for key in KEY.findall(cell) if key[0] in "TALDRFS"} <= known
+
+
+def test_the_tests_that_the_table_of_frameworks_names_are_there():
+    named = re.findall(r"^\| (\w+) \| `(.+)::(.+)` \|$", OF_THE_TABLE, re.MULTILINE)
+    assert len(named) > 30
+    assert [key for key, file, test in named if test not in names_of_tests(ROOT / "tests" / file)] == []
+    used = set(KEY.findall(OF_THE_TABLE.split("| key | test |")[0]))
+    assert {key for key, _, _ in named} == used
+
+
+def test_the_tests_that_the_page_of_hugging_face_names_are_there():
+    text = (DOCS / "huggingface.md").read_text()
+    there = names_of_tests(ROOT / "tests/integrations/test_trainer.py") | names_of_tests(
+        ROOT / "tests/integrations/test_accelerate.py"
+    )
+    assert set(re.findall(r"`(test_\w+)`", text)) <= there
 
 
 def message_parts() -> list[str]:

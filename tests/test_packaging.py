@@ -1,10 +1,12 @@
 """What is published: a wheel that works without the rest of the project, a source distribution that has its tests."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,43 @@ model(torch.ones(2, 64, dtype=torch.bfloat16)).sum().backward()
 opt.step()
 print(lion_dist.__file__, opt.taken_steps(), cpu_native.library() is not None)
 """
+
+
+def versions() -> dict[str, tuple[str, str]]:
+    """{package: (what pip takes, what the tests ran with)}, of the one page that says it."""
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (.+?) \| (.+?) \|$", page[page.index("## Versions") :], re.MULTILINE)
+    return {name: (takes, ran) for name, takes, ran in rows if name != "package"}
+
+
+def test_the_stated_versions_are_those_that_pip_takes():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
+    named.append("python" + project["requires-python"])
+    for package, (takes, _) in versions().items():
+        ranges = {name.removeprefix(package) or "any" for name in named if re.match(rf"{package}\b(?!-)", name)}
+        assert ranges == {takes}, package
+
+
+def test_the_pinned_versions_are_among_those_that_ran():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for package, (_, ran) in versions().items():
+        assert package == "python" or pins[package] in re.findall(r"\d+(?:\.\d+)+", ran), package
+
+
+def test_the_doctor_knows_the_stated_versions():
+    from lion_dist.cli import machine_checks
+
+    def text(version: tuple[int, ...]) -> str:
+        return ".".join(map(str, version))
+
+    stated = {package: takes for package, (takes, _) in versions().items()}
+    assert stated["python"] == f">={text(machine_checks.OLDEST_PYTHON)}"
+    assert stated["torch"] == f">={text(machine_checks.OLDEST_TORCH)}"
+    oldest, first_untested = machine_checks.OLDEST_TRITON, machine_checks.FIRST_UNTESTED_TRITON
+    assert stated["triton"] == f">={text(oldest)},<{text(first_untested)}"
+    newest = max(tuple(map(int, ran.split(".")[:2])) for ran in re.findall(r"\d[\d.]+\d", versions()["torch"][1]))
+    assert newest < machine_checks.FIRST_UNTESTED_TORCH == (newest[0], newest[1] + 1)
 
 
 def run(command: list[object], cwd: Path, **environment: str) -> str:

@@ -137,6 +137,15 @@ def lion_pytorch_zero(params):
     return ZeroRedundancyOptimizer(params, Peer, **SETTINGS, use_triton=torch.cuda.is_available())
 
 
+def adamw(params):
+    """torch's fused AdamW, whose moments have the parameters' dtype."""
+    return torch.optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+
+
+def adamw_zero(params):
+    return ZeroRedundancyOptimizer(params, torch.optim.AdamW, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+
+
 def flash_lion(params):
     from flashoptim import FlashLion
 
@@ -201,6 +210,10 @@ def engines(micro_batches: int) -> dict[str, Callable[[nn.Module], Step]]:
         "FSDP2 reshard + lion_dist.Lion": lambda model: fsdp2(model, own, reshard=True),
         "DDP + lion-pytorch": lambda model: ddp(model, lion_pytorch),
         "DDP + ZeroRedundancyOptimizer(lion-pytorch)": lambda model: ddp(model, lion_pytorch_zero),
+        "DDP + AdamW": lambda model: ddp(model, adamw),
+        "DDP + ZeroRedundancyOptimizer(AdamW)": lambda model: ddp(model, adamw_zero),
+        "FSDP2 no reshard + AdamW": lambda model: fsdp2(model, adamw, reshard=False),
+        "FSDP2 reshard + AdamW": lambda model: fsdp2(model, adamw, reshard=True),
         "FSDP2 no reshard + FlashLion": lambda model: fsdp2(model, flash_lion, reshard=False),
         "FSDP2 reshard + FlashLion": lambda model: fsdp2(model, flash_lion, reshard=True),
         **{

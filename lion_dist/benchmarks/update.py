@@ -145,6 +145,11 @@ def lion_pytorch_step(params, variant: str) -> Callable[[], None]:
     return Peer(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, use_triton=variant == "triton").step
 
 
+def adamw_step(params) -> Callable[[], None]:
+    """torch's fused AdamW, with its own betas: what people compare with. Its two moments have the parameters' dtype."""
+    return torch.optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, fused=True).step
+
+
 def optimi_step(params, kahan_sum: bool) -> Callable[[], None]:
     from optimi import Lion as Peer
 
@@ -240,6 +245,8 @@ def peer_providers() -> list[Provider]:
     pytorch, deepspeed = "lion-pytorch", "deepspeed"
     int8 = {"quantize": True, "master_weight_bits": 24}
     return [
+        peer("torch AdamW fused", "torch", "bf16", BF16, 14, adamw_step),
+        peer("torch AdamW fused", "torch", "fp32", FP32, 28, adamw_step),
         peer("lion-pytorch plain", pytorch, "bf16", BF16, 10, lion_pytorch_step, variant="plain"),
         peer("lion-pytorch foreach", pytorch, "bf16", BF16, 10, lion_pytorch_step, variant="foreach"),
         peer("lion-pytorch triton", pytorch, "bf16", BF16, 10, lion_pytorch_step, variant="triton"),
@@ -398,8 +405,8 @@ def run_on_gpu(args, device: torch.device) -> Iterator[dict]:
 
 
 def run_on_cpu(args, device: torch.device) -> Iterator[dict]:
-    """The CPU path at ``--numel`` parameters: fp32 against lion-pytorch's plain and foreach steps, and every rule
-    against the plain step of its precision."""
+    """The CPU path at ``--numel`` parameters: fp32 against lion-pytorch's plain and foreach steps and torch's AdamW,
+    and every rule against the plain step of its precision."""
     peers = ("plain", "foreach", "cautious") if version_of("lion-pytorch") else ()
     for precision in RULED_PRECISIONS:
         dtype, policy = PRECISIONS[precision]
@@ -409,12 +416,15 @@ def run_on_cpu(args, device: torch.device) -> Iterator[dict]:
         for variant in peers if dtype == FP32 else ():
             moved[f"lion-pytorch {variant}"] = 20
             makers[f"lion-pytorch {variant}"] = lambda params, v=variant: lion_pytorch_step(params, v)
+        if dtype == FP32:
+            moved["torch AdamW fused"], makers["torch AdamW fused"] = 28, adamw_step
         makers = {name: make for name, make in makers.items() if args.providers in f"{name} {precision}"}
         steps = {name: make(make_params([(args.numel,)], dtype, device)) for name, make in makers.items()}
         for name, timing in time_on_cpu(steps, args.repeats).items():
             numel = args.numel
             result = row(f"{numel / 1e6:.0f} M", name, precision, "eager", 1, moved[name] * numel, timing)
-            yield result | {"version": version_of("lion-dist" if name.startswith("lion_dist") else "lion-pytorch")}
+            distribution = {"lion_dist": "lion-dist", "torch": "torch"}.get(name.split()[0], "lion-pytorch")
+            yield result | {"version": version_of(distribution)}
 
 
 def sweep(device: torch.device, repeats: int, numel: int = 2**29) -> None:

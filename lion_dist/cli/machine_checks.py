@@ -20,8 +20,9 @@ from lion_dist.kernels import cpu_native
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
 
-OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
-OLDEST_TRITON, NEWEST_TRITON = (3, 6, 0), (3, 7, 1)
+# As docs/guarantees.md says under Versions, and pyproject.toml.
+OLDEST_PYTHON, OLDEST_TORCH, FIRST_UNTESTED_TORCH = (3, 11), (2, 11), (2, 15)
+OLDEST_TRITON, FIRST_UNTESTED_TRITON = (3, 6), (3, 9)
 OLDEST_CAPABILITY_WITH_BF16 = (8, 0)
 KERNEL_NUMELS = (1, 63, 4096, 70_001)  # shorter than a vector, than a block, aligned, and neither
 KERNEL_STORAGES = {  # name: (param dtype, main dtype or None)
@@ -53,6 +54,8 @@ def python_and_torch() -> list[Finding]:
         findings = [Finding("python", BROKEN, platform.python_version(), "python 3.11 or newer is needed")]
     if _version(torch.__version__) < OLDEST_TORCH:
         findings.append(Finding("torch", BROKEN, torch.__version__, "torch 2.11 or newer is needed"))
+    elif _version(torch.__version__) >= FIRST_UNTESTED_TORCH:
+        findings.append(Finding("torch", NOTE, f"{torch.__version__}, not tested here", "tested: 2.11 to 2.14"))
     else:
         findings.append(Finding("torch", OK, torch.__version__))
     return findings
@@ -65,8 +68,8 @@ def triton() -> list[Finding]:
             return [Finding("triton", OK, "not installed; CPUs do not need it")]
         remedy = "several times slower without it: pip install 'lion-dist[triton]'"
         return [Finding("triton", NOTE, "not installed", remedy)]
-    if not OLDEST_TRITON <= _version(found) <= NEWEST_TRITON:
-        return [Finding("triton", NOTE, f"{found}, not tested here", "tested: 3.6.0 to 3.7.1, what torch itself pins")]
+    if not OLDEST_TRITON <= _version(found) < FIRST_UNTESTED_TRITON:
+        return [Finding("triton", NOTE, f"{found}, not tested here", "tested: 3.6 to 3.8, what torch itself pins")]
     return [Finding("triton", OK, found)]
 
 

@@ -259,6 +259,11 @@ def _check_placement(optimizer: ShardedLion, device: torch.device, num_processes
             "Construct it with module=model."
         )
     if optimizer.groups.num_ranks != num_processes:
+        if num_processes == 1 and device.type == "cpu":  # Accelerate joins the ranks, and then runs alone
+            raise ValueError(
+                f"ShardedLion trains over {optimizer.groups.num_ranks} ranks and the Accelerator runs alone: without "
+                "GPUs it asks to be told. Pass cpu=True to ShardedAccelerator, use_cpu=True to TrainingArguments."
+            )
         raise ValueError(
             f"ShardedLion trains over {optimizer.groups.num_ranks} ranks and the Accelerator gives batches to "
             f"{num_processes}. Make the Accelerator first, which starts the process group, and leave process_group to "

@@ -6,6 +6,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from torch.distributed.tensor import DTensor
+
+from lion_dist.benchmarks.llama import SIZES, Llama
+from lion_dist.benchmarks.step import engines
+
+
+def train_by(name: str) -> bool:
+    """One step of a tiny model; whether it has moved."""
+    model = Llama(**SIZES["tiny"])
+    before = [param.detach().clone() for param in model.parameters()]
+    engines(1)[name](model)([torch.randint(256, (1, 17))])
+    return any((whole(new) != old).any() for new, old in zip(model.parameters(), before, strict=True))
+
+
+def whole(param: torch.Tensor) -> torch.Tensor:
+    return (param.full_tensor() if isinstance(param, DTensor) else param).detach()
+
+
+def test_adamw_stands_beside_every_engine(gloo):
+    names = [name for name in engines(1) if "AdamW" in name]
+    assert [name.split()[0] for name in names] == ["DDP", "DDP", "FSDP2", "FSDP2"]
+    for name in names:
+        assert gloo.run(2, train_by, name) == [True, True]
+
 
 def test_rows_carry_ratios_memory_and_versions(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

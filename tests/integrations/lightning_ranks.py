@@ -168,11 +168,13 @@ def fit(
     manual: bool = False,
     save: Path | None = None,
     resume: Path | None = None,
+    backend: str | None = None,
     **settings,
 ) -> dict:
     """Parameters, what the progress bar was told, and the norms that a hook has seen.
 
-    ``scaler``, of ``settings``: arguments of torch's GradScaler.
+    ``backend``: of torch.compile; None: the module is not compiled. ``scaler``, of ``settings``: arguments of torch's
+    GradScaler.
     """
     model = module("ShardedLion" if sharded else "Lion", manual)
     if "scaler" in settings:
@@ -185,7 +187,8 @@ def fit(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(model, batches(8, dist.get_world_size()), ckpt_path=resume)
+        fitted = model if backend is None else torch.compile(model, backend=backend)
+        trainer.fit(fitted, batches(8, dist.get_world_size()), ckpt_path=resume)
     if save is not None:
         trainer.save_checkpoint(save)
     shown = {name: float(value) for name, value in trainer.progress_bar_metrics.items() if name != "v_num"}

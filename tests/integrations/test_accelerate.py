@@ -56,7 +56,7 @@ class Run:
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
-        params = params_of(accelerator.unwrap_model(self.model))
+        params = params_of(accelerator.unwrap_model(self.model, keep_torch_compile=False))
         assert_ranks_agree(params)
         return params
 
@@ -82,6 +82,21 @@ def compare_with_ddp(options: dict) -> None:
 )
 def test_bits_of_ddp_and_lion(gloo, options):
     gloo.run(2, compare_with_ddp, options)
+
+
+def train_compiled() -> None:
+    """Compiled by Accelerate, and not: in eager operations of the same order, so the same bits."""
+    for sharded in (True, False):
+        with launched():
+            run = Run(sharded, dynamo_backend="aot_eager")
+            assert type(run.model).__name__ == "OptimizedModule"
+            compiled = run.train()
+        with launched():
+            assert differing(compiled, Run(sharded).train()) == []
+
+
+def test_a_compiled_model_has_the_bits_of_one_that_is_not(gloo):
+    gloo.run(2, train_compiled)
 
 
 def overflow() -> None:
@@ -132,6 +147,8 @@ def go_on(folder: str, first: dict, then: dict) -> None:
     ("first", "then"),
     [
         pytest.param({}, {}, id="sharded"),
+        pytest.param({"sharded": False}, {}, id="from DDP"),
+        pytest.param({}, {"sharded": False}, id="to DDP"),
         pytest.param({"init_scale": 2.0**10}, {"init_scale": 2.0**14}, id="loss scaler"),
     ],
 )
@@ -139,25 +156,26 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(gloo, tmp_path, 
     gloo.run(2, go_on, str(tmp_path), first, then)
 
 
-def save_in_the_middle(folder: str) -> dict[str, torch.Tensor]:
+def save_in_the_middle(folder: str, sharded: bool) -> dict[str, torch.Tensor]:
     with launched():
-        run = Run(gradient_accumulation_steps=1, rates=math.inf)
+        run = Run(sharded, gradient_accumulation_steps=1, rates=math.inf)
         run.train(stop=2, max_norm=1e6)
         run.accelerator.save_state(folder)
         return run.train(2, 4, max_norm=1e6)
 
 
-def load_alone(folder: str) -> dict[str, torch.Tensor]:
+def load_alone(folder: str, sharded: bool) -> dict[str, torch.Tensor]:
     """One rank takes both ranks' batches, one after the other: sums of two have one order."""
     with launched():
-        run = Run(gradient_accumulation_steps=2, rates=math.inf)
+        run = Run(sharded, gradient_accumulation_steps=2, rates=math.inf)
         run.accelerator.load_state(folder)
         return run.train(4, 8, max_norm=1e6)
 
 
-def test_a_state_loads_on_another_number_of_ranks(gloo, tmp_path):
-    expected = gloo.run(2, save_in_the_middle, str(tmp_path))[0]
-    assert differing(gloo.run(1, load_alone, str(tmp_path))[0], expected) == []
+@pytest.mark.parametrize("sharded", [True, False], ids=["ShardedLion", "Lion"])
+def test_a_state_loads_on_another_number_of_ranks(gloo, tmp_path, sharded):
+    expected = gloo.run(2, save_in_the_middle, str(tmp_path), sharded)[0]
+    assert differing(gloo.run(1, load_alone, str(tmp_path), sharded)[0], expected) == []
 
 
 def save_with_buffers(folder: str) -> float:
@@ -187,7 +205,7 @@ def refuse(what: str) -> str:
     if what == "save_on_each_node":
         options["project_config"] = ProjectConfiguration(save_on_each_node=True)
     with launched():
-        accelerator = ShardedAccelerator(cpu=True, **options)
+        accelerator = ShardedAccelerator(cpu=what != "alone", **options)
         model = mlp(8, 16, 8)
         trained = model[0].parameters() if what == "a part" else model.parameters()
         group = dist.new_group([dist.get_rank()], use_local_synchronization=True) if what == "other ranks" else None
@@ -224,6 +242,7 @@ REFUSED = {
     "save_on_each_node": "save_on_each_node=True",
     "a part": "parameter '2.weight' requires a gradient and no ShardedLion trains it",
     "other ranks": "trains over 1 ranks and the Accelerator gives batches to 2",
+    "alone": "Pass cpu=True to ShardedAccelerator, use_cpu=True to TrainingArguments",
     "no module": "Construct it with module=model",
     "apart": "wrapped in DistributedDataParallel, before its ShardedLion was known",
     "adopt": "the accelerator is a Mine",

@@ -52,6 +52,17 @@ def test_weights_are_bit_equal_to_lightnings_ddp_with_lion(gloo, case):
     gloo.run(2, compare, case)
 
 
+def fit_compiled() -> None:
+    """``fit(torch.compile(module))`` under both strategies: eager operations in the same order give the same bits."""
+    for sharded in (False, True):
+        eager, compiled = (fit(sharded, 3, backend=backend)["params"] for backend in (None, "aot_eager"))
+        assert_same(compiled, eager)
+
+
+def test_a_compiled_module_has_the_bits_of_one_that_is_not(gloo):
+    gloo.run(2, fit_compiled)
+
+
 def accumulate_on_ranks() -> None:
     settings = {"module": StageOne, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
     theirs, ours = (fit(sharded, **settings) for sharded in (False, True))
@@ -122,6 +133,11 @@ def test_a_checkpoint_of_lightnings_ddp_with_lion_is_resumed(gloo, tmp_path):
     gloo.run(2, params_after, False, 3, {"save": path})
     theirs, ours = (gloo.run(2, params_after, sharded, 6, {"resume": path})[0] for sharded in (False, True))
     assert_same(ours, theirs)
+
+
+def test_another_number_of_ranks_resumes_lion(gloo, tmp_path):
+    saved = gloo.run(2, params_after, False, 3, {"save": tmp_path / "last.ckpt"})[0]
+    assert_same(gloo.run(1, params_after, False, 3, {"resume": tmp_path / "last.ckpt"})[0], saved)
 
 
 def state_after_resume(path) -> dict:

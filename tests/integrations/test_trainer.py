@@ -75,7 +75,7 @@ def make_trainer(folder, sharded=True, base="Trainer", model=None, options=None,
         from datasets import Dataset
         from trl import SFTConfig
 
-        args = SFTConfig(output_dir=folder, bf16=False, **arguments)
+        args = SFTConfig(output_dir=folder, **({"bf16": False} | arguments))
         data = {
             name: Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows]).add_column(
                 "labels", [row["input_ids"].tolist() for row in rows]
@@ -147,29 +147,32 @@ def test_bits_of_ddp_and_lion_with_lora(gloo, tmp_path):
     gloo.run(2, compare_with_ddp, str(tmp_path), {}, True)
 
 
-def compare_sft(folder: str, lora: bool) -> None:
-    compare_with_ddp(folder, {"gradient_accumulation_steps": 2}, lora, base="SFTTrainer")
+def compare_sft(folder: str, lora: bool, bf16: bool) -> None:
+    compare_with_ddp(folder, {"gradient_accumulation_steps": 2, "bf16": bf16}, lora, base="SFTTrainer")
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_bits_of_ddp_and_lion_in_sft(gloo, tmp_path, lora):
-    gloo.run(2, compare_sft, str(tmp_path), lora)
+@pytest.mark.parametrize(("lora", "bf16"), [(False, False), (True, True)], ids=["", "LoRA, bf16"])
+def test_bits_of_ddp_and_lion_in_sft(gloo, tmp_path, lora, bf16):
+    gloo.run(2, compare_sft, str(tmp_path), lora, bf16)
 
 
-def train_compiled(folder: str, backend: str) -> None:
+def train_compiled(folder: str, backend: str, how: str) -> None:
     compile = {"torch_compile": True, "torch_compile_backend": backend}
+    options = {"max_steps": 2, "sharded": how != "Lion", "base": "SFTTrainer" if "SFT" in how else "Trainer"}
+    make = tiny_lora if "LoRA" in how else tiny_llama
     with launched():
-        trainer, compiled = train(folder, **compile)
+        trainer, compiled = train(folder, model=make(dist.get_rank()), **options, **compile)
         assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
     with launched():
-        _, eager = train(folder)
+        _, eager = train(folder, model=make(dist.get_rank()), **options)
     changed = sum(int((compiled[name] != eager[name]).sum()) for name in eager)
     assert changed <= 0.01 * sum(map(torch.numel, eager.values()))  # signs of sums in another order
 
 
+@pytest.mark.parametrize("how", ["ShardedLion", "Lion", pytest.param("LoRA in SFT", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_torch_compile(gloo, tmp_path, backend):
-    gloo.run(2, train_compiled, str(tmp_path), backend)
+def test_torch_compile(gloo, tmp_path, backend, how):
+    gloo.run(2, train_compiled, str(tmp_path), backend, how)
 
 
 # ---- fp16
@@ -190,6 +193,21 @@ def train_scaled(folder: str) -> None:
 
 def test_bits_of_ddp_and_lion_with_a_loss_scaler(gloo, tmp_path):
     gloo.run(2, train_scaled, str(tmp_path))
+
+
+def train_scaled_lora_in_sft(folder: str) -> None:
+    found = []
+    for sharded in (True, False):
+        with launched():
+            options = {"base": "SFTTrainer", "init_scale": 2.0**10, "model": tiny_lora(dist.get_rank())}
+            trainer, params = train(folder, sharded=sharded, **options)
+            assert trainer.accelerator.scaler.get_scale() == 2.0**10  # no step overflowed
+            found.append(params)
+    assert differing(*found) == []
+
+
+def test_bits_of_ddp_and_lion_with_a_loss_scaler_and_lora_in_sft(gloo, tmp_path):
+    gloo.run(2, train_scaled_lora_in_sft, str(tmp_path))
 
 
 def overflow(folder: str) -> tuple[list[float], int, float]:
@@ -256,10 +274,44 @@ def test_a_resumed_run_of_a_bf16_model(gloo, tmp_path):
     gloo.run(2, go_on_with_a_bf16_model, str(tmp_path))
 
 
-def train_in_another_world(folder: str, resume: str | None, accumulation: int) -> dict[str, torch.Tensor]:
+def go_on_with_lora_in_sft(folder: str) -> None:
+    """Two steps from the middle, on as many ranks."""
+    every = {"base": "SFTTrainer", "save_strategy": "steps", "save_steps": 2}
+    with launched():
+        _, whole = train(folder, model=tiny_lora(0), **every)
+    for sharded in (True, False):
+        with launched():
+            _, params = train(folder, f"{folder}/checkpoint-2", model=tiny_lora(0), sharded=sharded, **every)
+            assert differing(params, whole) == []
+
+
+def test_a_resumed_run_of_lora_in_sft(gloo, tmp_path):
+    gloo.run(2, go_on_with_lora_in_sft, str(tmp_path))
+    for sharded in (True, False):
+        (alone,) = gloo.run(1, end_with_lora_in_sft, str(tmp_path), sharded)
+        assert differing(alone, gloo.run(2, end_with_lora_in_sft, str(tmp_path), sharded)[0]) == []
+
+
+def end_with_lora_in_sft(folder: str, sharded: bool) -> dict[str, torch.Tensor]:
+    """What a run finds that has come to its end."""
+    with launched():
+        options = {"base": "SFTTrainer", "model": tiny_lora(1), "sharded": sharded}
+        return {n: p for n, p in train(folder, f"{folder}/checkpoint-4", **options)[1].items() if "lora" in n}
+
+
+def train_in_another_world(
+    folder: str, resume: str | None, accumulation: int, sharded: bool = True
+) -> dict[str, torch.Tensor]:
     with launched():
         options = {"gradient_accumulation_steps": accumulation, "save_strategy": "steps", "save_steps": 2}
-        return train(folder, resume, **options)[1]
+        return train(folder, resume, sharded=sharded, **options)[1]
+
+
+def test_a_run_with_lion_resumes_on_fewer_ranks(gloo, tmp_path):
+    two, one = str(tmp_path / "two"), str(tmp_path / "one")
+    whole = gloo.run(2, train_in_another_world, two, None, 1, False)[0]
+    (alone,) = gloo.run(1, train_in_another_world, one, f"{two}/checkpoint-2", 2, False)
+    assert differing(whole, alone) == []
 
 
 def test_a_run_resumes_on_fewer_and_on_more_ranks(gloo, tmp_path):

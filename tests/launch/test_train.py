@@ -1,6 +1,7 @@
 """launch/train.py, which users copy: it needs nothing beside it, and trains as compare_engines.py --engine sharded."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -40,13 +41,38 @@ def test_it_is_short_enough_to_be_read():
     assert len(jobs.TRAIN.read_text().splitlines()) <= 320
 
 
+# Writes down what it gets, a line each.
+WANDB = """
+import json
+
+class Run:
+    def __init__(self, path):
+        self.path = path
+
+    def log(self, row, step):
+        with open(self.path, "a") as file:
+            file.write(json.dumps([step, row]) + "\\n")
+
+def init(project, dir, config):
+    run = Run(dir / "wandb.jsonl")
+    run.log({"project": project, "lr": config["lr"]}, 0)
+    return run
+"""
+
+
 @pytest.fixture(scope="module")
 def copied(text, tmp_path_factory):
-    """The file alone in a folder of its own, trained for twelve steps on two ranks: (folder of the run, its output)."""
+    """The file alone in a folder of its own, trained for twelve steps on two ranks: (folder of the run, its output).
+
+    With --wandb, and a stand-in for that package (the real one takes seconds: see the slow test below)."""
     folder = tmp_path_factory.mktemp("copied")
     program = shutil.copy(jobs.TRAIN, folder / "my_training.py")
+    packages = tmp_path_factory.mktemp("packages")
+    (packages / "wandb.py").write_text(WANDB)
+    path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
     flags = [*jobs.TINY, "--data", text, "--steps", 12, "--checkpoint-every", 5, "--out", folder / "run"]
-    result = jobs.run(jobs.torchrun(2, program, *flags))
+    command = jobs.torchrun(2, program, *flags, "--wandb", "bottles")
+    result = jobs.finish(jobs.start(command, jobs.ENVIRONMENT | {"PYTHONPATH": path}))
     assert result.returncode == 0, result.stdout
     return folder / "run", result.stdout
 
@@ -58,6 +84,34 @@ def test_a_copy_learns_and_leaves_metrics_and_checkpoints(copied):
     before, after = map(float, re.search(r"held-out loss, .*: ([\d.]+) after step 0, ([\d.]+) after", printed).groups())
     assert after < before - 0.5
     assert "bytes per parameter on the first of 2 ranks: params 4." in printed
+
+
+def test_weights_and_biases_gets_each_step_once(copied):
+    """From the first of two ranks only."""
+    (_, run), *logged = [json.loads(line) for line in (copied[0] / "wandb.jsonl").read_text().splitlines()]
+    assert run == {"project": "bottles", "lr": 1e-2}
+    assert [row for _, row in logged] == jobs.rows(copied[0])
+    assert [step for step, _ in logged] == list(range(1, 13))
+
+
+@pytest.mark.slow  # wandb starts a service of its own
+def test_weights_and_biases_writes_an_offline_run(text, tmp_path):
+    flags = [*jobs.TINY, "--data", text, "--steps", 3, "--out", tmp_path / "run", "--wandb", "bottles"]
+    command = [sys.executable, *map(str, [jobs.TRAIN, *flags])]
+    result = jobs.finish(jobs.start(command, jobs.ENVIRONMENT | {"WANDB_MODE": "offline"}))
+    assert result.returncode == 0, result.stdout
+    (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    written = run.read_bytes()
+    assert all(name in written for name in (b"bottles", b"grad_norm", b"tokens_per_s"))
+
+
+def test_weights_and_biases_where_it_is_missing_is_refused_with_the_remedy(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--wandb", "bottles", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "wandb is not installed, and --wandb needs it: pip install wandb" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_its_losses_are_those_of_compare_engines(copied, sharded):
