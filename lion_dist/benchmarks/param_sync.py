@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,7 @@ def ddp(model: nn.Module) -> Engine:
 
 
 def engines(ranks_per_node: int, device: torch.device) -> dict[str, Callable[[nn.Module], Engine]]:
-    found = {
+    found: dict[str, Callable[[Any], Engine]] = {
         "DDP + Lion": ddp,
         "ShardedLion, gather": lambda model: sharded(model, "gather"),
         "ShardedLion, coded": lambda model: sharded(model, "coded"),

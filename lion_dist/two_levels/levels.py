@@ -48,7 +48,7 @@ class TwoLevels:
 
     def shard_groups(self) -> ShardGroups:
         """All ranks of the mesh together, the first time."""
-        across, inside = (resolve_groups(self.mesh[name]).shard_group for name in self.mesh.mesh_dim_names)
+        across, inside = (resolve_groups(self.mesh[name]).shard_group for name in self.mesh.mesh_dim_names or ())
         flat = self.mesh._flatten().get_group()
         if across is None or inside is None:
             return resolve_groups(flat)  # of one level
