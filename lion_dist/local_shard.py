@@ -41,6 +41,14 @@ def local_tensors(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return tensors if set(map(type, tensors)) <= PLAIN else list(map(local_tensor, tensors))
 
 
+def replace_local(param: Tensor, local: Tensor) -> None:
+    """Let ``param`` (of a DTensor, its local shard) lie in the memory of ``local``, of the same shape."""
+    if local_tensor(param) is param:
+        param.data = local
+    else:
+        param._local_tensor = local
+
+
 def flat(tensor: Tensor) -> Tensor:
     """[local numel], contiguous: a view where the memory is contiguous and a copy where it is not."""
     return local_tensor(tensor).detach().contiguous().view(-1)

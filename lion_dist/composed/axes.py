@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from lion_dist import values
 from lion_dist.composed.model_parallel import ModelParallel
 from lion_dist.composed.places import ModelPlace, checksum
-from lion_dist.local_shard import local_tensor
+from lion_dist.local_shard import LocalShard, local_tensor
 from lion_dist.sharding import collectives
 from lion_dist.sharding.agreement import Entry, check_ranks_agree
 from lion_dist.sharding.grad_norm import GradNorm, SumOfSquares
@@ -104,7 +104,7 @@ class ModelAxes:
 
     def note_kinds(self, params: Sequence[Parameter]) -> None:
         """Before :meth:`add` of any of them."""
-        self._has_dtensors |= any(hasattr(param, "placements") for param in params)
+        self._has_dtensors |= any(LocalShard.of(param).is_dtensor for param in params)
 
     def check(self, name: str, param: Parameter) -> ModelPlace:
         """Where ``param`` lies in the whole model. TypeError or ValueError where that is not known, or not possible."""
@@ -118,7 +118,7 @@ class ModelAxes:
         return self._places[param]
 
     def _place_of(self, name: str, param: Parameter) -> ModelPlace:
-        if hasattr(param, "placements"):
+        if LocalShard.of(param).is_dtensor:
             self._check_mesh(name, param)
             return ModelPlace.of_dtensor(param)
         if self.tensor is None:
@@ -142,10 +142,11 @@ class ModelAxes:
         return ModelPlace.of_part(param, dim % param.ndim, self.tensor.rank(), self.tensor.size())
 
     def _check_mesh(self, name: str, param: Parameter) -> None:
-        ranks = param.device_mesh.mesh.flatten().tolist()
-        if param.device_mesh.ndim != 1 or (len(ranks) > 1 and self._axis_of(ranks) is None):
+        mesh = LocalShard.of(param).mesh
+        ranks = mesh.mesh.flatten().tolist()
+        if mesh.ndim != 1 or (len(ranks) > 1 and self._axis_of(ranks) is None):
             raise ValueError(
-                f"parameter {name!r} is a DTensor over {param.device_mesh}, which is none of the axes of "
+                f"parameter {name!r} is a DTensor over {mesh}, which is none of the axes of "
                 "ModelParallel: pass tensor=mesh['tp'], or expert=mesh['ep'], as parallelize_module() was given it. "
                 "For parameters that FSDP2 shards use lion_dist.Lion."
             )
@@ -158,8 +159,9 @@ class ModelAxes:
         """The ranks that hold the other parts of ``param``; None: this one holds it whole."""
         if not self._places[param].is_cut:
             return None
-        if hasattr(param, "placements"):
-            return self._axis_of(param.device_mesh.mesh.flatten().tolist())
+        mesh = LocalShard.of(param).mesh
+        if mesh is not None:
+            return self._axis_of(mesh.mesh.flatten().tolist())
         return self.tensor
 
     def place(self, param: Parameter) -> ModelPlace:

@@ -98,6 +98,7 @@ class Bucket:
     ):
         self.params, self.names, self.groups = list(params), list(names), groups
         local = local_tensors(params)
+        self._holds_parts = local is not params  # of DTensors
         self.layout = BucketLayout(tuple(p.numel() for p in local), groups.shard_world_size)
         self.slices = self.layout.slices(groups.shard_rank)
         self.reduce_dtype, self.stream, self.clock = reduce_dtype, stream, clock
@@ -110,7 +111,8 @@ class Bucket:
         self._places = views_of(self.flat_params, self.layout, self.formats)
         for param, place in zip(params, self._places, strict=True):
             move_in(param, place)
-        self._addresses, self._strides = self._addresses_and_strides()
+        local = local_tensors(params)
+        self._addresses, self._strides = list(map(Tensor.data_ptr, local)), list(map(Tensor.stride, local))
         start, stop = self.layout.shard_range(groups.shard_rank)
         self.param_shard = self.flat_params[start:stop]
 
@@ -329,22 +331,19 @@ class Bucket:
                 raise
             self._gather = COMPLETED
             self.stream.wait_event(self._param_event)
-            self.stream.wait_event(
-                self._param_event, self._param_stream
-            )  # whoever asks first may be on a stream of its own
+            # Whoever asks first may be on a stream of its own.
+            self.stream.wait_event(self._param_event, self._param_stream)
         self._set_param_state(ParamState.FULL)
 
     def _local_grads(self) -> list[Tensor | None]:
         """What of each parameter's gradient belongs to this rank (that of a DTensor may have to be summed first)."""
-        return local_grads_like(list(map(_grad, self.params)), self.params)
-
-    def _addresses_and_strides(self) -> tuple[list[int], list[tuple[int, ...]]]:
-        local = local_tensors(self.params)
-        return list(map(Tensor.data_ptr, local)), list(map(Tensor.stride, local))
+        grads = list(map(_grad, self.params))
+        return local_grads_like(grads, self.params) if self._holds_parts else grads
 
     def moved_params(self) -> list[int]:
         """Positions of the parameters that were given other memory or strides since (``param.data = ...``)."""
-        addresses, strides = self._addresses_and_strides()
+        local = local_tensors(self.params) if self._holds_parts else self.params
+        addresses, strides = list(map(Tensor.data_ptr, local)), list(map(Tensor.stride, local))
         if addresses == self._addresses and strides == self._strides:
             return []
         now, then = zip(addresses, strides, strict=True), zip(self._addresses, self._strides, strict=True)

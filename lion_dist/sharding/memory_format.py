@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lion_dist.local_shard import local_tensor
+from lion_dist.local_shard import local_tensor, replace_local
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,4 @@ def move_in(param: Parameter, place: Tensor) -> None:
     """
     local = local_tensor(param)
     place.copy_(local.clone() if local.data_ptr() == place.data_ptr() else local)  # the same memory, transposed
-    if local is param:
-        param.data = with_own_storage(place)
-    else:
-        param._local_tensor = with_own_storage(place)
+    replace_local(param, with_own_storage(place))
