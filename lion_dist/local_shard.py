@@ -131,12 +131,7 @@ class LocalShard:
 
     @classmethod
     def of_range(
-        cls,
-        shape: Sequence[int],
-        start: int,
-        local: Tensor,
-        dims: Sequence[int] | None = None,
-        place: Place | None = None,
+        cls, shape: Sequence[int], start: int, local: Tensor, dims: Sequence | None = None, place: Place | None = None
     ) -> LocalShard:
         """Describe ``local`` [n], which holds ``[start, start + n)`` of a flattened tensor of ``shape``.
 
