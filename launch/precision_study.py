@@ -26,11 +26,7 @@ BASELINES = {arm: None if arm == BASELINE else BASELINE for arm in ARMS}
 
 
 def main() -> None:
-    args = study.parse_arguments(__doc__.split("\n")[0], "runs/precision")
-    if args.report:
-        study.report(args, BASELINES, "precision-study.png")
-    else:
-        study.train(args, ARMS)
+    study.main("precision", __doc__, ARMS, BASELINES)
 
 
 if __name__ == "__main__":

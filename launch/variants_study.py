@@ -25,11 +25,7 @@ BASELINES = dict.fromkeys(ARMS, PLAIN) | {PLAIN: None, "poisoned, guard": POISON
 
 
 def main() -> None:
-    args = study.parse_arguments(__doc__.split("\n")[0], "runs/variants")
-    if args.report:
-        study.report(args, BASELINES, "variants-study.png")
-    else:
-        study.train(args, ARMS)
+    study.main("variants", __doc__, ARMS, BASELINES)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,14 @@ from lion_dist import Lion, ShardedLion
 Loss = Callable[[nn.Module], Tensor]
 
 
+def sum_in_order(addends: list[Tensor]) -> Tensor:
+    """In fp32."""
+    total = addends[0].float()
+    for addend in addends[1:]:
+        total = total + addend.float()
+    return total
+
+
 class Oracle:
     """Replays the ranks' micro-batches on a copy of the model.
 
@@ -48,11 +56,13 @@ class Oracle:
                 continue
             wire = self.wire or param.dtype
             addends = [torch.zeros_like(param, dtype=wire) if g is None else g.to(wire) for g in grads]
-            total = addends[0].float()
-            for addend in addends[1:]:
-                total = total + addend.float()
+            total = self._sum(addends)
             self._totals[param] = self._totals[param] + total if param in self._totals else total
         self._local = [{} for _ in range(self.world_size)]
+
+    def _sum(self, addends: list[Tensor]) -> Tensor:
+        """fp32, of every rank's gradient as it is sent."""
+        return sum_in_order(addends)
 
     def step(self, divisor: float | None = None, clip: float | None = None) -> Tensor:
         """One step of ``Lion`` with the gradients divided by ``divisor`` (None: the number of ranks) and clipped.

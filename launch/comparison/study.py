@@ -181,3 +181,12 @@ def draw(table: list[dict], rows: list[dict], path: Path) -> None:
         )
         right.set_yticks(range(len(arms)), [f"{row['arm']}\nagainst {row['against']}" for row in arms], fontsize=8)
         right.set(xlabel="held-out loss minus the other arm's, 95% interval", ylim=(len(arms) - 0.5, -0.5))
+
+
+def main(name: str, doc: str, arms: Mapping[str, Arm], baselines: Mapping[str, str | None]) -> None:
+    """The program of the study ``name``; ``doc``: its docstring, which begins with what is asked."""
+    args = parse_arguments(doc.split("\n")[0], f"runs/{name}")
+    if args.report:
+        report(args, baselines, f"{name}-study.png")
+    else:
+        train(args, arms)

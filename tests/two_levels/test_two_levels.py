@@ -14,7 +14,7 @@ from lion_dist.sharding import collectives
 from tests.checkpoint.engines import assert_same_tensors
 from tests.composed.jobs import gradients, mesh_of
 from tests.models import GivenGradients, given_loss, make_batch, make_model
-from tests.oracle import Oracle, assert_same_on_all_ranks, assert_same_params, assert_same_state
+from tests.oracle import Oracle, assert_same_on_all_ranks, assert_same_params, assert_same_state, sum_in_order
 from tests.shared_files import over_shared_files
 
 NODES, RANKS = 2, 2
@@ -25,24 +25,9 @@ SETTINGS = dict(lr=2e-3, weight_decay=0.1)
 class TwoLevelOracle(Oracle):
     """Sums in fp32 in rank order inside each node, rounds that for the wire, and sums over nodes in their order."""
 
-    def _reduce(self) -> None:
-        for param in self.params:
-            grads = [local.get(param) for local in self._local]
-            if all(grad is None for grad in grads):
-                continue
-            wire = self.wire or param.dtype
-            addends = [torch.zeros_like(param, dtype=wire) if g is None else g.to(wire) for g in grads]
-            nodes = [addends[node * RANKS : (node + 1) * RANKS] for node in range(NODES)]
-            total = sum_in_order([sum_in_order(of_node).to(wire) for of_node in nodes])
-            self._totals[param] = self._totals[param] + total if param in self._totals else total
-        self._local = [{} for _ in range(self.world_size)]
-
-
-def sum_in_order(addends: list[Tensor]) -> Tensor:
-    total = addends[0].float()
-    for addend in addends[1:]:
-        total = total + addend.float()
-    return total
+    def _sum(self, addends: list[Tensor]) -> Tensor:
+        nodes = [addends[node * RANKS : (node + 1) * RANKS] for node in range(NODES)]
+        return sum_in_order([sum_in_order(of_node).to(addends[0].dtype) for of_node in nodes])
 
 
 def make(model, dtype_settings=None, **sharding) -> ShardedLion:
