@@ -14,8 +14,8 @@ round's end all workers take
 
 The learning rate of a round is the mean of the schedule over its steps.
 
-The workers of one run are computed together, as one batched model (torch.func): the same arithmetic for each, and one
-launch for all. Clipping is per worker, as each would do it alone. Every arm of a seed sees the same batches.
+The workers of one run are computed together, as one batched model (torch.func.vmap): the same arithmetic for each, and
+one launch for all. Clipping is per worker, as each would do it alone. Every arm of a seed sees the same batches.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, vmap
 
 from comparison.evaluation import held_out_windows
 from comparison.study import T_95
@@ -95,6 +95,22 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def params_of_all(start: dict[str, Tensor], counts: dict[str, Tensor], lr: Tensor) -> dict[str, Tensor]:
+    """The workers' weights, bf16 [K, ...]: rounded once, from where the round began."""
+    return {name: (p + lr * counts[name]).bfloat16() for name, p in start.items()}
+
+
+def update_in_place(grads: dict[str, Tensor], counts: dict[str, Tensor], momenta: dict[str, Tensor]) -> None:
+    """Lion on every worker, all [K, ...]: ``counts`` move by -1, 0 or 1. Each worker clips its own norm to 1."""
+    squares = sum(grad.float().flatten(1).square().sum(dim=1) for grad in grads.values())
+    factors = (1.0 / squares.sqrt()).clamp(max=1.0)  # [K]
+    for name, grad in grads.items():
+        momentum = momenta[name]
+        grad = grad.float() * factors.view(-1, *[1] * (grad.dim() - 1))
+        counts[name].sub_(torch.sign(momentum * BETAS[0] + grad * (1 - BETAS[0])))
+        momentum.mul_(BETAS[1]).add_(grad * (1 - BETAS[1]))
+
+
 class Workers:
     """K workers of one run. ``start``: fp32, one tensor a parameter; ``counts``, ``momenta``: [K, ...] of each."""
 
@@ -106,23 +122,19 @@ class Workers:
         self.counts = stacked
         self.momenta = {name: torch.zeros_like(x) for name, x in stacked.items()}
         self.velocity = {name: torch.zeros_like(p) for name, p in self.start.items()}
-        loss_of_one = lambda params, windows: functional_call(model, params, (windows,))  # noqa: E731
-        self._gradients_of_all = vmap(grad_and_value(loss_of_one))
-        self.step = self._step if args.no_compile else torch.compile(self._step)
+        # Autograd stands outside of vmap: inside, torch 2.11 does not compile this model's backward for GPUs.
+        losses_of_all = vmap(lambda params, windows: functional_call(model, params, (windows,)))
+        wrap = (lambda f: f) if args.no_compile else lambda f: torch.compile(f, dynamic=False)  # K is a shape
+        self._losses, self._params_of_all, self._update = map(wrap, (losses_of_all, params_of_all, update_in_place))
 
-    def _step(self, windows: Tensor, lr: Tensor) -> Tensor:
+    def step(self, windows: Tensor, lr: Tensor) -> Tensor:
         """One step of every worker on ``windows`` [K, batch, seq_len + 1]; ``lr``: []. Returns the mean loss."""
-        # Weights are rounded once, from where the round began.
-        params = {name: (p + lr * self.counts[name]).bfloat16() for name, p in self.start.items()}
-        grads, losses = self._gradients_of_all(params, windows)
-        squares = sum(grad.float().flatten(1).square().sum(dim=1) for grad in grads.values())
-        factors = (1.0 / squares.sqrt()).clamp(max=1.0)  # [K]: each worker clips its own norm to 1
-        for name, grad in grads.items():
-            momentum = self.momenta[name]
-            grad = grad.float() * factors.view(-1, *[1] * (grad.dim() - 1))
-            self.counts[name].sub_(torch.sign(momentum * BETAS[0] + grad * (1 - BETAS[0])))
-            momentum.mul_(BETAS[1]).add_(grad * (1 - BETAS[1]))
-        return losses.mean()
+        params = {name: p.requires_grad_() for name, p in self._params_of_all(self.start, self.counts, lr).items()}
+        losses = self._losses(params, windows)
+        # The sum of all workers' losses: each worker's own gradient, because no worker's loss depends on another's.
+        grads = torch.autograd.grad(losses.sum(), list(params.values()))
+        self._update(dict(zip(params, grads, strict=True)), self.counts, self.momenta)
+        return losses.detach().mean()
 
     def end_round(self, lr: float, steps: int) -> None:
         """Weight decay, then the outer step; all workers go on from the same weights."""
