@@ -81,12 +81,11 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     first, last = start // row, (stop - 1) // row
     if first == last:
         return _within_row(shape, first, start - first * row, stop - first * row)
-    boxes = []
+    boxes, tail = [], []
     whole_from, whole_to = first, last + 1
     if start % row:
         boxes += _within_row(shape, first, start % row, row)
         whole_from += 1
-    tail = []
     if stop % row:
         tail = _within_row(shape, last, 0, stop % row)
         whole_to -= 1
@@ -195,11 +194,9 @@ class BoxedTensor(torch.Tensor):
 
     def of_each_box(self, function: Callable[..., Tensor], *args, **kwargs) -> BoxedTensor:
         """The same tensor over ``function(local, *args, **kwargs)`` of each box's memory."""
-        boxes = {box: function(local, *args, **kwargs) for box, local in self.boxes.items()}
-        if boxes:
-            return self.with_boxes(boxes)
         like = function(torch.empty(0, dtype=self.dtype, device=self.device), *args, **kwargs)
-        return type(self)(self.shape, {}, dtype=like.dtype, device=like.device, part=self.part)
+        boxes = {box: function(local, *args, **kwargs) for box, local in self.boxes.items()}
+        return type(self)(self.shape, boxes, dtype=like.dtype, device=like.device, part=self.part)
 
     def new_empty(self, size: Sequence[int], *, device=None, **_options) -> BoxedTensor:
         """A place for a copy, as torch's ``async_save`` makes one; it copies the attributes after."""

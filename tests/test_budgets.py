@@ -31,6 +31,7 @@ BESIDE = (
     "spike_guard",
     "ddp_takeover.py",
     "uneven_inputs.py",
+    "captured_step.py",
 )
 ROOMS = (*BESIDE, "checkpoint", "integrations", "planning", "cli", "benchmarks")
 SHOWN_BY_PROGRAMS = "reporting.py"  # by cli/, benchmarks/ and launch/; the core does without
@@ -43,7 +44,7 @@ CORE_FILES = (
     "sharded_optimizer.py backward_step.py full_params.py param_sync.py shard_builder.py step_gradients.py "
     "step_guard.py update_terms.py".split()
 )
-LINES_OUTSIDE_ROOMS = 11_277  # the core and whatever else no room holds
+LINES_OUTSIDE_ROOMS = 11_098  # the core and whatever else no room holds
 FIELDS = {
     PrecisionPolicy: 4,
     ShardingConfig: 11,
