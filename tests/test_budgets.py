@@ -44,7 +44,7 @@ CORE_FILES = (
     "sharded_optimizer.py backward_step.py full_params.py param_sync.py shard_builder.py step_gradients.py "
     "step_guard.py update_terms.py".split()
 )
-LINES_OUTSIDE_ROOMS = 11_098  # the core and whatever else no room holds
+LINES_OUTSIDE_ROOMS = 11_102  # the core and whatever else no room holds
 FIELDS = {
     PrecisionPolicy: 4,
     ShardingConfig: 11,
