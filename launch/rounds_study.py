@@ -18,7 +18,7 @@ The workers of one run are computed together, by batched products: the same arit
 Clipping is per worker, as each would do it alone. Every arm of a seed sees the same batches.
 
 Considered and dropped: ``torch.func.vmap`` of the model. On GPUs torch 2.11 then takes cuDNN's attention, whose
-gradients are NaN there, and does not compile.
+gradients are NaN there, and the model does not compile.
 """
 
 import argparse

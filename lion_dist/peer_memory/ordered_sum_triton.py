@@ -167,8 +167,8 @@ def load_kernels(dtype: torch.dtype, rank: int, ranks: int, device: torch.device
     """Load all that reductions of ``dtype`` launch, while no barrier waits.
 
     The first launch of a kernel may wait for all that runs on the device (CUDA's guide, "Lazy Loading"). Behind a
-    barrier it would wait for other ranks, and they for this one where ranks start reductions in different order: those
-    of two optimizers, or one and a collective of the model's own.
+    barrier it would wait for other ranks. They may wait for this one, where two optimizers reduce in one backward, or
+    the model has collectives of its own there, and ranks come to these in different order.
     """
     sum_of_one = OrderedSum([(0, 16)], device)
     others, own = torch.zeros(ranks - 1, 16, dtype=dtype, device=device), sum_of_one.table([0])

@@ -52,12 +52,7 @@ def test_one_worker_in_rounds_of_one_step_is_lion_with_fp32_main_params(args):
 def test_the_batched_model_is_the_transformer_of_each_worker(args):
     torch.manual_seed(0)
     models = [Transformer(2, 16, 2) for _ in range(3)]
-    params = {
-        name: torch.stack([dict(m.named_parameters())[name] for m in models]).detach()
-        for name in dict(models[0].named_parameters())
-    }
-    for value in params.values():
-        value.requires_grad_()
+    params, _ = torch.func.stack_module_state(models)
     windows = windows_of(0, 3)
     losses = rounds_study.losses_of_all(params, windows, layers=2, heads=2)
     losses.sum().backward()
