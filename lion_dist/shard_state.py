@@ -130,7 +130,7 @@ class ShardState:
             "params": self.bucket.flat_params.nbytes,
             "main_params": 0 if self.main_param is None else self.main_param.nbytes,
             "exp_avg": self.exp_avg.nbytes,
-            AVERAGE: 0 if self.weight_avg is None else self.weight_avg.nbytes,
+            **({} if self.weight_avg is None else {AVERAGE: self.weight_avg.nbytes}),
             "grads": self.bucket.grad_shard_nbytes(),
         }
 

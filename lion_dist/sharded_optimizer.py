@@ -296,9 +296,9 @@ class ShardedOptimizer(HoldsAverages, Optimizer):
     def memory_bytes(self) -> dict[str, int]:
         """Bytes on this rank by kind, counted from the tensors. ``grads``: grad shards and the pooled buffers."""
         kinds = [shard.memory_bytes() for shard in self.shards]
-        total = {
-            key: sum(kind[key] for kind in kinds) for key in ("params", "main_params", "exp_avg", AVERAGE, "grads")
-        }
+        averages = [] if self._builder.ema_decay is None else [AVERAGE]
+        keys = ("params", "main_params", "exp_avg", *averages, "grads")
+        total = {key: sum(kind[key] for kind in kinds) for key in keys}
         total["params"] += sum(p.nbytes for p in self._params.frozen)
         total["grads"] += self._builder.pooled_nbytes
         return total
