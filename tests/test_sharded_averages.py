@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 import lion_dist.checkpoint
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
+from lion_dist.kernels import triton_kernels
 from tests.oracle import assert_same_on_all_ranks
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -83,8 +84,8 @@ def assert_averages(opt: ShardedLion, model: nn.Module, lion: Lion, expected: nn
             assert torch.equal(piece, full.flatten()[part.param_start : part.param_stop])
 
 
-def average_and_go_on(policy: str, sharding: dict) -> None:
-    model, opt = make(policy, sharding)
+def average_and_go_on(policy: str, sharding: dict, use_triton: bool | None = None) -> None:
+    model, opt = make(policy, sharding, use_triton=use_triton)
     train([(model, opt)], range(3))
     expected, lion = plain(policy, range(3))
     assert_averages(opt, model, lion, expected)
@@ -109,6 +110,24 @@ def average_and_go_on(policy: str, sharding: dict) -> None:
 )
 def test_averages_are_those_of_lion_and_leave_the_training_as_it_was(gloo, policy, sharding, world_size):
     gloo.run(world_size, average_and_go_on, policy, SHARDINGS[sharding])
+
+
+def test_codes_follow_an_update_with_averages_by_the_kernels_that_gpus_run(gloo):
+    """Codes come from a launch of their own then: the fused one knows no averages."""
+    if not triton_kernels.INTERPRETED.value:
+        pytest.skip("the kernels are compiled here")
+    gloo.run(2, average_and_go_on, "split, bf16 average", SHARDINGS["coded"], True)
+
+
+def measure_with_an_average() -> None:
+    (model, opt), (other, plainly) = make("fp32", metrics_every=1), make("fp32", metrics_every=1, ema_decay=None)
+    train([(model, opt), (other, plainly)], range(2))
+    found, expected = opt.metrics(), plainly.metrics()
+    assert found.keys() == expected.keys() and found["update_norm"] == expected["update_norm"]
+
+
+def test_metrics_are_those_without_an_average(gloo):
+    gloo.run(2, measure_with_an_average)
 
 
 def hybrid_ranks_hold_the_same() -> None:
