@@ -14,8 +14,11 @@ round's end all workers take
 
 The learning rate of a round is the mean of the schedule over its steps.
 
-The workers of one run are computed together, as one batched model (torch.func): the same arithmetic for each, and one
-launch for all. Clipping is per worker, as each would do it alone. Every arm of a seed sees the same batches.
+The workers of one run are computed together, by batched products: the same arithmetic for each, and one launch for all.
+Clipping is per worker, as each would do it alone. Every arm of a seed sees the same batches.
+
+Considered and dropped: ``torch.func.vmap`` of the model. On GPUs torch 2.11 then takes cuDNN's attention, whose
+gradients are NaN there, and does not compile.
 """
 
 import argparse
@@ -27,12 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call
 
 from comparison.evaluation import held_out_windows
 from comparison.study import T_95
-from train import Transformer, global_batch, lr_factor, read_corpus
+from train import Transformer, global_batch, lr_factor, read_corpus, rotate
 
 BETAS = (0.9, 0.99)
 
@@ -95,6 +99,61 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def losses_of_all(params: dict[str, Tensor], windows: Tensor, layers: int, heads: int) -> Tensor:
+    """``Transformer.forward`` of launch/train.py for K workers at once.
+
+    Args:
+        params: of every worker, [K, ...].
+        windows: uint8 [K, batch, seq_len + 1].
+
+    Returns:
+        [K]: each worker's mean loss in nats.
+    """
+    workers, batch, seq_len = windows.shape[0], windows.shape[1], windows.shape[2] - 1
+    table = params["embedding.weight"]  # [K, 256, dim]
+    offsets = 256 * torch.arange(workers, device=windows.device).view(-1, 1, 1)
+    x = F.embedding((windows[..., :-1].long() + offsets).flatten(1), table.flatten(0, 1))  # [K, batch * seq_len, dim]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return (F.rms_norm(x.float(), x.shape[-1:]) * params[name].unsqueeze(1)).to(x.dtype)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return torch.bmm(x, params[name].mT)
+
+    for i in range(layers):
+        block = f"blocks.{i}."
+        qkv = linear(norm(x, block + "attention_norm.weight"), block + "qkv.weight")
+        q, k, v = qkv.view(workers * batch, seq_len, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        x = x + linear(y.transpose(1, 2).reshape(x.shape), block + "attention_out.weight")
+        gate, up = linear(norm(x, block + "mlp_norm.weight"), block + "gate_and_up.weight").chunk(2, dim=-1)
+        x = x + linear(F.silu(gate) * up, block + "mlp_out.weight")
+    logits = torch.bmm(norm(x, "norm.weight"), table.mT).float()
+    targets = windows[..., 1:].long().flatten()
+    return F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").view(workers, -1).mean(dim=1)
+
+
+def params_of_all(start: dict[str, Tensor], counts: dict[str, Tensor], lr: Tensor) -> dict[str, Tensor]:
+    """The workers' weights, bf16 [K, ...]: rounded once, from where the round began."""
+    return {name: (p + lr * counts[name]).bfloat16() for name, p in start.items()}
+
+
+def update_in_place(grads: dict[str, Tensor], counts: dict[str, Tensor], momenta: dict[str, Tensor]) -> Tensor:
+    """Lion on every worker, all [K, ...]: ``counts`` move by -1, 0 or 1. Each worker clips its own norm to 1.
+
+    Returns:
+        [] bool: all norms are finite.
+    """
+    squares = sum(grad.float().flatten(1).square().sum(dim=1) for grad in grads.values())
+    factors = (1.0 / squares.sqrt()).clamp(max=1.0)  # [K]
+    for name, grad in grads.items():
+        momentum = momenta[name]
+        grad = grad.float() * factors.view(-1, *[1] * (grad.dim() - 1))
+        counts[name].sub_(torch.sign(momentum * BETAS[0] + grad * (1 - BETAS[0])))
+        momentum.mul_(BETAS[1]).add_(grad * (1 - BETAS[1]))
+    return squares.isfinite().all()
+
+
 class Workers:
     """K workers of one run. ``start``: fp32, one tensor a parameter; ``counts``, ``momenta``: [K, ...] of each."""
 
@@ -106,23 +165,18 @@ class Workers:
         self.counts = stacked
         self.momenta = {name: torch.zeros_like(x) for name, x in stacked.items()}
         self.velocity = {name: torch.zeros_like(p) for name, p in self.start.items()}
-        loss_of_one = lambda params, windows: functional_call(model, params, (windows,))  # noqa: E731
-        self._gradients_of_all = vmap(grad_and_value(loss_of_one))
-        self.step = self._step if args.no_compile else torch.compile(self._step)
+        wrap = (lambda f: f) if args.no_compile else lambda f: torch.compile(f, dynamic=False)  # K is a shape
+        self._losses, self._params_of_all, self._update = map(wrap, (losses_of_all, params_of_all, update_in_place))
+        self.grads_are_finite = torch.ones((), dtype=torch.bool, device=next(model.parameters()).device)
 
-    def _step(self, windows: Tensor, lr: Tensor) -> Tensor:
+    def step(self, windows: Tensor, lr: Tensor) -> Tensor:
         """One step of every worker on ``windows`` [K, batch, seq_len + 1]; ``lr``: []. Returns the mean loss."""
-        # Weights are rounded once, from where the round began.
-        params = {name: (p + lr * self.counts[name]).bfloat16() for name, p in self.start.items()}
-        grads, losses = self._gradients_of_all(params, windows)
-        squares = sum(grad.float().flatten(1).square().sum(dim=1) for grad in grads.values())
-        factors = (1.0 / squares.sqrt()).clamp(max=1.0)  # [K]: each worker clips its own norm to 1
-        for name, grad in grads.items():
-            momentum = self.momenta[name]
-            grad = grad.float() * factors.view(-1, *[1] * (grad.dim() - 1))
-            self.counts[name].sub_(torch.sign(momentum * BETAS[0] + grad * (1 - BETAS[0])))
-            momentum.mul_(BETAS[1]).add_(grad * (1 - BETAS[1]))
-        return losses.mean()
+        params = {name: p.requires_grad_() for name, p in self._params_of_all(self.start, self.counts, lr).items()}
+        losses = self._losses(params, windows, len(self.model.blocks), self.args.heads)
+        # The sum of all workers' losses: each worker's own gradient, because no worker's loss depends on another's.
+        grads = torch.autograd.grad(losses.sum(), list(params.values()))
+        self.grads_are_finite &= self._update(dict(zip(params, grads, strict=True)), self.counts, self.momenta)
+        return losses.detach().mean()
 
     def end_round(self, lr: float, steps: int) -> None:
         """Weight decay, then the outer step; all workers go on from the same weights."""
@@ -165,6 +219,8 @@ def run(args: argparse.Namespace, text: tuple[Tensor, Tensor], seed: int, arm: A
             in_round = 0
         if step % 20 == 0:
             losses.append(loss)
+    if not workers.grads_are_finite:
+        raise FloatingPointError(f"seed {seed}, {arm}: a gradient was not finite, and the run measures nothing.")
     final = held_out_loss(args, workers, text[1], device)
     return {
         "held_out": final,

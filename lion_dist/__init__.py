@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 from lion_dist.boxes import this_ranks_part
-from lion_dist.captured_step import CapturedStep
 from lion_dist.config import PrecisionPolicy, ShardingConfig
 from lion_dist.grad_scaler import GradScaler
 from lion_dist.lion import Lion
@@ -12,6 +11,7 @@ from lion_dist.sharded_lion import ShardedLion
 from lion_dist.step_rule import SpikeGuard
 
 if TYPE_CHECKING:
+    from lion_dist.captured_step import CapturedStep
     from lion_dist.composed.clip import clip_grad_norm_
     from lion_dist.composed.model_parallel import ModelParallel
     from lion_dist.replica_check import ReplicaError
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _IN_ROOMS = {
+    "CapturedStep": "lion_dist.captured_step",
     "ModelParallel": "lion_dist.composed.model_parallel",
     "ReplicaError": "lion_dist.replica_check",
     "TwoLevels": "lion_dist.two_levels.levels",

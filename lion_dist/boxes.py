@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -81,12 +81,11 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     first, last = start // row, (stop - 1) // row
     if first == last:
         return _within_row(shape, first, start - first * row, stop - first * row)
-    boxes = []
+    boxes, tail = [], []
     whole_from, whole_to = first, last + 1
     if start % row:
         boxes += _within_row(shape, first, start % row, row)
         whole_from += 1
-    tail = []
     if stop % row:
         tail = _within_row(shape, last, 0, stop % row)
         whole_to -= 1
@@ -193,6 +192,12 @@ class BoxedTensor(torch.Tensor):
         like = next(iter(boxes.values()), self)
         return type(self)(self.shape, boxes, dtype=like.dtype, device=like.device, part=part or self.part)
 
+    def of_each_box(self, function: Callable[..., Tensor], *args, **kwargs) -> BoxedTensor:
+        """The same tensor over ``function(local, *args, **kwargs)`` of each box's memory."""
+        like = function(torch.empty(0, dtype=self.dtype, device=self.device), *args, **kwargs)
+        boxes = {box: function(local, *args, **kwargs) for box, local in self.boxes.items()}
+        return type(self)(self.shape, boxes, dtype=like.dtype, device=like.device, part=self.part)
+
     def new_empty(self, size: Sequence[int], *, device=None, **_options) -> BoxedTensor:
         """A place for a copy, as torch's ``async_save`` makes one; it copies the attributes after."""
         return type(self)(size, {}, dtype=self.dtype, device=self.device if device is None else torch.device(device))
@@ -218,14 +223,9 @@ class BoxedTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args: tuple = (), kwargs: dict | None = None):
-        boxed, kwargs = args[0], kwargs or {}
         aten = torch.ops.aten
         if func in (aten.detach.default, aten.clone.default, aten._to_copy.default) or func.overloadpacket is aten.to:
-            boxes = {box: func(local, *args[1:], **kwargs) for box, local in boxed.boxes.items()}
-            if boxes:
-                return boxed.with_boxes(boxes)
-            like = func(torch.empty(0, dtype=boxed.dtype, device=boxed.device), *args[1:], **kwargs)
-            return type(boxed)(boxed.shape, {}, dtype=like.dtype, device=like.device, part=boxed.part)
+            return args[0].of_each_box(func, *args[1:], **kwargs or {})
         raise NotImplementedError(
             f"{func} on a BoxedTensor: it is a place for checkpoints, not an operand. For whole tensors call "
             "optimizer.consolidate_state_dict() on all ranks."

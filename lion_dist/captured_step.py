@@ -16,6 +16,7 @@ Alternatives considered:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -70,7 +71,8 @@ class CapturedStep(Generic[Output]):
         _refuse_what_cannot_be_captured(optimizer)
         if not isinstance(warm_up, int) or warm_up < 1:
             raise ValueError(f"warm_up must be a whole number of eager steps of at least 1, got {warm_up!r}")
-        self._step, self._optimizer, self._left, self._pool = step, optimizer, warm_up, pool
+        self._step, self._optimizer, self._left = step, optimizer, warm_up
+        self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
         self._stream = torch.cuda.Stream(optimizer.buckets[0].device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] = ()
@@ -113,14 +115,23 @@ class CapturedStep(Generic[Output]):
         self._constants = _constants_of(optimizer)
         # thread_local: NCCL's watchdog asks for its events in another thread.
         capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        outer = torch.cuda.current_stream(self._stream.device)
         try:
             with capture, optimizer.capturing(LeaveStale()):
                 self._outputs = self._step(*self._inputs)
         except BaseException:  # nothing has run: parameters are as they were, but their gather was only captured
             for bucket in optimizer.buckets:
                 bucket.leave_stale()
+            self._undo_begin(outer)
             raise
         self._graph = graph
+
+    def _undo_begin(self, outer: torch.cuda.Stream) -> None:
+        """Where a capture was invalidated, its end fails in torch 2.11 before it has given back the stream and told the
+        allocator, which then fails whenever it would free memory, and aborts the process at its exit."""
+        torch.cuda.set_stream(outer)
+        with contextlib.suppress(RuntimeError):  # "not currently recording": the capture did end
+            torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
 
     def _copy_in(self, inputs: tuple[Tensor, ...]) -> None:
         found = [(tuple(tensor.shape), tensor.dtype) for tensor in inputs]

@@ -17,7 +17,7 @@ from lion_dist.shard_state import ShardBatch
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.comm_stream import CommStream
-from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.sharding.process_groups import RankGroups, ShardGroups
 from lion_dist.step_rule import SpikeGuard
 from lion_dist.update_terms import UpdateTerms
 
@@ -78,8 +78,7 @@ class StepObservers:
         refuse_unmeasured(self._step_metrics)
         from lion_dist.metrics.step_metrics import metrics_over_ranks
 
-        ranks = self._groups if self._parts is None else self._parts.all_ranks(self._groups)
-        return metrics_over_ranks(self._step_metrics, ranks)
+        return metrics_over_ranks(self._step_metrics, self._all_ranks)
 
     def check_replicas(self) -> None:
         self._replicas().check(*self._copies())
@@ -88,8 +87,13 @@ class StepObservers:
         if self._replica_check is None:
             from lion_dist.replica_check import ReplicaCheck
 
-            self._replica_check = ReplicaCheck(self._groups, self._stream, self._device, self._check_replicas_every)  # pyrefly: ignore
+            every, told = self._check_replicas_every, self._all_ranks
+            self._replica_check = ReplicaCheck(self._groups, self._stream, self._device, every, told)  # pyrefly: ignore
         return self._replica_check
+
+    @property
+    def _all_ranks(self) -> RankGroups:
+        return self._groups if self._parts is None else self._parts.all_ranks(self._groups)
 
 
 def copies_of(params: ShardedParams, buckets: list[Bucket]) -> tuple[list[Bucket], list[tuple]]:

@@ -27,7 +27,7 @@ from lion_dist.sharding import collectives
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.collectives import Work
 from lion_dist.sharding.comm_stream import CommStream
-from lion_dist.sharding.process_groups import ShardGroups
+from lion_dist.sharding.process_groups import RankGroups, ShardGroups
 
 Frozen = tuple[str, Tensor, ShardGroups]  # a parameter that is not trained: name, values, who holds it
 
@@ -148,10 +148,11 @@ class ReplicaCheck:
     Args:
         groups: of the optimizer; buckets may have others (experts).
         every: :meth:`begin_step` starts a check in each ``every``-th step.
+        told: all ranks that stop together: those of ``groups``, and those that hold other parts of the model.
     """
 
-    def __init__(self, groups: ShardGroups, stream: CommStream, device: torch.device, every: int):
-        self.groups, self.stream, self.device, self.every = groups, stream, device, every
+    def __init__(self, groups: ShardGroups, stream: CommStream, device: torch.device, every: int, told: RankGroups):
+        self.groups, self.stream, self.device, self.every, self.told = groups, stream, device, every, told
         self._steps = 0
         self._under_way: list[_Look] = []
         self._known: dict[Bucket | str, Holding] = {}  # by bucket, or by name of a frozen parameter
@@ -216,8 +217,9 @@ class ReplicaCheck:
     def _raise_what_is_found(self, looks: list[_Look]) -> None:
         self._under_way = []
         found = [difference for look in looks for difference in self._compare(look)]
-        if len(looks) > 1:  # groups of their own (experts) know of their own differences only
-            everybody = _gather_objects(found, self.groups)
+        # Experts' groups, and those of one pipeline stage, know of their own differences only.
+        if len(looks) > 1 or (looks and self.told.num_ranks > self.groups.num_ranks):
+            everybody = _gather_objects(found, self.told)
             found = list(dict.fromkeys(difference for theirs in everybody for difference in theirs))
         if found:
             raise ReplicaError(sorted(found, key=lambda difference: (difference.rank, difference.where)))
@@ -254,7 +256,7 @@ def _global_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _gather_objects(value: object, groups: ShardGroups) -> list:
+def _gather_objects(value: object, groups: RankGroups) -> list:
     """Every rank's, in the order of ``collectives.gather_rows``."""
     values = [value]
     for axis in groups.axes:

@@ -232,8 +232,11 @@ def fail_in_the_capture(device: torch.device) -> None:
 
     step = CapturedStep(waits, training.opt, warm_up=1)
     step(x)
+    outer = torch.cuda.current_stream()
     with pytest.raises(RuntimeError):
         step(x)
+    assert torch.cuda.current_stream() == outer
+    torch.cuda.empty_cache()  # raises where the allocator still records
     training.opt.zero_grad()
     training.step(x)
     assert training.opt.taken_steps() == 2

@@ -18,6 +18,7 @@ import lion_dist
 from lion_dist import Lion, PrecisionPolicy
 from lion_dist.grad_placement import GradPlacements
 from lion_dist.local_shard import local_tensor
+from tests.gloo_workers import RankError
 from tests.test_optimizer_dtensor import RefuseDTensors
 
 SETTINGS = dict(lr=2**-7, weight_decay=0.125)
@@ -240,6 +241,9 @@ def clipped() -> None:
     assert torch.allclose(*momenta) and momenta[0].norm() < whole.norm()
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.12", reason="torch 2.11 scales no gradient that is to be summed", raises=RankError
+)
 def test_torchs_clipping_is_of_the_summed_gradient(gloo):
     gloo.run(2, clipped)
 

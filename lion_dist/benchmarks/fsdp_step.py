@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from lion_dist import Lion, PrecisionPolicy
 from lion_dist.benchmarks import paired
+from lion_dist.benchmarks.engines import SETTINGS, flash_lion, fsdp2
 from lion_dist.benchmarks.fsdp import say, start_process_group
 from lion_dist.benchmarks.llama import SIZES, make_llama
 from lion_dist.benchmarks.report import Rows, version_of
-from lion_dist.benchmarks.step import SETTINGS, flash_lion, fsdp2
 from lion_dist.benchmarks.timing import free_gpu_memory
 
 

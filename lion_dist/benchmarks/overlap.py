@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lion_dist.benchmarks.engines import sharded_lion
 from lion_dist.benchmarks.llama import SIZES, make_llama
 from lion_dist.benchmarks.report import Rows
-from lion_dist.benchmarks.step import sharded_lion
 
 CAUSES = ("update", "grad_sync", "param_sync", "norm")
 COMPUTE = "compute"

@@ -161,3 +161,17 @@ class OrderedSum:
                 BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
             )
+
+
+def load_kernels(dtype: torch.dtype, rank: int, ranks: int, device: torch.device) -> None:
+    """Load all that reductions of ``dtype`` launch, while no barrier waits.
+
+    The first launch of a kernel may wait for all that runs on the device (CUDA's guide, "Lazy Loading"). Behind a
+    barrier it would wait for other ranks, and they for this one where ranks start reductions in different order: those
+    of two optimizers, or one and a collective of the model's own.
+    """
+    sum_of_one = OrderedSum([(0, 16)], device)
+    others, own = torch.zeros(ranks - 1, 16, dtype=dtype, device=device), sum_of_one.table([0])
+    for output, adds_up in {(torch.float32, False), (torch.float32, True), (dtype, False)}:
+        result = torch.zeros(16, dtype=output, device=device)
+        sum_of_one(result, sum_of_one.squares(), others, own, rank, adds_up=adds_up)

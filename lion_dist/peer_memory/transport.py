@@ -62,9 +62,14 @@ class PeerTransport:
         return PeerReduceScatter(copies, pool, self.groups, self.stream, ordered=ordered)
 
     def reserve(self) -> None:
-        """Memory that peers write is allocated now, by all ranks together: they come to reductions at other times."""
-        for pool in self._pools.values():
+        """Memory that peers write is allocated and kernels are loaded now, by all ranks together: they come to
+        reductions at other times."""
+        for dtype, pool in self._pools.items():
             pool.fill()
+            if self._use_triton is not False and self.memory.device.type == "cuda":
+                from lion_dist.peer_memory import ordered_sum_triton
+
+                ordered_sum_triton.load_kernels(dtype, self.memory.rank, self.memory.world_size, self.memory.device)
 
     def all_gather(self, buffer: PeerBuffer, shard: Tensor) -> Work:
         self.memory.all_gather(buffer)

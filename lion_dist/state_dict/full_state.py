@@ -259,4 +259,6 @@ def _gatherable_class() -> type[BoxedTensor]:
                 raise NotImplementedError(f"a part of ShardedLion's state can be gathered, not made {placements}")
             return DTensor.from_local(self.full_tensor(), self.device_mesh, self.placements, run_check=False)
 
+    for name in ("to", "cpu", "clone", "detach"):  # torch 2.11 dispatches what is a DTensor past __torch_dispatch__
+        setattr(GatherableTensor, name, functools.partialmethod(BoxedTensor.of_each_box, getattr(Tensor, name)))
     return GatherableTensor

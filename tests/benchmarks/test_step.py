@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from lion_dist.benchmarks.engines import engines
 from lion_dist.benchmarks.llama import SIZES, Llama
-from lion_dist.benchmarks.step import engines
 
 
 def train_by(name: str) -> bool:

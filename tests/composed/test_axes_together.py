@@ -153,6 +153,40 @@ def test_check_replicas_compares_experts_with_their_own_ranks(gloo):
     assert all("rank 3" in text for text in gloo.run(4, spoil_an_expert))
 
 
+def spoil_a_stage(every: int) -> str:
+    mesh = mesh_of(pp=2, dp=2)
+    model = GivenGradients((6, 7), (5,))
+    opt = ShardedLion(
+        model.parameters(),
+        module=model,
+        process_group=mesh["dp"],
+        model_parallel=ModelParallel(pipeline=mesh["pp"]),
+        sharding=ShardingConfig(check_replicas_every=every),
+    )
+
+    def step() -> None:
+        model.loss([torch.ones(6, 7), torch.ones(5)]).backward()
+        opt.step()
+
+    step()
+    opt.finish_param_sync()
+    if torch.distributed.get_rank() == 3:
+        model.weights[0].data.view(-1)[0] += 1
+    with pytest.raises(ReplicaError) as raised:
+        if every:
+            step()  # begins the check
+            step()  # reads what it has found
+        else:
+            opt.check_replicas()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_ranks_of_all_stages_stop_where_those_of_one_differ(gloo, every):
+    (text,) = set(gloo.run(4, spoil_a_stage, every))
+    assert "rank 3" in text and "rank 0" not in text
+
+
 # ---- context parallel
 
 

@@ -31,7 +31,6 @@ def windows_of(step: int, count: int) -> torch.Tensor:
     return torch.randint(256, (count, 2, 9), dtype=torch.uint8, generator=generator)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_one_worker_in_rounds_of_one_step_is_lion_with_fp32_main_params(args):
     model, twin = model_of(args), model_of(args)
     workers = Workers(model, Arm(1, 1, momentum="kept"), args)
@@ -50,7 +49,33 @@ def test_one_worker_in_rounds_of_one_step_is_lion_with_fp32_main_params(args):
     assert sum(x.sum() for x in same) > 0.98 * sum(x.numel() for x in same)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_the_batched_model_is_the_transformer_of_each_worker(args):
+    torch.manual_seed(0)
+    models = [Transformer(2, 16, 2) for _ in range(3)]
+    params = {
+        name: torch.stack([dict(m.named_parameters())[name] for m in models]).detach()
+        for name in dict(models[0].named_parameters())
+    }
+    for value in params.values():
+        value.requires_grad_()
+    windows = windows_of(0, 3)
+    losses = rounds_study.losses_of_all(params, windows, layers=2, heads=2)
+    losses.sum().backward()
+    for i, model in enumerate(models):
+        expected = model(windows[i])
+        expected.backward()
+        torch.testing.assert_close(losses[i], expected)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(params[name].grad[i], p.grad)
+
+
+def test_a_run_with_a_gradient_that_is_not_finite_measures_nothing(args, monkeypatch):
+    real = rounds_study.losses_of_all
+    monkeypatch.setattr(rounds_study, "losses_of_all", lambda *given: real(*given) * torch.nan)
+    with pytest.raises(FloatingPointError, match="seed 0, synchronous"):
+        rounds_study.train(args)
+
+
 def test_counts_are_integers_within_the_steps_of_the_round(args):
     workers = Workers(model_of(args), Arm(workers=4), args)
     for step in range(5):
@@ -84,7 +109,6 @@ def test_the_outer_step_goes_where_the_mean_of_the_integers_points(args, outer):
     assert not any(x.any() for x in workers.counts.values())
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_study_that_was_cut_off_goes_on_and_reports(args, tmp_path, capsys):
     rounds_study.train(args)
     rounds_study.train(args)

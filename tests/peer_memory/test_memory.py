@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lion_dist import ShardedLion, ShardingConfig
 from lion_dist.peer_memory import connect as peer_connect
 from lion_dist.peer_memory import memory as peer_memory
+from lion_dist.peer_memory import ordered_sum_triton
 from lion_dist.peer_memory.memory import PeerBuffer, PeerMemory, Recording
 from lion_dist.peer_memory.ordered_sum_triton import OrderedSum
 from lion_dist.peer_memory.transport import RECEIVE_BUFFERS, PeerCopies
@@ -325,6 +326,19 @@ def test_squares_are_of_what_is_stored(rank, numels, seed, dtype, adds_up):
 def test_a_rank_alone_has_nobody_to_read_from():
     layer = torch.nn.Linear(4, 4)
     ShardedLion(layer.parameters(), sharding=ShardingConfig(peer_memory=True)).close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kernel_that_reductions_launch_is_loaded_before_a_barrier_waits(dtype, monkeypatch):
+    launched, real = set(), OrderedSum.__call__
+
+    def launch(self, output, squares, others, own, rank, *, adds_up=False):
+        real(self, output, squares, others, own, rank, adds_up=adds_up)
+        launched.add((output.dtype, others.dtype, adds_up))
+
+    monkeypatch.setattr(OrderedSum, "__call__", launch)
+    ordered_sum_triton.load_kernels(dtype, 1, 3, torch.device("cpu"))
+    assert launched == {(torch.float32, dtype, False), (torch.float32, dtype, True), (dtype, dtype, False)}
 
 
 def test_gloo_ranks_use_no_peer_memory_and_say_why_when_they_are_to(gloo):
