@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lion_dist.averages import KIND as AVERAGE
 from lion_dist.hyperparameters import check_hyperparameters
 from lion_dist.local_shard import LocalShard, local_tensor, part_of
 from lion_dist.main_params import main_param_as
@@ -22,7 +23,9 @@ FOREIGN_KEYS = frozenset(
     "maximize momentum momentum_decay nesterov ns_coefficients ns_steps adjust_lr_fn rho step_sizes t0 "
     "tolerance_change tolerance_grad".split()
 )
-OF_THE_WHOLE_OPTIMIZER = ("precision", "cautious", "use_triton", "metrics_every", "corrected_weight_decay", "maximize")
+OF_THE_WHOLE_OPTIMIZER = tuple(
+    "precision cautious use_triton metrics_every corrected_weight_decay maximize ema_decay".split()
+)
 SEED_KEYS = ("cautious_factor", "cautious_wd")  # in param groups of lion-pytorch's cautious class; the optimizer's here
 
 
@@ -91,6 +94,8 @@ def adopt_state(param: Tensor, saved: Mapping, fresh: dict[str, Tensor]) -> dict
             f"the saved state has {sorted(saved)} but no 'exp_avg': it is not a Lion's (nor an Adam's). "
             "Start with fresh optimizer state instead."
         )
+    if saved.get(AVERAGE) is not None and AVERAGE not in fresh:
+        warn_of_lost_average()
     for key, target in fresh.items():
         if saved.get(key) is None:
             continue
@@ -105,6 +110,14 @@ def adopt_state(param: Tensor, saved: Mapping, fresh: dict[str, Tensor]) -> dict
             )
         local_tensor(target).copy_(value)
     return fresh
+
+
+def warn_of_lost_average() -> None:
+    warnings.warn(
+        "lion_dist: the loaded state has an average of the weights, which is left out: this optimizer keeps none. "
+        "Construct it with ema_decay to go on with it.",
+        stacklevel=5,
+    )
 
 
 def _local_part(key: str, value: Tensor, target: Tensor, param: Tensor) -> Tensor:

@@ -36,12 +36,15 @@ class PrecisionPolicy:
         momentum_dtype: ``torch.float32``, ``torch.bfloat16``, or None for the parameter's own (fp32 for fp16).
         momentum_rounding: how a bf16 momentum is rounded, ``"nearest"`` (ties to even) or ``"stochastic"``.
         seed: of the random bits of stochastic rounding; the same on every rank.
+        ema_dtype: of the average of the weights (``ema_decay``): ``torch.float32``, or ``torch.bfloat16`` with
+            stochastic rounding. None: fp32 with ``ema_decay``.
     """
 
     main_params: str = "auto"
     momentum_dtype: torch.dtype | None = None
     momentum_rounding: str = "nearest"
     seed: int = 0
+    ema_dtype: torch.dtype | None = None
 
     def __post_init__(self):
         _set(
@@ -53,6 +56,9 @@ class PrecisionPolicy:
                 self.momentum_dtype,
                 (torch.float32, torch.bfloat16),
                 "fp16 lacks the range of a momentum; None is the parameter's own dtype.",
+            ),
+            ema_dtype=values.dtype(
+                "ema_dtype", self.ema_dtype, (torch.float32, torch.bfloat16), "None is fp32 with ema_decay."
             ),
             seed=values.whole_number(
                 "seed", self.seed, "an int in [0, 2**63)", least=0, below=2**63, remedy="Pass the same on every rank."
@@ -83,7 +89,8 @@ class PrecisionPolicy:
         stochastic_momentum = (
             self.momentum_rounding == "stochastic" and self.momentum_dtype_for(param_dtype) == torch.bfloat16
         )
-        return stochastic_momentum or self.main_params_for(param_dtype) == "none"
+        stochastic_state = stochastic_momentum or self.ema_dtype == torch.bfloat16
+        return stochastic_state or self.main_params_for(param_dtype) == "none"
 
     def state_dtypes(self, param_dtype: torch.dtype) -> dict[str, torch.dtype]:
         """List the entries of the state of a parameter of ``param_dtype``."""
@@ -91,6 +98,8 @@ class PrecisionPolicy:
         kind = self.main_params_for(param_dtype)
         if kind in ("fp32", "split"):
             dtypes["main_param"] = torch.float32 if kind == "fp32" else torch.int16
+        if self.ema_dtype is not None:
+            dtypes["weight_avg"] = self.ema_dtype
         if self.is_stochastic(param_dtype):
             dtypes["step"] = torch.int64
         return dtypes

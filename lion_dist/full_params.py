@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch.nn import Parameter
 
+from lion_dist.averages import WeightSwap
 from lion_dist.param_sync import GatherParams
 from lion_dist.shard_state import ShardState
 from lion_dist.sharding.bucket import Bucket
@@ -26,6 +27,8 @@ class FullParams:
     def __init__(self, shards: Sequence[ShardState], hooks: ForwardHooks | None, param_sync: GatherParams):
         self._shards, self._hooks, self.param_sync = shards, hooks, param_sync
         self._versions = VersionTracker()
+        self.weight_swap = WeightSwap()
+        self.averages_move = False  # they have; until then they begin at whatever the parameters become
         self._changed: set[Bucket] = set()  # by somebody else, since the last step
         self._updating: set[Bucket] = set()  # by the update under way, or by one that an exception has ended
 
@@ -47,10 +50,16 @@ class FullParams:
 
     def follow_outside_writes(self, shards: Iterable[ShardState]) -> None:
         """Main params follow parameters that somebody else has changed since our last update."""
+        self.weight_swap.refuse("a call that needs the weights (a step, a state dict, check_replicas())")
         for shard in shards:
             if self._versions.find_changes(shard.bucket):
-                shard.refresh_main()
+                self._follow(shard)
                 self._changed.add(shard.bucket)
+
+    def _follow(self, shard: ShardState) -> None:
+        shard.refresh_main()
+        if not self.averages_move:
+            shard.begin_average()
 
     def begin_updates(self, buckets: Collection[Bucket]) -> None:
         """Note that from here to :meth:`end_updates` an exception leaves parameters that may differ between ranks."""
@@ -58,6 +67,7 @@ class FullParams:
 
     def note_updates(self, buckets: Sequence[Bucket], params: Iterable[Parameter]) -> None:
         """``params`` of ``buckets`` are the optimizer's own, new values."""
+        self.averages_move = True
         self._versions.note_updates(buckets, params)
 
     def end_updates(self, buckets: Collection[Bucket]) -> None:
@@ -106,9 +116,10 @@ class FullParams:
     def sync_main_params(self) -> None:
         """Main params follow parameters that were written through ``.data``, which leaves no trace."""
         self.finish_sync()
+        self.weight_swap.refuse("refresh_main_params()")
         for shard in self._shards:
             self._versions.find_changes(shard.bucket)
-            shard.refresh_main()
+            self._follow(shard)
 
     def resync(self) -> None:
         """Every rank's parameters become their owners'."""
@@ -148,4 +159,4 @@ class FullParams:
 
     def _note_all_updated(self) -> None:
         buckets = self.buckets
-        self._versions.note_updates(buckets, [param for bucket in buckets for param in bucket.params])
+        self.note_updates(buckets, [param for bucket in buckets for param in bucket.params])

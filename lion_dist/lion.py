@@ -7,8 +7,9 @@ to dispatch an operation in ``step()``.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch.optim import Optimizer
 
 from lion_dist import values
 from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
+from lion_dist.averages import KIND as AVERAGE
+from lion_dist.averages import WeightSwap, init_average, not_averaged, refuse_flat_params, with_average
 from lion_dist.cautious import cautious_lrs_of_whole_tensors, refuse_hidden_boundaries, refuse_hidden_ranks
 from lion_dist.config import PrecisionPolicy, check_interval, check_policy
 from lion_dist.hyperparameters import (
@@ -65,9 +68,13 @@ class Lion(Optimizer):
         skip_spikes: skip a step whose gradient norm, over all parameters and ranks, or whose loss (:meth:`observe`) is
             far above those before (``SpikeGuard``). FSDP1's flat parameters are refused.
         metrics_every: measure every n-th step, for :meth:`metrics`; 0 measures nothing and costs nothing.
+        ema_decay: keep an average of the weights, ``average * ema_decay + weight * (1 - ema_decay)`` after each step,
+            in the same launch and in ``precision.ema_dtype`` (fp32 or bf16); :meth:`averaged_parameters` puts it into
+            the model. FSDP1's flat parameters are refused.
 
     State of a parameter: ``exp_avg`` (its shape, fp32 or bf16); with main params ``main_param`` (fp32, or the int16
-    remainder); with stochastic rounding ``step`` ([] int64). It is created when a gradient first comes.
+    remainder); with ``ema_decay`` ``weight_avg``; with stochastic rounding ``step`` ([] int64). It is created when a
+    gradient first comes.
 
     The *global element index* (``sharding/layout.py``) counts elements of full tensors in the order of
     ``param_groups``. Bits of stochastic rounding are independent of sharding for plain tensors and for DTensors
@@ -95,12 +102,14 @@ class Lion(Optimizer):
         differentiable: bool = False,
         skip_spikes: SpikeGuard | None = None,
         metrics_every: int = 0,
+        ema_decay: float | None = None,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
         check_torch_options(foreach, fused, capturable, differentiable)
-        self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
-        self.precision, self.skip_spikes = check_policy(precision), check_guard(skip_spikes)
+        self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize, ema_decay)
+        self.precision = with_average(check_policy(precision), self.rule.ema_decay)
+        self.skip_spikes, self.weight_swap = check_guard(skip_spikes), WeightSwap()
         self._spikes = None  # until the first step, when parameters are where they will stay
         self.use_triton = values.flag("use_triton", use_triton, optional=True)
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
@@ -131,7 +140,8 @@ class Lion(Optimizer):
     def __setstate__(self, state: dict) -> None:
         # Present when load_state_dict() calls this; absent in a copy.
         fresh = {"_known_batches": {}, "_own_writes": OwnWrites(), "_step_metrics": NO_METRICS, "_index": None}
-        for name, value in (fresh | {"_no_gradients": NoGradientWarning()}).items():
+        fresh |= {"_no_gradients": NoGradientWarning(), "weight_swap": WeightSwap()}
+        for name, value in fresh.items():
             self.__dict__.setdefault(name, value)
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's __setstate__ adds it; a fresh optimizer has no such key
@@ -154,6 +164,8 @@ class Lion(Optimizer):
                     refuse_hidden_boundaries(param, name)
                 if self.skip_spikes is not None:
                     refuse_hidden_ranks(param, name)
+                if self.rule.ema_decay is not None:
+                    refuse_flat_params(param, name)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -167,6 +179,7 @@ class Lion(Optimizer):
             ValueError: a param group holds an lr, betas or weight_decay that cannot be used; nothing is changed.
         """
         values.closure(closure)
+        self.weight_swap.refuse("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -216,6 +229,23 @@ class Lion(Optimizer):
             device = local_tensor(next(p for group in self.param_groups for p in group["params"])).device
             self._spikes = SpikeWatch(self.skip_spikes, device, update.choose_backend(device, self.use_triton))
         return self._spikes
+
+    @contextlib.contextmanager
+    def averaged_parameters(self, module: torch.nn.Module | None = None) -> Iterator[None]:
+        """A context in which the parameters hold the average of the weights (``ema_decay``), for evaluation or to save
+        the model's ``state_dict()``. Afterwards they have the bits that they had before, also after an exception.
+
+        Inside, :meth:`step` and this optimizer's state dicts are refused, and one copy of this rank's parameters is
+        kept. A parameter without optimizer state stays as it is.
+
+        Args:
+            module: the model, where its parameters are DTensors (FSDP2); all ranks enter and leave together then.
+        """
+        if self.rule.ema_decay is None:
+            raise not_averaged()
+        params = [p for group in self.param_groups for p in group["params"] if AVERAGE in self.state.get(p, {})]
+        with self.weight_swap.of_local_shards({p: self.state[p][AVERAGE] for p in params}, module):
+            yield
 
     def _scalars(self, group: dict) -> StepScalars:
         weight_decay = effective_weight_decay(group, self._decoupled_from, self.rule.corrected_weight_decay)
@@ -362,7 +392,7 @@ class Lion(Optimizer):
 
     def _flatten(self, params: list[Tensor]) -> update.LionTensors:
         states = [self.state_of(p) for p in params]
-        columns = {key: [flat(s[key]) for s in states] for key in STATE_KEYS[:2] if key in states[0]}
+        columns = {key: [flat(s[key]) for s in states] for key in STATE_KEYS[:3] if key in states[0]}
         index = steps = None
         if "step" in states[0]:
             if self._index is None:
@@ -374,6 +404,8 @@ class Lion(Optimizer):
             params=[flat(p) for p in params],
             exp_avgs=columns["exp_avg"],
             mains=columns.get("main_param"),
+            averages=columns.get(AVERAGE),
+            ema_decay=self.rule.ema_decay,
             index_starts=None if index is None else [index.of(p) for p in params],
             steps=steps,
             stochastic_momentum=self.precision.momentum_rounding == "stochastic"
@@ -390,6 +422,9 @@ class Lion(Optimizer):
         if main is not None:
             state["main_param"] = main.contiguous()
             self._own_writes.note(param)
+        average = init_average(param, precision.ema_dtype)
+        if average is not None:
+            state[AVERAGE] = average
         if precision.is_stochastic(dtype):
             state["step"] = torch.zeros((), dtype=torch.int64, device=local_tensor(param).device)
         return state
@@ -407,6 +442,7 @@ class Lion(Optimizer):
 
         State of a parameter that is in no group any more is left out; it is there again when the parameter is.
         """
+        self.weight_swap.refuse("state_dict()")
         params = [p for group in self.param_groups for p in group["params"]]
         present = set(params)
         orphans = {p: self.state.pop(p) for p in list(self.state) if isinstance(p, Tensor) and p not in present}
@@ -424,9 +460,11 @@ class Lion(Optimizer):
         """Load a ``state_dict`` of this class, of lion-pytorch's Lion, or of any other that keeps ``exp_avg``.
 
         ``exp_avg`` takes the configured dtype (with a warning where the file's differs), main params are made from
-        the parameters where the file has none, and missing group keys are filled in. Load the model first.
+        the parameters where the file has none, averages of the weights begin there, and missing group keys are filled
+        in. Load the model first.
         """
         values.state_dict(state_dict)
+        self.weight_swap.refuse("load_state_dict()")
         states: dict[Tensor, dict] = {}
         window: dict[str, Tensor | None] = {}
 

@@ -37,8 +37,9 @@ class ShardBuilder:
         stream: CommStream,
         clock: PhaseClock,
         backend: str,
+        ema_decay: float | None = None,
     ):
-        self._params, self._precision, self._sharding = params, precision, sharding
+        self._params, self._precision, self._sharding, self.ema_decay = params, precision, sharding, ema_decay
         self.stream, self.backend, self._clock = stream, backend, clock
         self._transports: dict[ShardGroups, Transport] = {}
 
@@ -85,7 +86,7 @@ class ShardBuilder:
         places = None if parts is None else [parts.place(p) for p in params]
         cut_group = None if parts is None else parts.cut_group(params[0])
         starts = [self._params.index_starts[p] for p in params]
-        return ShardState(bucket, group, self._precision, starts, places, cut_group)
+        return ShardState(bucket, group, self._precision, starts, places, cut_group, self.ema_decay)
 
     def _transport_of(self, groups: ShardGroups, device: torch.device) -> Transport:
         if groups not in self._transports:
@@ -124,4 +125,6 @@ class ShardBuilder:
             f"main params: {self._precision.main_params}",
             f"momentum: {self._precision.momentum_dtype or 'in the dtype of the parameters'}",
         ]
+        if self.ema_decay is not None:
+            parts.append(f"average of the weights: {self._precision.ema_dtype}, decay {self.ema_decay}")
         return "ShardedLion: " + "; ".join(parts)

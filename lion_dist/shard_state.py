@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist.averages import KIND as AVERAGE
+from lion_dist.averages import init_average
 from lion_dist.boxes import BoxedTensor
 from lion_dist.config import PrecisionPolicy
 from lion_dist.kernels.update import LionTensors
@@ -32,10 +34,12 @@ class ShardState:
         index_starts: of the bucket's parameters (``sharding/layout.py``).
         places: of the bucket's parameters in the whole ones, where ranks hold parts of the model.
         cut_group: the ranks that hold the other parts of these parameters.
+        ema_decay: of the average of the weights.
 
     Attributes:
         exp_avg: [shard_numel], fp32 | bf16.
         main_param: [shard_numel], fp32 | int16 remainder, or None.
+        weight_avg: [shard_numel], fp32 | bf16, or None.
         steps: [slices] int64 with stochastic rounding, or None.
         tensors: the slices as the update reads them, views of the above and of the bucket's parameters; padding
             between them is never read. None when this rank owns nothing but padding.
@@ -52,6 +56,7 @@ class ShardState:
         index_starts: list[int],
         places: Sequence[ModelPlace] | None = None,
         cut_group: ProcessGroup | None = None,
+        ema_decay: float | None = None,
     ):
         self.bucket, self.group, self.cut_group = bucket, group, cut_group
         self.places = [None] * len(bucket.params) if places is None else list(places)
@@ -59,6 +64,7 @@ class ShardState:
         params, dtype = bucket.param_shard, bucket.param_shard.dtype
         self.exp_avg = torch.zeros_like(params, dtype=precision.momentum_dtype_for(dtype))
         self.main_param = init_main_param(params, precision.main_params_for(dtype))
+        self.weight_avg = init_average(params, precision.ema_dtype)
         self.stochastic_momentum = precision.momentum_rounding == "stochastic" and self.exp_avg.dtype == torch.bfloat16
         self.steps = None
         if precision.is_stochastic(dtype):
@@ -78,7 +84,15 @@ class ShardState:
                 index_starts=[index_starts[s.param] + s.param_start for s in bucket.slices],
                 steps=self.steps,
                 stochastic_momentum=self.stochastic_momentum,
+                averages=None if self.weight_avg is None else self.slices_of(self.weight_avg),
+                ema_decay=ema_decay,
             )
+
+    @property
+    def elementwise(self) -> dict[str, Tensor]:
+        """State of one number for each element, by kind: what there is of [shard_numel]."""
+        kinds = {"exp_avg": self.exp_avg, "main_param": self.main_param, AVERAGE: self.weight_avg}
+        return {kind: flat for kind, flat in kinds.items() if flat is not None}
 
     def grad_slices(self) -> list[Tensor]:
         """The reduced gradients of ``tensors``; views, made once where they can be."""
@@ -116,12 +130,13 @@ class ShardState:
             "params": self.bucket.flat_params.nbytes,
             "main_params": 0 if self.main_param is None else self.main_param.nbytes,
             "exp_avg": self.exp_avg.nbytes,
+            **({} if self.weight_avg is None else {AVERAGE: self.weight_avg.nbytes}),
             "grads": self.bucket.grad_shard_nbytes(),
         }
 
     def resync(self) -> None:
         """The owner's parameters and state become everybody's: the first replica's, then along the shard group."""
-        for tensor in (self.bucket.param_shard, self.main_param, self.exp_avg, self.steps):
+        for tensor in (self.bucket.param_shard, *self.elementwise.values(), self.steps):
             if tensor is not None:
                 words = tensor.view(torch.uint8)  # gloo knows no int16
                 collectives.broadcast(words, self.bucket.groups.replicate_group)
@@ -132,6 +147,11 @@ class ShardState:
         if self.main_param is not None and self.main_param.dtype == torch.float32:
             sync_main_param_(self.main_param, self.bucket.param_shard)
 
+    def begin_average(self) -> None:
+        """Let the average begin at the parameters as they are now."""
+        if self.weight_avg is not None:
+            self.weight_avg.copy_(self.bucket.param_shard)
+
     def state(self, boxed: Callable[..., BoxedTensor] = BoxedTensor) -> dict[Parameter, dict[str, Tensor]]:
         """``{parameter: {"exp_avg": ..., "main_param": ..., "step": ...}}`` of all of the bucket's parameters, live.
 
@@ -139,10 +159,9 @@ class ShardState:
         remainder of "split" main params is the bf16 of the same bits, as in ``main_params.py``.
         """
         bucket = self.bucket
-        flats = {"exp_avg": self.exp_avg}
-        if self.main_param is not None:
-            is_remainder = self.main_param.dtype == torch.int16
-            flats["main_param"] = self.main_param.view(torch.bfloat16) if is_remainder else self.main_param
+        flats = {
+            k: flat.view(torch.bfloat16) if flat.dtype == torch.int16 else flat for k, flat in self.elementwise.items()
+        }
         owned = {piece.param: i for i, piece in enumerate(bucket.slices)}
         scalar = MemoryFormat.row_major(torch.Size(()))
         state: dict[Parameter, dict[str, Tensor]] = {param: {} for param in bucket.params}
@@ -196,6 +215,8 @@ class ShardBatch:
             index_starts=[x for part in parts for x in part.index_starts],
             steps=None if parts[0].steps is None else torch.cat([part.steps for part in parts]),
             stochastic_momentum=parts[0].stochastic_momentum,
+            averages=None if parts[0].averages is None else [x for part in parts for x in part.averages],
+            ema_decay=parts[0].ema_decay,
         )
         if self.tensors.steps is not None:  # one memory for the batch and its shards
             counts = self.tensors.steps.split([len(part.params) for part in parts])

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from lion_dist import values
+from lion_dist.averages import with_average
 from lion_dist.backward_step import BackwardStep
 from lion_dist.cautious_steps import cautious_lrs_of_slices
 from lion_dist.config import PrecisionPolicy, ShardingConfig, check_interval, check_policy, check_sharding
@@ -73,8 +74,8 @@ class ShardedLion(ShardedOptimizer):
     Args:
         params: parameters, (name, parameter) pairs or param groups with their own ``lr``, ``betas``,
             ``weight_decay`` and ``process_group`` (the ranks that share that group's parameters: experts).
-        lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision, and from cautious to skip_spikes: as
-            :class:`~lion_dist.Lion`.
+        lr, betas, weight_decay, use_triton, decoupled_weight_decay, precision, from cautious to skip_spikes, and
+            ema_decay: as :class:`~lion_dist.Lion`.
         module: the model that owns the parameters. Given, its parameters and buffers are made equal to the first
             rank's, its forward waits for each module's parameters only, and parameters get their names. A
             DistributedDataParallel gives up its reducer for this optimizer (``ddp_takeover.py``).
@@ -117,6 +118,7 @@ class ShardedLion(ShardedOptimizer):
         differentiable: bool = False,
         skip_spikes: SpikeGuard | None = None,
         metrics_every: int = 0,
+        ema_decay: float | None = None,
     ):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         check_hyperparameters(defaults)
@@ -124,7 +126,8 @@ class ShardedLion(ShardedOptimizer):
         self.precision, self.sharding = check_policy(precision), check_sharding(sharding)
         use_triton = values.flag("use_triton", use_triton, optional=True)
         check_torch_options(foreach, fused, capturable, differentiable)
-        self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize)
+        self.rule = StepRule.of(cautious, cautious_factor, cautious_wd, corrected_weight_decay, maximize, ema_decay)
+        self.precision = with_average(self.precision, self.rule.ema_decay)
         check_guard(skip_spikes)
         values.instance("module", module, nn.Module, "Pass the model that owns the parameters.", optional=True)
         _refuse_together(sharding, self.rule, metrics_every, skip_spikes)
@@ -182,7 +185,8 @@ class ShardedLion(ShardedOptimizer):
                 *(self._terms, self._update, self._send),
                 may_wait=sharding.wait_in_backward,
             )
-        self._builder = ShardBuilder(self._params, self.precision, sharding, stream, self._observers.clock, backend)
+        clock, decay = self._observers.clock, self.rule.ema_decay
+        self._builder = ShardBuilder(self._params, self.precision, sharding, stream, clock, backend, decay)
         self._build(self.param_groups)
         if taken is not None:
             taken.take_over(self.grad_scheduler)
@@ -299,6 +303,7 @@ class ShardedLion(ShardedOptimizer):
 
     def _begin_step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         values.closure(closure)
+        self.weight_swap.refuse("step()")
         refuse_blind_scaler(self)
         self._states.forget_consolidated()
         loss = None

@@ -15,11 +15,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lion_dist import values
+from lion_dist.averages import KIND as AVERAGE
 from lion_dist.full_params import FullParams
 from lion_dist.observers import StepObservers, copies_of
 from lion_dist.param_sync import GatherParams
 from lion_dist.shard_builder import ShardBuilder
 from lion_dist.shard_state import ShardState
+from lion_dist.sharded_averages import HoldsAverages
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from lion_dist.composed.axes import ModelAxes
 
 
-class ShardedOptimizer(Optimizer):
+class ShardedOptimizer(HoldsAverages, Optimizer):
     """The calls between steps. Attributes are made by ``ShardedLion``."""
 
     groups: ShardGroups
@@ -294,7 +296,9 @@ class ShardedOptimizer(Optimizer):
     def memory_bytes(self) -> dict[str, int]:
         """Bytes on this rank by kind, counted from the tensors. ``grads``: grad shards and the pooled buffers."""
         kinds = [shard.memory_bytes() for shard in self.shards]
-        total = {key: sum(kind[key] for kind in kinds) for key in ("params", "main_params", "exp_avg", "grads")}
+        averages = [] if self._builder.ema_decay is None else [AVERAGE]
+        keys = ("params", "main_params", "exp_avg", *averages, "grads")
+        total = {key: sum(kind[key] for kind in kinds) for key in keys}
         total["params"] += sum(p.nbytes for p in self._params.frozen)
         total["grads"] += self._builder.pooled_nbytes
         return total
@@ -362,6 +366,7 @@ class ShardedOptimizer(Optimizer):
                 changed = hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
         self._states.load(state_dict, self._gradients.spikes)
+        self.keep_averages()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

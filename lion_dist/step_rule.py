@@ -19,16 +19,24 @@ class StepRule:
         cautious_wd: decay only where step and parameter have the same sign.
         corrected_weight_decay: decay in proportion to lr^2 / max_lr.
         maximize: follow the gradient upwards.
+        ema_decay: of the average of the weights; None: none is kept.
     """
 
     cautious_factor: float | None = None
     cautious_wd: bool = False
     corrected_weight_decay: bool = False
     maximize: bool = False
+    ema_decay: float | None = None
 
     @classmethod
     def of(
-        cls, cautious: object, cautious_factor: object, cautious_wd: object, corrected: object, maximize: object
+        cls,
+        cautious: object,
+        cautious_factor: object,
+        cautious_wd: object,
+        corrected: object,
+        maximize: object,
+        ema_decay: object,
     ) -> StepRule:
         """From what a user has passed, checked. A ``cautious_factor`` alone asks for a cautious step, as lion-pytorch's
         does."""
@@ -47,6 +55,7 @@ class StepRule:
             values.flag("cautious_wd", cautious_wd),
             values.flag("corrected_weight_decay", corrected),
             values.flag("maximize", maximize),
+            _checked_decay(ema_decay),
         )
 
     @property
@@ -58,6 +67,18 @@ class StepRule:
         if not self.maximize:
             return grad_scale
         return torch.full((), -1.0, device=device) if grad_scale is None else -grad_scale
+
+
+def _checked_decay(ema_decay: object) -> float | None:
+    if ema_decay is None:
+        return None
+    found = values.as_number(ema_decay)
+    if found is None or not 0 <= found < 1:
+        raise ValueError(
+            f"ema_decay must be in [0, 1), got {values.shown(ema_decay)}. Pass 0.999 for an average over about 1,000 "
+            "steps, or None for no average."
+        )
+    return found
 
 
 def check_torch_options(foreach: object, fused: object, capturable: object, differentiable: object) -> None:

@@ -21,7 +21,7 @@ from lion_dist.main_params import sync_main_param_
 
 _shape, _layout, _dtype, _version = map(operator.attrgetter, ("shape", "layout", "dtype", "_version"))
 _exp_avg = operator.itemgetter("exp_avg")
-STATE_KEYS = ("exp_avg", "main_param", "step")
+STATE_KEYS = ("exp_avg", "main_param", "weight_avg", "step")
 
 
 def same_objects(some: Collection, others: Collection) -> bool:

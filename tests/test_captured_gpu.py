@@ -42,6 +42,7 @@ CASES = {
     "fp32": (torch.float32, PrecisionPolicy(), {}),
     "fp32 main params": (torch.bfloat16, PrecisionPolicy(main_params="fp32"), {}),
     "stochastic": (torch.bfloat16, PrecisionPolicy(main_params="none", momentum_rounding="stochastic"), {}),
+    "average": (torch.bfloat16, PrecisionPolicy(main_params="none", ema_dtype=torch.bfloat16), {}),
 }
 
 
@@ -58,6 +59,7 @@ class Training:
             module=self.model,
             precision=precision,
             sharding=ShardingConfig(bucket_numel=8000, **sharding),
+            ema_decay=None if precision.ema_dtype is None else 0.9,
         )
         self.schedule = LambdaLR(self.opt, lambda step: 1 / (1 + step))
         self.losses: list[float] = []
@@ -91,6 +93,7 @@ class Training:
         state = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         for i, shard in enumerate(self.opt.shards):
             state |= {f"exp_avg {i}": shard.exp_avg.clone(), f"main {i}": shard.main_param}
+            state[f"average {i}"] = shard.weight_avg
         assert self.opt.skipped_steps() == 1 and self.opt.taken_steps() == STEPS - 1
         return state
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from lion_dist import Lion, ShardedLion, ShardingConfig
+from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
 from lion_dist.benchmarks.llama import Llama
 from lion_dist.planning import estimates, model_shapes
 from lion_dist.planning.estimates import PRECISIONS, Job, plan
@@ -239,6 +239,37 @@ def test_plan_of_lion_on_one_rank_is_what_its_tensors_take(precision):
         "exp_avg": state["exp_avg"],
         "grads": sum(p.grad.nbytes for p in model.parameters()),
     }
+
+
+def memory_of_averages(engine: str) -> dict[str, int]:
+    model = make("deep", torch.bfloat16)
+    policy = PrecisionPolicy("split", ema_dtype=torch.bfloat16)
+    if engine == "sharded":
+        sharding = ShardingConfig(bucket_numel=BUCKET_NUMEL["deep"])
+        return ShardedLion(groups(model), precision=policy, sharding=sharding, ema_decay=0.9).memory_bytes()
+    fully_shard(model)
+    opt = Lion(groups(model), precision=policy, ema_decay=0.9)
+    model(torch.randint(64, (1, 9))).backward()
+    opt.step()
+    return {"weight_avg": sum(opt.state[p]["weight_avg"].to_local().nbytes for p in model.parameters())}
+
+
+def planned_average(job: Job, engine: str) -> int:
+    found = {p.engine: p for p in plan(shapes("deep"), job, "bf16-split", torch.bfloat16)}
+    assert not any("DeepSpeed" in name for name in found)
+    return found[engine].memory["weight_avg"]
+
+
+def test_plan_of_an_average_of_the_weights_is_what_it_takes(gloo):
+    job = Job(2, sharding=ShardingConfig(bucket_numel=BUCKET_NUMEL["deep"]))
+    for memory in gloo.run(2, memory_of_averages, "sharded"):
+        assert memory["weight_avg"] == planned_average(job, "ShardedLion stage 2")
+    assert max(m["weight_avg"] for m in gloo.run(2, memory_of_averages, "fsdp2")) == planned_average(
+        job, "FSDP2 + Lion"
+    )
+    assert planned_average(Job(1), "Lion") == 2 * shapes("deep").numel
+    adamw = {p.engine: p for p in plan(shapes("deep"), job, "fp32", torch.bfloat16)}["DDP + AdamW"]
+    assert "weight_avg" not in adamw.memory
 
 
 # ---- shapes

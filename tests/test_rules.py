@@ -236,6 +236,9 @@ def test_deepspeed_takes_the_elementwise_rules_and_refuses_the_statistic():
     for key, value in (("cautious", True), ("cautious_factor", 0.0)):
         with pytest.raises(ValueError, match=f'"{key}" does not go with Lion under DeepSpeed: its statistic'):
             read_params({key: value})
+    for key, value in (("ema_decay", 0.999), ("ema_dtype", "fp32")):
+        with pytest.raises(ValueError, match=f'"{key}" does not go with Lion under DeepSpeed: .*flat partitions'):
+            read_params({key: value})
 
 
 # ---- ranks

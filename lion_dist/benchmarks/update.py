@@ -177,11 +177,16 @@ RULES = {
     "maximize": ({"maximize": True}, False),
     "spike guard": ({"skip_spikes": SpikeGuard()}, False),  # of a norm that is there already, as ShardedLion's is
     "cautious, both decays": ({"cautious": True, "cautious_wd": True, "corrected_weight_decay": True}, True),
+    "fp32 average": ({"ema_decay": 0.999}, False),
+    "bf16 average": ({"ema_decay": 0.999}, False),
 }
+AVERAGES = {"fp32 average": FP32, "bf16 average": BF16}  # read and written
+ALSO_FLAT = ("cautious", "bf16 average")
 RULED_PRECISIONS = ("fp32", "bf16 split", "bf16 none")
 
 
 def ruled_step(params: list[nn.Parameter], policy: PrecisionPolicy, rule: str) -> Callable[[], object]:
+    policy = replace(policy, ema_dtype=AVERAGES.get(rule))
     opt = Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, precision=policy, **RULES[rule][0])
     if opt.skip_spikes is None:
         return opt.step
@@ -195,14 +200,15 @@ def ruled_step(params: list[nn.Parameter], policy: PrecisionPolicy, rule: str) -
 
 
 def ruled_providers(precision: str) -> list[Provider]:
-    """``Lion`` with each rule, over the list and (cautious) over one tensor of the same numel."""
+    """``Lion`` with each rule, over the list and (some) over one tensor of the same numel."""
     dtype, policy = PRECISIONS[precision]
     result = []
     for rule, (_, counts) in RULES.items():
         moved = bytes_per_param(dtype, policy) + counts * (dtype.itemsize + policy.momentum_dtype_for(dtype).itemsize)
+        moved += 2 * AVERAGES[rule].itemsize if rule in AVERAGES else 0
         build = lambda params, rule=rule: ruled_step(params, policy, rule)  # noqa: E731
         result.append(Provider(f"lion_dist list, {rule}", precision, dtype, moved, build))
-        if rule == "cautious":
+        if rule in ALSO_FLAT:
             result.append(Provider(f"lion_dist flat, {rule}", precision, dtype, moved, build, flat=True))
     return result
 

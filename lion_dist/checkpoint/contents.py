@@ -28,7 +28,7 @@ class StoredTensor:
 
     @property
     def kind(self) -> str:
-        """``model``, ``exp_avg``, ``main_param``, ``step``, ``counters`` or ``spike_guard``."""
+        """``model``, ``exp_avg``, ``main_param``, ``weight_avg``, ``step``, ``counters`` or ``spike_guard``."""
         return self.name.rpartition(".")[2] if self.name.startswith("optimizer.") else self.name.partition(".")[0]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lion_dist.averages import KIND as AVERAGE
 from lion_dist.boxes import PIECE_BYTES, Box, BoxedTensor
 from lion_dist.checkpoint.sharded_state import ShardedParamState, ShardedState
 from lion_dist.kernels.reference import join_main, split_main
@@ -30,6 +31,7 @@ class LoadPlan:
         convert: parameters whose value is read piece by piece and stored in another form.
         resync_main: parameters read in place whose fp32 main params must follow them.
         zero_fill: state that the checkpoint does not have.
+        begin_average: parameters whose average begins at them, for the checkpoint has none.
         notes: what the user should know: {fact: names}.
     """
 
@@ -37,6 +39,7 @@ class LoadPlan:
     convert: dict[str, ShardedParamState] = field(default_factory=dict)
     resync_main: dict[str, ShardedParamState] = field(default_factory=dict)
     zero_fill: list[Tensor] = field(default_factory=list)
+    begin_average: list[ShardedParamState] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -59,6 +62,7 @@ def plan_load(stored: Stored, state: ShardedState) -> LoadPlan:
         else:
             plan.notes["not in the checkpoint, starts at zero: exp_avg"].append(name)
             plan.zero_fill += param.state["exp_avg"].boxes.values()
+        _plan_average(plan, stored, name, param)
         if param.step is not None:
             _read_scalar(plan, stored, f"optimizer.{name}.step", param.step)
     if state.counters is not None:
@@ -68,13 +72,24 @@ def plan_load(stored: Stored, state: ShardedState) -> LoadPlan:
     return plan
 
 
+def _plan_average(plan: LoadPlan, stored: Stored, name: str, param: ShardedParamState) -> None:
+    key, average = f"optimizer.{name}.{AVERAGE}", param.state.get(AVERAGE)
+    if key in stored and average is not None:
+        _read(plan, stored, key, average)
+    elif key in stored:
+        plan.notes["the saved average of the weights is left out: this optimizer keeps none"].append(name)
+    elif average is not None:
+        plan.notes["not in the checkpoint, begins at the loaded parameters: the average of the weights"].append(name)
+        plan.begin_average.append(param)
+
+
 def _read(plan: LoadPlan, stored: Stored, key: str, boxed: BoxedTensor) -> None:
     if key not in stored:
         return  # a tensor of no elements
     plan.read[key] = boxed
     saved = stored[key].properties.dtype
     if saved != boxed.dtype:
-        kind = "exp_avg" if key.endswith(".exp_avg") else "tensor"
+        kind = "exp_avg" if key.endswith(".exp_avg") else AVERAGE if key.endswith(f".{AVERAGE}") else "tensor"
         plan.notes[f"the saved {kind} is {saved}; it is kept as {boxed.dtype}, as configured"].append(key)
 
 
@@ -156,6 +171,12 @@ def resync_main_params(resync_main: dict[str, ShardedParamState]) -> None:
     for batch in _batches(resync_main):
         for _, _, value, main in batch:
             sync_main_param_(main, value)
+
+
+def begin_averages(params: list[ShardedParamState]) -> None:
+    for param in params:
+        for box, average in param.state[AVERAGE].boxes.items():
+            average.copy_(param.value.boxes[box])
 
 
 def exact_value(param: Tensor, main: Tensor | None = None) -> Tensor:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from lion_dist.averages import KIND as AVERAGE
 from lion_dist.checkpoint.conversion import Stored
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.sharded_state import GROUP_KEYS, ShardedState
 from lion_dist.hyperparameters import check_hyperparameters
 
 SETTINGS = ("lr", "betas", "weight_decay")  # that each param group has
-STATE_KEYS = ("exp_avg", "main_param", "step")
+STATE_KEYS = ("exp_avg", "main_param", AVERAGE, "step")
 
 
 def check_fit(path: Path, stored: Stored, groups: list[dict], state: ShardedState) -> None:
@@ -94,7 +95,7 @@ def wrong_state(
         return None if is_whole_number else f"counts in {dtype}"
     if kind == "spike_guard":
         return None if dtype == torch.float64 else f"is {dtype}, not torch.float64"
-    if kind == "exp_avg":
+    if kind in ("exp_avg", AVERAGE):
         return None if dtype.is_floating_point else f"is {dtype}, no floating-point numbers"
     if dtype == torch.int16:
         return None if param_dtype == torch.bfloat16 else f"is a remainder of bf16, of a parameter in {param_dtype}"

@@ -11,7 +11,7 @@ from torch import nn
 
 from lion_dist import values
 from lion_dist.checkpoint import directory, manifest, metadata
-from lion_dist.checkpoint.conversion import LoadPlan, convert, plan_load, resync_main_params
+from lion_dist.checkpoint.conversion import LoadPlan, begin_averages, convert, plan_load, resync_main_params
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.fit import check_fit
 from lion_dist.checkpoint.parts import join_parts
@@ -122,6 +122,7 @@ class _Loading:
                 f"checkpoint or stop. {describe(error)}"
             ) from error
         resync_main_params(self.plan.resync_main)
+        begin_averages(self.plan.begin_average)
         for tensor in self.plan.zero_fill:
             tensor.zero_()
 

@@ -3,7 +3,7 @@
 The names are those of the unwrapped model, whatever engine holds it::
 
     model.<name>                              a parameter or persistent buffer
-    optimizer.<name>.exp_avg | main_param     fp32, bf16 or int16, in the parameter's full shape
+    optimizer.<name>.exp_avg | main_param | weight_avg     fp32, bf16 or int16, in the parameter's full shape
     optimizer.<name>.step                     [] int64, with stochastic rounding
     counters                                  [2] int64, steps taken and skipped (ShardedLion)
     spike_guard                               fp64, the window of skip_spikes (``spike_guard.py``)
@@ -42,7 +42,8 @@ class ShardedParamState:
 
     Attributes:
         value: of the parameter, which every engine cuts into the same boxes as its state.
-        state: ``exp_avg`` and, with main params, ``main_param``; empty when the optimizer does not hold the parameter.
+        state: ``exp_avg`` and, where there are such, ``main_param`` and ``weight_avg``; empty when the optimizer does
+            not hold the parameter.
         step: [] int64 with stochastic rounding, where this rank owns elements: nobody counts for others.
         is_plain: every rank holds all of it, in ordinary tensors, and a save takes a part from each.
         num_ranks: that hold some of it or all; None: all ranks there are.
@@ -110,6 +111,7 @@ def collect(model: nn.Module, optimizer: Lion | ShardedLion) -> ShardedState:
             f"the optimizer is a {type(optimizer).__name__}, not lion_dist's Lion or ShardedLion. Of a wrapper, pass "
             "the one inside; for another optimizer's file see lion-dist checkpoint convert."
         )
+    optimizer.weight_swap.refuse("a checkpoint of model and optimizer")
     values.instance("model", model, nn.Module, "Pass the model whose parameters the optimizer was given.")
     model = _unwrapped(model)
     _refuse_extra_state(model)
@@ -240,8 +242,8 @@ def _of_sharded_lion(optimizer: ShardedLion, names: dict[Parameter, list[str]]) 
     params = {}
     for shard in optimizer.shards:
         bucket = shard.bucket
-        flats = {"value": bucket.param_shard, "exp_avg": shard.exp_avg, "main_param": shard.main_param}
-        local = {kind: shard.local_shards(flat) for kind, flat in flats.items() if flat is not None}
+        flats = {"value": bucket.param_shard, **shard.elementwise}
+        local = {kind: shard.local_shards(flat) for kind, flat in flats.items()}
         steps = (
             {} if shard.steps is None else {s.param: step for s, step in zip(bucket.slices, shard.steps, strict=True)}
         )
@@ -263,6 +265,7 @@ def _gather_params(optimizer: ShardedLion) -> None:
     """Each rank has loaded its shard of the parameters: make them full again."""
     for bucket in optimizer.buckets:
         bucket.groups.all_gather(bucket.flat_params, bucket.param_shard)()
+    optimizer.keep_averages()
 
 
 # ---- names

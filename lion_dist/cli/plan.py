@@ -9,6 +9,8 @@ import math
 import re
 import textwrap
 
+import torch
+
 from lion_dist.cli.errors import UsageError
 from lion_dist.planning.estimates import PRECISIONS, Job, activation_bytes
 from lion_dist.planning.model_families import FAMILIES
@@ -22,6 +24,7 @@ UNITS = {"": GIB, "GIB": GIB, "MIB": 2**20, "GB": 10**9, "MB": 10**6}
 RESERVED = 2 * GIB
 LARGEST = 1_000_000  # of any count
 WIDTH = 120  # of what is printed
+AVERAGES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_PRECISION = "bf16-split"
 AXES = {
     "tensor": "ranks that cut each matrix, neighbours in a node",
@@ -33,6 +36,7 @@ HEADINGS = {
     "params": "params",
     "main_params": "main",
     "exp_avg": "momentum",
+    "weight_avg": "average",
     "grads": "grads",
     "transient": "transient",
 }
@@ -62,6 +66,7 @@ def add_parser(verbs) -> None:
     add("--bandwidth", type=_bandwidths, metavar="INTRA/INTER", help="GB/s a rank inside a node and across nodes")
     add("--precision", choices=list(PRECISIONS), default=DEFAULT_PRECISION, metavar="NAME",
         help=f"of the detailed table: {'; '.join(PRECISIONS)} ({DEFAULT_PRECISION})")  # fmt: skip
+    add("--average", choices=list(AVERAGES), help="an average of the weights (ema_decay) in this dtype")
     add("--json", action="store_true", help="everything, for every precision, as JSON")
     parser.set_defaults(run=run)
 
@@ -102,7 +107,8 @@ def run(args) -> int:
         axes = Axes(*(getattr(args, f"{name}_parallel") for name in AXES))
         model = read_shapes(args.params)
         part = model if axes.is_one else heaviest_part(model, axes.tensor, axes.pipeline)
-        plans = {precision: plan_composed(model, job, axes, precision) for precision in PRECISIONS}
+        average = AVERAGES.get(args.average)
+        plans = {precision: plan_composed(model, job, axes, precision, average) for precision in PRECISIONS}
     except ValueError as error:
         raise UsageError(str(error)) from error
     rows = {precision: [_row(p, part, job, axes, args) for p in found] for precision, found in plans.items()}
@@ -181,7 +187,7 @@ def _detailed_table(rows: list[dict], args) -> str:
     columns += ["fits"] * (args.gpu_mem is not None) + ["GiB sent"] + ["seconds"] * (args.bandwidth is not None)
     table = [columns]
     for row in rows:
-        cells = [row["engine"], *(_gib(row["bytes"][kind]) for kind in kinds), _gib(row["total_bytes"])]
+        cells = [row["engine"], *(_gib(row["bytes"].get(kind, 0)) for kind in kinds), _gib(row["total_bytes"])]
         if args.gpu_mem is not None:
             cells.append("yes" if row["fits"] else "no")
         cells.append(_gib(sum(row["sent_bytes_per_step"].values())))

@@ -56,7 +56,8 @@ class SendCodes(GatherParams):
         if batch.groups.shard_group is None:  # of this rank alone: nothing moves
             super().update(batch, active, terms)
             return
-        in_one_launch = terms.backend == "triton" and not terms.rule.is_cautious
+        plain_state = not terms.rule.is_cautious and terms.rule.ema_decay is None  # what that launch can do
+        in_one_launch = terms.backend == "triton" and plain_state
         counts, lrs = [len(shard.bucket.slices) for shard in batch.shards], terms.lrs.get(batch)
         moves = ((active != 0) & (terms.skip == 0)).split(counts)
         lrs_of_shards = [None] * len(counts) if lrs is None else lrs.split(counts)

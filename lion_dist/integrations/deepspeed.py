@@ -270,6 +270,7 @@ def _keep_lion(accelerator_module) -> Callable:
             # These are refused, with the reason.
             **({"cautious": True} if optimizer.rule.is_cautious else {}),
             **({"skip_spikes": True} if optimizer.skip_spikes is not None else {}),
+            **({"ema_decay": True} if optimizer.rule.ema_decay is not None else {}),
         )
 
     return map_lion_to_deepspeed

@@ -43,6 +43,11 @@ FOREIGN_KEYS = {
     ),
     "skip_spikes": "the norm over all ranks' gradients is DeepSpeed's, which does not hand it on. Use ShardedLion or "
     "fully_shard (FSDP2) for it",
+    **dict.fromkeys(
+        ("ema_decay", "ema_dtype"),
+        "the average would be one of flat partitions, and DeepSpeed itself copies those into the model. Use "
+        "ShardedLion or fully_shard (FSDP2) for it",
+    ),
     "max_grad_norm": 'use the top-level "gradient_clipping" of the config',
 }
 

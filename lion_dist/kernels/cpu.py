@@ -13,7 +13,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from lion_dist.kernels.reference import StepScalars, join_main, lion_step, random_bits
+from lion_dist.kernels.reference import StepScalars, join_main, lion_step, random_bits, update_average
 
 # Elements of a chunk for each of torch's threads, which share an operation's chunk. 5 fp32 streams of it are 1.25 MiB.
 CHUNK = 1 << 16  # 2**15 and 2**17 were 10% slower on two Xeon cores
@@ -41,7 +41,7 @@ class _Factors:
 def update(
     tensors, grads, scalars: StepScalars, *, grad_scale, skip, active, seed, cautious_lrs=None, cautious_wd=False
 ) -> None:
-    """Arguments as ``lion_update_``'s, on the CPU. A cautious step is the reference's, chunk by chunk."""
+    """Arguments as ``lion_update_``'s, on the CPU. A cautious step and averages are the reference's, chunk by chunk."""
     if skip is not None and skip.item() != 0:
         return
     scale = None if grad_scale is None else grad_scale.item()
@@ -55,9 +55,10 @@ def update(
             continue
         index = None if tensors.index_starts is None else tensors.index_starts[i]
         columns = [None if tensors.mains is None else tensors.mains[i], tensors.exp_avgs[i], grads[i].reshape(-1)]
+        columns.append(None if tensors.averages is None else tensors.averages[i])
         chunks = [repeat(None) if column is None else column.split(chunk) for column in columns]
         rule = {"cautious_lrs": None if cautious_lrs is None else cautious_lrs[i], "cautious_wd": cautious_wd}
-        for part, main, exp_avg, grad in zip(param.split(chunk), *chunks, strict=False):
+        for part, main, exp_avg, grad, average in zip(param.split(chunk), *chunks, strict=False):
             numel = part.numel()
             bits = None
             if tensors.is_stochastic:
@@ -67,9 +68,14 @@ def update(
                 _update_by_reference(
                     part, main, exp_avg, grad, scalars, scale, bits, tensors.stochastic_momentum, **rule
                 )
-                continue
-            views = scratch if scratch[0].numel() == numel else [buffer[:numel] for buffer in scratch]
-            _update_chunk(part, main, exp_avg, grad, scalars, factors, scale, bits, tensors.stochastic_momentum, views)
+            else:
+                views = scratch if scratch[0].numel() == numel else [buffer[:numel] for buffer in scratch]
+                _update_chunk(
+                    part, main, exp_avg, grad, scalars, factors, scale, bits, tensors.stochastic_momentum, views
+                )
+            if average is not None:
+                scaled = grad if scale is None else grad.float() * scale
+                average.copy_(update_average(average, part, main, scaled, tensors.ema_decay, bits=bits))
 
 
 def _update_chunk(param, main, exp_avg, grad, scalars, factors, scale, bits, stochastic_momentum, scratch) -> None:

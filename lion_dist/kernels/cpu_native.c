@@ -17,6 +17,7 @@ enum { NEAREST = 0, STOCHASTIC = 1 };
 typedef struct {
   float lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, grad_scale;
   float disagreeing_lr; /* of the cautious step, where update and gradient differ in sign; lr is for the others */
+  float ema_decay, one_minus_ema_decay; /* of the average of the weights, if there is one */
   uint32_t key_1, key_2; /* of this step: reference.random_keys */
   int32_t rule;          /* which terms the step has beyond the plain one: CAUTIOUS | CAUTIOUS_DECAY */
 } Scalars;
@@ -120,6 +121,30 @@ static void store_copy(void *restrict out, int type, const float *restrict x, co
   }
 }
 
+/* reference.average_bits, in place. */
+static void hash_again(uint32_t *restrict random, int64_t n) {
+  EACH {
+    uint32_t x = random[i] ^ 0x9E3779B9u;
+    x = (x ^ (x >> 17)) * 0xED5AD4BBu;
+    x = (x ^ (x >> 11)) * 0xAC4C1B51u;
+    x = (x ^ (x >> 15)) * 0x31848BABu;
+    random[i] = x ^ (x >> 14);
+  }
+}
+
+/* reference.update_average of the new weights w; random: of the step, in a bf16 average's hands from here on. */
+static void update_average(char *restrict average, int type, float *restrict block, const float *restrict w,
+                           const uint32_t *restrict finite, uint32_t *restrict random, const Scalars *s, int64_t n) {
+  const float decay = s->ema_decay, rest = s->one_minus_ema_decay;
+  float *restrict a = type == FP32 ? (float *)average : block;
+  if (type == BF16) read_fp32(a, average, BF16, n);
+  EACH { float moved = a[i] * decay + w[i] * rest; a[i] = finite[i] ? moved : a[i]; }
+  if (type == BF16) {
+    hash_again(random, n);
+    store_stochastic((uint16_t *)average, a, random, 0, n);
+  }
+}
+
 static const int64_t SIZE[] = {4, 2, 2, 2, 0};
 
 /* The gradient as the step reads it: where it is in memory, or in fp32 and scaled in a block of scratch. */
@@ -130,13 +155,15 @@ static const float *read_grad(float *restrict block, const char *grad, int type,
   return block;
 }
 
-/* n elements of one tensor; index: global element index of the first. main_type NONE: no main params. What is fp32 in memory
- * is updated where it is, the rest in a block's worth of scratch. */
-void lion_update(char *param, char *main, char *exp_avg, const char *grad, int param_type, int main_type,
-                 int exp_avg_type, int grad_type, int momentum_rounding, const Scalars *s, uint64_t index, int64_t numel) {
+/* n elements of one tensor; index: global element index of the first. main_type or average_type NONE: there are none.
+ * What is fp32 in memory is updated where it is, the rest in a block's worth of scratch. */
+void lion_update(char *param, char *main, char *exp_avg, const char *grad, char *average, int param_type, int main_type,
+                 int exp_avg_type, int grad_type, int average_type, int momentum_rounding, const Scalars *s,
+                 uint64_t index, int64_t numel) {
   float p_block[BLOCK], m_block[BLOCK], g_block[BLOCK];
   uint32_t finite[BLOCK], random[BLOCK];
   const int rounds_param = param_type == BF16 && main_type == NONE;
+  const int draws = rounds_param || momentum_rounding == STOCHASTIC || average_type == BF16;
   for (int64_t start = 0; start < numel; start += BLOCK) {
     const int64_t n = numel - start < BLOCK ? numel - start : BLOCK;
     float *p = main_type == FP32 ? (float *)main : param_type == FP32 ? (float *)param : p_block;
@@ -147,7 +174,7 @@ void lion_update(char *param, char *main, char *exp_avg, const char *grad, int p
     if (m == m_block) read_fp32(m, exp_avg, exp_avg_type, n);
 
     update(p, m, g, finite, s, n);
-    if (rounds_param || momentum_rounding == STOCHASTIC) draw_bits(random, index + (uint64_t)start, s, n);
+    if (draws) draw_bits(random, index + (uint64_t)start, s, n);
 
     if (m == m_block) {
       if (momentum_rounding == STOCHASTIC) store_stochastic((uint16_t *)exp_avg, m, random, 16, n);
@@ -161,10 +188,15 @@ void lion_update(char *param, char *main, char *exp_avg, const char *grad, int p
     } else if (rounds_param) {
       store_stochastic((uint16_t *)param, p, random, 0, n);
     }
+    if (average_type != NONE) {
+      if (rounds_param) read_fp32(p, param, BF16, n); /* as it is stored */
+      update_average(average, average_type, m_block, p, finite, random, s, n);
+    }
     param += n * SIZE[param_type];
     main += n * SIZE[main_type];
     exp_avg += n * SIZE[exp_avg_type];
     grad += n * SIZE[grad_type];
+    average += n * SIZE[average_type];
   }
 }
 

@@ -31,6 +31,7 @@ class _Scalars(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("lr", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2")),
         ("grad_scale", ctypes.c_float),
         ("disagreeing_lr", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("ema_decay", "one_minus_ema_decay")),
         ("key_1", ctypes.c_uint32),
         ("key_2", ctypes.c_uint32),
         ("rule", ctypes.c_int32),
@@ -49,7 +50,7 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    loaded.lion_update.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 5
+    loaded.lion_update.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int] * 6
     loaded.lion_update.argtypes += [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64]
     loaded.lion_update.restype = None
     loaded.lion_count_aligned.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int] * 2 + [ctypes.c_void_p, ctypes.c_int64]
@@ -72,12 +73,14 @@ def update(
     if skip is not None and skip.item() != 0:
         return
     rounding = int(tensors.stochastic_momentum)
-    columns = (tensors.params, tensors.mains, tensors.exp_avgs, grads)
+    columns = (tensors.params, tensors.mains, tensors.exp_avgs, grads, tensors.averages)
     types = [TYPES[None if column is None else column[0].dtype] for column in columns]
     sizes = [0 if column is None else column[0].element_size() for column in columns]
     calls = []
     rule = CAUTIOUS * (cautious_lrs is not None) | CAUTIOUS_DECAY * cautious_wd
     plain = _scalars(scalars, grad_scale, rule)
+    if tensors.ema_decay is not None:
+        plain.ema_decay, plain.one_minus_ema_decay = tensors.ema_decay, 1.0 - tensors.ema_decay
     structs: dict[tuple, _Scalars] = {
         (None, None): plain
     }  # by completed steps and cautious learning rates, None without

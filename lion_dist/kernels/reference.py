@@ -46,6 +46,14 @@ sign, hence towards zero: where ``step``, which is what is subtracted above, has
 
 (The paper writes ``>= 0``. The two differ where the step is 0: the paper decays there, this rule and lion-pytorch's
 ``cautious_wd`` do not, so that an element that no gradient has reached keeps its value.)
+
+An average of the weights (``update_average``) begins as a copy of them and moves in the same launch, behind the step::
+
+    a  = a * ema_decay + w * (1 - ema_decay)
+
+``w`` is the new weight in fp32: the main param's value, or without main params the parameter as it is stored. ``a`` is
+kept in fp32, or in bf16 by stochastic rounding. An element whose gradient is not finite keeps its average, as it keeps
+its parameter and momentum; so does a step that is skipped.
 """
 
 from __future__ import annotations
@@ -225,7 +233,7 @@ def random_keys_int(seed: int, step: int) -> tuple[int, int]:
 def random_bits(index: Tensor, seed: int, step: Tensor) -> Tensor:
     """32 random bits an element, as int32. ``index``: [n] int64, global element indices.
 
-    The low 16 bits round the parameter, the high 16 the momentum.
+    The low 16 bits round the parameter, the high 16 the momentum. :func:`average_bits` are the average's.
     """
     key_1, key_2 = random_keys(seed, step)
     low, high = _halves(index)
@@ -235,6 +243,11 @@ def random_bits(index: Tensor, seed: int, step: Tensor) -> Tensor:
     x = (x ^ _shift_right(x, 11)) * as_int32(MIX_2)
     x = (x ^ _shift_right(x, 15)) * as_int32(MIX_3)
     return x ^ _shift_right(x, 14)
+
+
+def average_bits(bits: Tensor) -> Tensor:
+    """16 random bits an element, in [0, 2**16): a second hash of its :func:`random_bits`, all of which are in use."""
+    return mix32(bits ^ as_int32(GOLDEN)) & 0xFFFF
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -327,3 +340,21 @@ def lion_step(
 
     keep = lambda new, old: new if old is None else torch.where(finite, new, old)  # noqa: E731
     return keep(new_param, param), keep(new_main, main), keep(new_m, exp_avg)
+
+
+def update_average(
+    average: Tensor,  # [numel] fp32 | bf16
+    param: Tensor,  # [numel], this and main: after the step
+    main: Tensor | None,  # [numel]
+    grad: Tensor,  # [numel], of the step
+    ema_decay: float,
+    *,
+    grad_scale: Tensor | None = None,  # [] fp32
+    bits: Tensor | None = None,  # [numel] int32, random_bits() of the step; needed by a bf16 average
+) -> Tensor:
+    """The average of the weights after a step, in the dtype of the old one, out of place."""
+    g = grad.float() if grad_scale is None else grad.float() * grad_scale
+    new = average.float() * ema_decay + read_main(param, main) * (1.0 - ema_decay)
+    if average.dtype == torch.bfloat16:
+        new = round_stochastic(new, average_bits(bits))
+    return torch.where(g.abs() < torch.inf, new, average)

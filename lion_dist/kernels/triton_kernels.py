@@ -23,7 +23,7 @@ from lion_dist.kernels import reference
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # Columns of the address table: one row of int64 a tensor.
-PARAM, MAIN, EXP_AVG, NUMEL, INDEX_START, STEP = (tl.constexpr(column) for column in range(6))
+PARAM, MAIN, EXP_AVG, NUMEL, INDEX_START, STEP, AVERAGE = (tl.constexpr(column) for column in range(7))
 ROW = tl.constexpr(8)  # padded to 64 bytes, so that a row lies in one cache line
 
 MIX_1, MIX_2, MIX_3 = (tl.constexpr(c) for c in (reference.MIX_1, reference.MIX_2, reference.MIX_3))
@@ -200,17 +200,31 @@ def _store_param(param, main, new_p, finite, mask, random):
 
 
 @triton.jit
+def _store_average(average, a, w, finite, mask, random, ema_decay, one_minus_ema_decay):  # [n] pointers; old a, new w
+    new_a = a * tl.cast(ema_decay, tl.float32) + w * tl.cast(one_minus_ema_decay, tl.float32)
+    new_a = tl.where(finite, new_a, a)
+    if average.dtype.element_ty == tl.float32:
+        tl.store(average, new_a, mask=mask)
+    else:
+        own_random = _mix32(random ^ GOLDEN) & 0xFFFF  # reference.average_bits
+        tl.store(average, _upper_half(_quiet_bits(new_a) + own_random), mask=mask)
+
+
+@triton.jit
 def _update_block(
     param,  # pointers to fp32 | bf16 | fp16
     main,  # fp32 | int16, or None
     exp_avg,  # fp32 | bf16
     grad,  # fp32 | bf16 | fp16
+    average,  # fp32 | bf16, or None
     start,  # int64, the first element
     offsets,  # [BLOCK] int32, from there
     mask,  # [BLOCK] bool, or None: all
     random,  # [BLOCK] uint32, or None
     scalars,  # from _read_scalars
     cautious_lrs,  # pointer to the tensor's two, or None
+    ema_decay,  # fp32, this and the next; None without an average
+    one_minus_ema_decay,
     CAUTIOUS_WD: tl.constexpr,
     STOCHASTIC_MOMENTUM: tl.constexpr,
 ):
@@ -220,10 +234,18 @@ def _update_block(
     grad = _pointers(grad, start, offsets, ALIGNED)
     if main is not None:
         main = _pointers(main, start, offsets, ALIGNED)
+    if average is not None:
+        average = _pointers(average, start, offsets, ALIGNED)
+        a = _load_fp32(average, mask)
     p, m, g = _read_block(param, main, exp_avg, grad, mask, scalars[6])
     new_p, new_m, finite = _step_block(p, m, g, scalars, cautious_lrs, CAUTIOUS_WD)
     _store_exp_avg(exp_avg, new_m, mask, random, STOCHASTIC_MOMENTUM)
-    _store_param(param, main, new_p, finite, mask, random)
+    stored = _store_param(param, main, new_p, finite, mask, random)
+    if average is not None:
+        w = new_p
+        if main is None and param.dtype.element_ty == tl.bfloat16:
+            w = _from_bf16(stored).to(tl.float32, bitcast=True)
+        _store_average(average, a, w, finite, mask, random, ema_decay, one_minus_ema_decay)
 
 
 @triton.jit
@@ -233,24 +255,31 @@ def _update_tensor(
     main,
     exp_avg,
     grad,
+    average,
     numel,  # int64
     index_start,  # int64, global element index of the first element
     step,  # pointer to int64, completed steps; or None
     seed_key,  # int32, reference.seed_key_int()
     scalars,
     cautious_lrs,  # pointer to the tensor's two, or None
+    ema_decay,
+    one_minus_ema_decay,
     CAUTIOUS_WD: tl.constexpr,
     STOCHASTIC_MOMENTUM: tl.constexpr,
+    STOCHASTIC_AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED_BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    STOCHASTIC: tl.constexpr = STOCHASTIC_MOMENTUM or (main is None and param.dtype.element_ty == tl.bfloat16)
+    STOCHASTIC_STATE: tl.constexpr = STOCHASTIC_MOMENTUM or STOCHASTIC_AVERAGE
+    STOCHASTIC: tl.constexpr = STOCHASTIC_STATE or (main is None and param.dtype.element_ty == tl.bfloat16)
     start = block.to(tl.int64) * BLOCK
     index = index_start + start
     addresses = param.to(tl.int64) | exp_avg.to(tl.int64) | grad.to(tl.int64)
     if main is not None:
         addresses |= main.to(tl.int64)
+    if average is not None:
+        addresses |= average.to(tl.int64)
     fast = (numel - start >= BLOCK) & ((addresses & 15) == 0)
     keys = None
     if STOCHASTIC:
@@ -268,12 +297,15 @@ def _update_tensor(
             main,
             exp_avg,
             grad,
+            average,
             start,
             offsets,
             None,
             random,
             scalars,
             cautious_lrs,
+            ema_decay,
+            one_minus_ema_decay,
             CAUTIOUS_WD,
             STOCHASTIC_MOMENTUM,
         )
@@ -289,12 +321,15 @@ def _update_tensor(
                 main,
                 exp_avg,
                 grad,
+                average,
                 start,
                 piece,
                 piece < numel - start,
                 masked_random,
                 scalars,
                 cautious_lrs,
+                ema_decay,
+                one_minus_ema_decay,
                 CAUTIOUS_WD,
                 STOCHASTIC_MOMENTUM,
             )
@@ -335,6 +370,7 @@ def _takes_part(skip, active, i):
 NOT_SPECIALIZED = [
     *("param", "main", "exp_avg", "grad", "numel", "index_start", "step", "rows", "grads", "first_blocks"),
     *("search_table", "lr", "decay", "grad_scale", "skip", "active", "cautious_lrs", "seed_key"),
+    *("average", "ema_decay", "one_minus_ema_decay"),
 ]
 
 
@@ -344,6 +380,7 @@ def _flat_kernel(
     main,
     exp_avg,
     grad,
+    average,
     numel: tl.int64,
     index_start: tl.int64,
     step,
@@ -357,10 +394,13 @@ def _flat_kernel(
     skip,
     active,
     cautious_lrs,  # [T, 2] fp32, or None: reference.cautious_lrs
+    ema_decay,  # fp32, this and the next; None without averages
+    one_minus_ema_decay,
     seed_key: tl.int32,
     SCALARS_ON_DEVICE: tl.constexpr,
     CAUTIOUS_WD: tl.constexpr,
     STOCHASTIC_MOMENTUM: tl.constexpr,
+    STOCHASTIC_AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED_BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -373,14 +413,18 @@ def _flat_kernel(
             main,
             exp_avg,
             grad,
+            average,
             numel,
             index_start,
             step,
             seed_key,
             scalars,
             cautious_lrs,
+            ema_decay,
+            one_minus_ema_decay,
             CAUTIOUS_WD,
             STOCHASTIC_MOMENTUM,
+            STOCHASTIC_AVERAGE,
             BLOCK,
             MASKED_BLOCK,
             VECTOR,
@@ -416,14 +460,18 @@ def _list_kernel(
     skip,
     active,
     cautious_lrs,  # [T, 2] fp32, or None: reference.cautious_lrs
+    ema_decay,  # fp32, this and the next; None without averages
+    one_minus_ema_decay,
     seed_key: tl.int32,
     PARAM_DTYPE: tl.constexpr,
     MAIN_DTYPE: tl.constexpr,
     EXP_AVG_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
+    AVERAGE_DTYPE: tl.constexpr,
     SCALARS_ON_DEVICE: tl.constexpr,
     CAUTIOUS_WD: tl.constexpr,
     STOCHASTIC_MOMENTUM: tl.constexpr,
+    STOCHASTIC_AVERAGE: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED_BLOCK: tl.constexpr,
@@ -438,8 +486,12 @@ def _list_kernel(
         main = None
         if MAIN_DTYPE is not None:
             main = tl.load(row + MAIN).to(tl.pointer_type(MAIN_DTYPE))
+        average = None
+        if AVERAGE_DTYPE is not None:
+            average = tl.load(row + AVERAGE).to(tl.pointer_type(AVERAGE_DTYPE))
         step = None
-        if STOCHASTIC_MOMENTUM or (MAIN_DTYPE is None and PARAM_DTYPE == tl.bfloat16):
+        STOCHASTIC_STATE: tl.constexpr = STOCHASTIC_MOMENTUM or STOCHASTIC_AVERAGE
+        if STOCHASTIC_STATE or (MAIN_DTYPE is None and PARAM_DTYPE == tl.bfloat16):
             step = tl.load(row + STEP).to(tl.pointer_type(tl.int64))
         _update_tensor(
             tl.program_id(0) - tl.load(first_blocks + i),
@@ -447,14 +499,18 @@ def _list_kernel(
             main,
             tl.load(row + EXP_AVG).to(tl.pointer_type(EXP_AVG_DTYPE)),
             tl.load(grads + i).to(tl.pointer_type(GRAD_DTYPE)),
+            average,
             tl.load(row + NUMEL),
             tl.load(row + INDEX_START),
             step,
             seed_key,
             scalars,
             cautious_lrs,
+            ema_decay,
+            one_minus_ema_decay,
             CAUTIOUS_WD,
             STOCHASTIC_MOMENTUM,
+            STOCHASTIC_AVERAGE,
             BLOCK,
             MASKED_BLOCK,
             VECTOR,

@@ -18,6 +18,7 @@ from triton.runtime import driver
 from lion_dist.kernels import reference
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.triton_kernels import (
+    AVERAGE,
     EXP_AVG,
     INDEX_START,
     INTERPRETED,
@@ -123,6 +124,7 @@ class AddressTable:
         first_blocks, search_table, num_blocks = blocks_of(numels, block)
         rows = torch.zeros(len(numels), ROW.value, dtype=torch.int64)
         columns = {PARAM: tensors.params, MAIN: tensors.mains, EXP_AVG: tensors.exp_avgs, STEP: tensors.steps}
+        columns[AVERAGE] = tensors.averages
         for column, values in columns.items():
             if values is not None:
                 rows[:, column.value] = torch.tensor([tensor.data_ptr() for tensor in values])
@@ -176,7 +178,7 @@ def launch_shape(tensors, grads) -> LaunchShape:
     if INTERPRETED.value:
         largest = max(param.numel() for param in tensors.params)
         return LaunchShape(min(INTERPRETER_BLOCK, triton.next_power_of_2(largest)), num_warps=4, vector=1)
-    columns = (tensors.params, tensors.exp_avgs, grads, tensors.mains)
+    columns = (tensors.params, tensors.exp_avgs, grads, tensors.mains, tensors.averages)
     widest = max(column[0].element_size() for column in columns if column is not None)
     return LAUNCH_SHAPES[widest, tensors.is_stochastic]
 
@@ -210,10 +212,13 @@ def update(
         "skip": skip,
         "active": active,
         "cautious_lrs": cautious_lrs,
+        "ema_decay": tensors.ema_decay,
+        "one_minus_ema_decay": None if tensors.ema_decay is None else 1.0 - tensors.ema_decay,
         "seed_key": reference.as_int32(reference.seed_key_int(seed)),
         "SCALARS_ON_DEVICE": on_device,
         "CAUTIOUS_WD": cautious_wd,
         "STOCHASTIC_MOMENTUM": tensors.stochastic_momentum,
+        "STOCHASTIC_AVERAGE": tensors.stochastic_average,
         "BLOCK": shape.block,
         "MASKED_BLOCK": masked_block(shape),
         "VECTOR": shape.vector,
@@ -256,6 +261,7 @@ def _flat_arguments(tensors, grad, shape: LaunchShape) -> tuple[int, dict]:
         "main": None if tensors.mains is None else tensors.mains[0],
         "exp_avg": tensors.exp_avgs[0],
         "grad": grad,
+        "average": None if tensors.averages is None else tensors.averages[0],
         "numel": param.numel(),
         "index_start": 0 if tensors.index_starts is None else tensors.index_starts[0],
         "step": tensors.steps if tensors.is_stochastic else None,
@@ -270,5 +276,6 @@ def _list_arguments(tensors, grads, shape: LaunchShape) -> tuple[int, dict]:
         "MAIN_DTYPE": None if tensors.mains is None else TL_DTYPES[tensors.mains[0].dtype],
         "EXP_AVG_DTYPE": TL_DTYPES[tensors.exp_avgs[0].dtype],
         "GRAD_DTYPE": TL_DTYPES[grads[0].dtype],
+        "AVERAGE_DTYPE": None if tensors.averages is None else TL_DTYPES[tensors.averages[0].dtype],
         "STRIDE": SEARCH_STRIDE,
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lion_dist.config import PARAM_DTYPES
 from lion_dist.kernels import cpu, cpu_native
-from lion_dist.kernels.reference import StepScalars, count_aligned, lion_step, random_bits
+from lion_dist.kernels.reference import StepScalars, count_aligned, lion_step, random_bits, update_average
 
 REFERENCE_CHUNK = 1 << 24  # elements; bounds the reference's temporaries to about 0.5 GB on a GPU without Triton
 
@@ -28,8 +28,8 @@ REFERENCE_CHUNK = 1 << 24  # elements; bounds the reference's temporaries to abo
 class LionTensors:
     """The tensors that one call updates: all on one device, and alike in dtypes. Checked once, updated many times.
 
-    ``params[i]``, ``mains[i]`` and ``exp_avgs[i]`` are 1-D, contiguous and of the same numel, and stay where they are
-    in memory for the life of this object. See ``reference.py`` for the dtypes and what each is.
+    ``params[i]``, ``mains[i]``, ``exp_avgs[i]`` and ``averages[i]`` are 1-D, contiguous and of the same numel, and stay
+    where they are in memory for the life of this object. See ``reference.py`` for the dtypes and what each is.
     """
 
     params: Sequence[Tensor]  # T x [numel_i]
@@ -38,11 +38,12 @@ class LionTensors:
     index_starts: Sequence[int] | None = None  # T global element indices of the first elements, for random bits
     steps: Tensor | None = None  # [T] int64 on the device, completed steps; random bits need them
     stochastic_momentum: bool = False
+    averages: Sequence[Tensor] | None = None  # T x [numel_i] fp32 | bf16, of the weights
+    ema_decay: float | None = None  # of ``averages``
     launch_cache: dict = field(default_factory=dict, repr=False)  # the backend's: what outlives a call
 
     def __post_init__(self):
-        columns = [self.params, self.exp_avgs] + ([] if self.mains is None else [self.mains])
-        for column in columns:
+        for column in filter(None, (self.params, self.exp_avgs, self.mains, self.averages)):
             first = column[0]
             for tensor, param in zip(column, self.params, strict=True):
                 if tensor.dtype != first.dtype or tensor.device != self.params[0].device:
@@ -68,6 +69,10 @@ class LionTensors:
         allowed = {torch.float32: [None], torch.bfloat16: [None, torch.float32, torch.int16]}
         if main not in allowed.get(param, [torch.float32]):
             raise TypeError(f"main params of dtype {main} do not go with {param} parameters")
+        if (self.averages is None) != (self.ema_decay is None):
+            raise ValueError(f"averages and ema_decay go together, got ema_decay={self.ema_decay}")
+        if self.averages is not None and self.averages[0].dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"averages must be fp32 or bf16, got {self.averages[0].dtype}")
         if self.is_stochastic and (self.steps is None or self.index_starts is None):
             raise ValueError("stochastic rounding needs steps and index_starts")
 
@@ -102,8 +107,12 @@ class LionTensors:
         return self.mains is None and self.params[0].dtype == torch.bfloat16
 
     @property
+    def stochastic_average(self) -> bool:
+        return self.averages is not None and self.averages[0].dtype == torch.bfloat16
+
+    @property
     def is_stochastic(self) -> bool:
-        return self.stochastic_param or self.stochastic_momentum
+        return self.stochastic_param or self.stochastic_momentum or self.stochastic_average
 
 
 @functools.cache
@@ -253,6 +262,12 @@ def _update_by_reference(
                 cautious_lrs=None if cautious_lrs is None else cautious_lrs[i],
                 cautious_wd=cautious_wd,
             )
+            if tensors.averages is not None:
+                average, grad = tensors.averages[i][part], grads[i].reshape(-1)[part]
+                new_average = update_average(
+                    average, *new[:2], grad, tensors.ema_decay, grad_scale=grad_scale, bits=bits
+                )
+                old, new = (*old, average), (*new, new_average)
             for old_tensor, new_tensor in zip(old, new, strict=True):
                 if old_tensor is not None:
                     old_tensor.copy_(torch.where(takes_part, new_tensor, old_tensor))

@@ -4,9 +4,10 @@ Integers only, no process groups: the buckets and shards are those of ``sharding
 those of ``sharding/buffers.py``, so that a plan of ShardedLion is what ``opt.memory_bytes()`` counts. FSDP2's shards
 follow ``torch.chunk`` on dim 0. DeepSpeed's are what 0.19.8 was seen to hold on CPU ranks, with its default buckets.
 
-Kinds: ``params``, ``main_params`` and ``exp_avg`` stay between steps; ``grads`` is their peak in a step (shards, pooled
-buffers, gradients kept through accumulation); ``transient``, an estimate, is what else lives for a moment: gradients
-that no bucket has taken yet, layers that FSDP2 has gathered, DeepSpeed's buckets. All of a rank that owns the most.
+Kinds: ``params``, ``main_params``, ``exp_avg`` and ``weight_avg`` (of ``ema_decay``) stay between steps; ``grads`` is
+their peak in a step (shards, pooled buffers, gradients kept through accumulation); ``transient``, an estimate, is what
+else lives for a moment: gradients that no bucket has taken yet, layers that FSDP2 has gathered, DeepSpeed's buckets.
+All of a rank that owns the most.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from lion_dist.sharding.buffers import GradBufferPool
 from lion_dist.sharding.layout import BucketLayout, choose_bucket_numel, pack_into_buckets
 
 BF16, FP32 = torch.bfloat16, torch.float32
-KINDS = ("params", "main_params", "exp_avg", "grads", "transient")
 MAIN_BYTES = {"own": 0, "none": 0, "split": 2, "fp32": 4}
 # DeepSpeed 0.19.8's defaults, in elements.
 DEEPSPEED_BUCKET, DEEPSPEED_PREFETCH, DEEPSPEED_KEEPS_WHOLE = 500_000_000, 50_000_000, 100_000
@@ -36,12 +36,14 @@ DEEPSPEED_BUCKET, DEEPSPEED_PREFETCH, DEEPSPEED_KEEPS_WHOLE = 500_000_000, 50_00
 class Precision:
     """A parameter dtype and the policy that goes with it.
 
-    ``moments``: how many values of the momentum's dtype the optimizer keeps for each element; AdamW 2.
+    ``moments``: how many values of the momentum's dtype the optimizer keeps for each element; AdamW 2. ``average``: the
+    dtype of the average of the weights, if one is kept.
     """
 
     param_dtype: torch.dtype
     policy: PrecisionPolicy
     moments: int = 1
+    average: torch.dtype | None = None
 
     @property
     def param_bytes(self) -> int:
@@ -54,6 +56,9 @@ class Precision:
     @property
     def momentum_bytes(self) -> int:
         return self.moments * self.policy.momentum_dtype_for(self.param_dtype).itemsize
+
+    def average_memory(self, numel: int) -> dict[str, int]:
+        return {} if self.average is None else {"weight_avg": numel * self.average.itemsize}
 
 
 PRECISIONS = {
@@ -160,6 +165,7 @@ def plan_replicated(
         "params": numel * precision.param_bytes,
         "main_params": numel * precision.main_bytes,
         "exp_avg": numel * precision.momentum_bytes,
+        **precision.average_memory(numel),
         "grads": grads if job.ranks == 1 or bucket_view else 2 * grads,
         "transient": 0,
     }
@@ -183,7 +189,7 @@ def plan_adamw(
     """torch's AdamW in ``engine``: two moments in the parameters' dtype, no main params. Other precisions: no plan."""
     if precision.main_bytes or precision.policy.momentum_dtype_for(precision.param_dtype) != precision.param_dtype:
         return None
-    return engine(model, replace(precision, moments=2), job, **settings)
+    return engine(model, replace(precision, moments=2, average=None), job, **settings)
 
 
 def bucket_layouts(model: ModelShapes, shard_ranks: int, bucket_numel: int | None) -> list[BucketLayout]:
@@ -225,6 +231,7 @@ def plan_sharded(
         "params": numel * precision.param_bytes,
         "main_params": shard_numel * precision.main_bytes,
         "exp_avg": shard_numel * precision.momentum_bytes,
+        **precision.average_memory(shard_numel),
         "grads": grads,
         # The bucket in the making and the next one, and what an ordered sum receives.
         "transient": 2 * max(sum(b.param_numels) for b in layouts) * precision.param_bytes
@@ -294,6 +301,7 @@ def plan_fsdp(
         "params": shard_numel * precision.param_bytes,
         "main_params": shard_numel * precision.main_bytes,
         "exp_avg": shard_numel * precision.momentum_bytes,
+        **precision.average_memory(shard_numel),
         "grads": shard_numel * precision.param_bytes,
         "transient": gathered + 2 * max(block, root_bytes),  # a block's gradients, and their reduce-scatter's input
     }
@@ -307,8 +315,8 @@ def plan_fsdp(
 
 
 def plan_deepspeed(model: ModelShapes, precision: Precision, job: Job, *, stage: int) -> tuple[dict, tuple] | None:
-    """DeepSpeed with ``"type": "Lion"``. It keeps fp32 main params, so other policies for bf16 have no plan."""
-    if precision.param_dtype == BF16 and precision.main_bytes != 4:
+    """DeepSpeed with ``"type": "Lion"``. It keeps fp32 main params and no average of the weights: no other plans."""
+    if precision.average is not None or (precision.param_dtype == BF16 and precision.main_bytes != 4):
         return None
     numel, itemsize, ranks = model.numel, precision.param_bytes, job.ranks
     part = -(-numel // ranks)
@@ -379,12 +387,14 @@ def _engines_of_adamw(precision: Precision, job: Job) -> dict[str, tuple[Callabl
     return engines
 
 
-def plan(model: ModelShapes, job: Job, precision: str) -> list[EnginePlan]:
-    """Every engine with one of ``PRECISIONS``; an engine that has no such precision is left out."""
+def plan(model: ModelShapes, job: Job, precision: str, average: torch.dtype | None = None) -> list[EnginePlan]:
+    """Every engine with one of ``PRECISIONS``; an engine that has no such precision is left out. ``average``: the dtype
+    of the average of the weights that Lion keeps (``ema_decay``)."""
     values.instance("model", model, ModelShapes, 'Pass model_shapes.read_shapes("7b"), for example.')
     values.instance("job", job, Job, "Pass planning.Job(ranks=8), for example.")
     values.choice("precision", precision, tuple(PRECISIONS))
-    chosen = PRECISIONS[precision]
+    values.dtype("average", average, (FP32, BF16), "None is no average.")
+    chosen = replace(PRECISIONS[precision], average=average)
     plans = []
     for name, (engine, settings) in engines_for(chosen, job).items():
         found = engine(model, chosen, job, **settings)

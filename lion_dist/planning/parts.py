@@ -6,6 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import torch
+
 from lion_dist import values
 from lion_dist.planning.estimates import Collective, EnginePlan, Job, plan
 from lion_dist.planning.model_shapes import BLOCK, ModelShapes
@@ -55,19 +57,23 @@ def _spread(job: Job, ranks: int, stride: int) -> Job:
     return dataclasses.replace(job, ranks=ranks, nodes=nodes if nodes < ranks and ranks % nodes == 0 else ranks)
 
 
-def plan_composed(model: ModelShapes, job: Job, axes: Axes, precision: str) -> list[EnginePlan]:
+def plan_composed(
+    model: ModelShapes, job: Job, axes: Axes, precision: str, average: torch.dtype | None = None
+) -> list[EnginePlan]:
     """``estimates.plan`` for the rank with the largest part of ``model``. ``job``: of all ranks."""
     if axes.is_one:
-        return plan(model, job, precision)
+        return plan(model, job, precision, average)
     sharing = axes.data_parallel(job)
     part = heaviest_part(model, axes.tensor, axes.pipeline)
-    found = [p for p in plan(part, sharing, precision) if p.engine.startswith(ENGINES) and "ZeRO" not in p.engine]
+    found = [
+        p for p in plan(part, sharing, precision, average) if p.engine.startswith(ENGINES) and "ZeRO" not in p.engine
+    ]
     if axes.expert == 1:
         return found
     dense, experts = divide_experts(part, axes.expert)
     own = _spread(job, sharing.ranks // axes.expert, axes.tensor * axes.expert)
-    of_experts = {p.engine: p for p in plan(experts, own, precision)}
-    of_dense = {p.engine: p for p in plan(dense, sharing, precision)}
+    of_experts = {p.engine: p for p in plan(experts, own, precision, average)}
+    of_dense = {p.engine: p for p in plan(dense, sharing, precision, average)}
     return [
         _together(of_dense[p.engine], of_experts[p.engine])
         for p in found

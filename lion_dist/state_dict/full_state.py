@@ -68,7 +68,7 @@ class Consolidated:
 
 
 def _moment_of(param_groups: Sequence[dict], shards: Sequence[ShardState]) -> tuple:
-    tensors = (tensor for shard in shards for tensor in (shard.exp_avg, shard.main_param) if tensor is not None)
+    tensors = (flat for shard in shards for flat in shard.elementwise.values())
     return sum(len(group["params"]) for group in param_groups), *(tensor._version for tensor in tensors)
 
 
@@ -124,9 +124,7 @@ def _whole_tensors(shard: ShardState) -> Iterator[tuple[Parameter, str, Tensor]]
     """Parameter, kind of state, full tensor; all ranks of the shard group iterate together."""
     bucket, group = shard.bucket, shard.bucket.groups.shard_group
     start, stop = bucket.layout.shard_range(bucket.groups.shard_rank)
-    for kind, part in (("exp_avg", shard.exp_avg), ("main_param", shard.main_param)):
-        if part is None:
-            continue
+    for kind, part in shard.elementwise.items():
         part = part.view(torch.bfloat16) if part.dtype == torch.int16 else part  # as in main_params.py
         flat = part.new_empty(bucket.layout.numel)
         flat[start:stop] = part

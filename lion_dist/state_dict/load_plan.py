@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lion_dist import values
-from lion_dist.adopted_state import adopt_groups
+from lion_dist.adopted_state import adopt_groups, warn_of_lost_average
+from lion_dist.averages import KIND as AVERAGE
 from lion_dist.boxes import Box, BoxedTensor, can_read, read_box
 from lion_dist.local_shard import local_tensor
 from lion_dist.main_params import main_param_as
@@ -28,7 +29,8 @@ class LoadPlan:
 
     It is a :meth:`ShardedLion.state_dict` of the same rank (or one whose boxes hold what this rank needs), or the full
     state of ``ShardedLion``, ``Lion`` or lion-pytorch's Lion, of which each rank takes its slices. As with ``Lion``,
-    main params are made from the parameters where the state has none, and a parameter without state starts afresh.
+    main params are made from the parameters where the state has none, averages begin there, and a parameter without
+    state starts afresh.
 
     Raises:
         ValueError: what cannot be loaded, and why.
@@ -39,6 +41,8 @@ class LoadPlan:
         saved = _saved_by_param(live, groups, state_dict["state"])
         self._live = live
         self._copies = [planned for shard in live.shards for planned in _copies_of(shard, saved)]
+        kept = any(shard.weight_avg is not None for shard in live.shards)
+        self._loses_average = not kept and any(AVERAGE in kinds for kinds in saved.values())
         self._counters = _counters_in(state_dict, live)
         self._settings = [
             _settings(i, *pair, live.decoupled_from)
@@ -47,6 +51,8 @@ class LoadPlan:
 
     def apply(self) -> None:
         """Change the live state."""
+        if self._loses_average:
+            warn_of_lost_average()
         momenta = [planned.saved for planned in self._copies if planned.kind == "exp_avg"]
         found = {saved.dtype for saved in momenta if saved is not None}
         kept = {shard.exp_avg.dtype for shard in self._live.shards}
@@ -80,7 +86,7 @@ class _Copy:
 
     def apply(self) -> None:
         if self.saved is None:
-            if self.kind == "main_param" and self.target.dtype == torch.float32:
+            if self.kind == AVERAGE or (self.kind == "main_param" and self.target.dtype == torch.float32):
                 self.target.copy_(self.param)
             else:
                 self.target.zero_()
@@ -98,8 +104,7 @@ def _copies_of(shard: ShardState, saved: Mapping[Parameter, dict[str, Tensor]]) 
         ValueError: a saved tensor does not hold it.
     """
     bucket = shard.bucket
-    flats = {"exp_avg": shard.exp_avg, "main_param": shard.main_param}
-    held = {kind: shard.local_shards(flat) for kind, flat in flats.items() if flat is not None}
+    held = {kind: shard.local_shards(flat) for kind, flat in shard.elementwise.items()}
     here = shard.local_shards(bucket.param_shard)
     for i, position in enumerate(piece.param for piece in bucket.slices):
         owner, name, value = bucket.params[position], bucket.names[position], here[position]
@@ -207,7 +212,7 @@ def _checked_state(kinds: object, whole: torch.Size, name: str) -> dict[str, Ten
             "Start with fresh optimizer state instead."
         )
     checked = {}
-    for kind, shape in (("exp_avg", whole), ("main_param", whole), ("step", torch.Size(()))):
+    for kind, shape in (("exp_avg", whole), ("main_param", whole), (AVERAGE, whole), ("step", torch.Size(()))):
         value = kinds.get(kind)
         if value is None:
             continue
@@ -216,8 +221,9 @@ def _checked_state(kinds: object, whole: torch.Size, name: str) -> dict[str, Ten
         value = value if isinstance(value, Tensor) else torch.tensor(value)  # other Lions count steps in an int
         if value.shape != shape:
             raise ValueError(f"the saved {kind} of {name!r} has shape {tuple(value.shape)}, here it is {tuple(shape)}")
-        if kind == "exp_avg" and not value.dtype.is_floating_point:
-            raise ValueError(f"the saved exp_avg of {name!r} is {value.dtype}, which is no momentum")
+        if kind in ("exp_avg", AVERAGE) and not value.dtype.is_floating_point:
+            what = "momentum" if kind == "exp_avg" else "average"
+            raise ValueError(f"the saved {kind} of {name!r} is {value.dtype}, which is no {what}")
         checked[kind] = _local(value, f"{kind} of {name!r}")
     return checked
 

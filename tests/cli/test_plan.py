@@ -78,6 +78,21 @@ def test_tables_without_memory_and_bandwidth_give_no_verdict(capsys):
     assert "fits" not in printed and "seconds" not in printed and "pass --micro-batch" in printed
 
 
+def test_an_average_of_the_weights_is_a_column_of_its_own(capsys):
+    assert cli.main(["plan", "--params", "1b", "--ranks", "8", "--average", "fp32"]) == 0
+    assert "momentum  average  grads" in capsys.readouterr().out
+    by_average = [
+        planned(capsys, "--params", "1b", "--ranks", "8", *options)["plans"] for options in ([], ["--average", "bf16"])
+    ]
+    (plain,), (averaged,) = (
+        [p for p in plans if (p["engine"], p["precision"]) == ("ShardedLion stage 2", "bf16-split")]
+        for plans in by_average
+    )
+    assert (
+        averaged["total_bytes"] - plain["total_bytes"] == averaged["bytes"]["weight_avg"] == plain["bytes"]["exp_avg"]
+    )
+
+
 def test_a_hugging_face_config_is_read(capsys, tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({

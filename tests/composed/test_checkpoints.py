@@ -8,13 +8,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lion_dist import Lion, ModelParallel, ShardedLion, ShardingConfig, checkpoint
+from lion_dist import Lion, ModelParallel, PrecisionPolicy, ShardedLion, ShardingConfig, checkpoint
 from lion_dist.checkpoint import CheckpointError
 from tests.checkpoint.engines import assert_same_tensors
 from tests.composed.jobs import mesh_of, place_on
 from tests.composed.test_tensor import POLICIES, parallelize
 from tests.integrations.fsdp_ranks import Net, shard
 
+AVERAGED = {"split, averaged": (torch.bfloat16, PrecisionPolicy("split", ema_dtype=torch.bfloat16))}
 ROWS = ("up.weight", "up.bias", "head.weight", "head.bias")  # of the model that is cut by hand; "down" by columns
 
 
@@ -45,9 +46,10 @@ def cut_by_hand(model: Net, mesh) -> dict[str, int]:
 
 
 def engine(name: str, policy: str):
-    dtype, precision = POLICIES[policy]
+    dtype, precision = (POLICIES | AVERAGED)[policy]
     model = Net(dtype)
     options = dict(lr=1e-3, weight_decay=0.1, precision=precision)
+    options["ema_decay"] = None if precision.ema_dtype is None else 0.9
     if name == "plain":
         return model, Lion(model.parameters(), **options)
     if name == "fsdp2 tp":
@@ -113,6 +115,24 @@ def test_tensor_parallel(gloo, tmp_path, source, target):
 @pytest.mark.parametrize("policy", ["fp32", "none, stochastic"])
 def test_tensor_parallel_by_policy(gloo, tmp_path, policy):
     gloo.run(4, move, "tp", "plain", policy, str(tmp_path))
+
+
+def move_averages(source: str, target: str, folder: str) -> None:
+    move_without_buffers(source, target, "split, averaged", folder)
+    names = checkpoint_names(f"{folder}/second")
+    assert sum(name.endswith(".weight_avg") for name in names) == sum(name.endswith(".exp_avg") for name in names) > 0
+    model, optimizer = engine(source, "split, averaged")
+    train(model, optimizer)
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    before = [p.detach().clone() for p in local]
+    with optimizer.averaged_parameters():
+        assert not all(map(torch.equal, local, before))
+    assert all(map(torch.equal, local, before))
+
+
+@pytest.mark.parametrize(("source", "target"), [("tp", "plain"), ("pp", "tp")])
+def test_averages_of_the_weights(gloo, tmp_path, source, target):
+    gloo.run(4, move_averages, source, target, str(tmp_path))
 
 
 # ---- pipeline stages

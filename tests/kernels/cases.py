@@ -10,7 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lion_dist.kernels.reference import StepScalars, cautious_lrs, count_aligned, lion_step, random_bits, split_main
+from lion_dist.kernels.reference import (
+    StepScalars,
+    cautious_lrs,
+    count_aligned,
+    lion_step,
+    random_bits,
+    split_main,
+    update_average,
+)
 from lion_dist.kernels.update import LionTensors
 
 FP32, BF16, FP16, INT16 = torch.float32, torch.bfloat16, torch.float16, torch.int16
@@ -23,14 +31,16 @@ class Storage:
     main: torch.dtype | None
     exp_avg: torch.dtype
     stochastic_momentum: bool = False
+    average: torch.dtype | None = None
 
     def __str__(self):
         names = [str(dtype).removeprefix("torch.") for dtype in (self.param, self.main, self.exp_avg)]
-        return "-".join(names) + ("-stochastic" if self.stochastic_momentum else "")
+        averaged = "" if self.average is None else f"-{self.average} average".replace("torch.", "")
+        return "-".join(names) + ("-stochastic" if self.stochastic_momentum else "") + averaged
 
     @property
     def is_stochastic(self) -> bool:
-        return self.stochastic_momentum or (self.param == BF16 and self.main is None)
+        return self.stochastic_momentum or (self.param == BF16 and self.main is None) or self.average == BF16
 
 
 STORAGES = [
@@ -38,6 +48,8 @@ STORAGES = [
     for param, main in [(FP32, None), (BF16, FP32), (FP16, FP32), (BF16, INT16), (BF16, None)]
     for exp_avg, stochastic_momentum in [(FP32, False), (BF16, False), (BF16, True)]
 ]
+
+AVERAGED = [replace(storage, average=dtype) for storage in STORAGES for dtype in (FP32, BF16)]
 
 # Zeros, denormals, ties of rounding, the edges of bf16 and fp16, largest finite, infinities, NaN. The last two
 # are NaNs of which integer rounding without care makes a zero; the first of them is what a GPU's arithmetic returns.
@@ -76,6 +88,8 @@ class Case:
     seed: int = 0
     cautious_lrs: Tensor | None = None
     cautious_wd: bool = False
+    averages: list[Tensor] | None = None
+    ema_decay: float | None = None
 
     @classmethod
     def make(cls, storage, grad_dtype, numels, *, data_seed=0, index_start=0, step=0, **arguments) -> Case:
@@ -92,6 +106,9 @@ class Case:
             columns["params"], mains = map(list, zip(*pairs, strict=True))
             for param in columns["params"]:
                 param[::5] *= 0  # by somebody else, a pruning mask for one; their remainders stay
+        if storage.average is not None:
+            arguments = {"ema_decay": 0.99} | arguments
+            columns["averages"] = [troubled(numel, storage.average, generator) for numel in numels]
         index_starts = [index_start + sum(numels[:i]) for i in range(len(numels))]
         steps = torch.arange(step, step + len(numels))
         return cls(storage, mains=mains, index_starts=index_starts, steps=steps, **columns, **arguments)
@@ -99,6 +116,7 @@ class Case:
     def to(self, device) -> Case:
         move = lambda x: [t.to(device) for t in x] if isinstance(x, list) else x.to(device)  # noqa: E731
         names = ["params", "mains", "exp_avgs", "grads", "steps", "grad_scale", "skip", "active", "cautious_lrs"]
+        names.append("averages")
         moved = {name: move(getattr(self, name)) for name in names if getattr(self, name) is not None}
         scalars = self.scalars
         if isinstance(scalars.lr, Tensor):
@@ -118,6 +136,8 @@ class Case:
             self.index_starts,
             self.steps.clone(),
             self.storage.stochastic_momentum,
+            None if self.averages is None else copy(self.averages),
+            self.ema_decay,
         )
 
     def arguments(self) -> dict:
@@ -164,6 +184,11 @@ class Case:
             for old, value in zip((result.params[i], main, result.exp_avgs[i]), new, strict=True):
                 if old is not None:
                     old.copy_(value)
+            if self.averages is not None:
+                weights = result.params[i], main
+                settings = {"grad_scale": self.grad_scale, "bits": bits}
+                average = update_average(result.averages[i], *weights, self.grads[i], self.ema_decay, **settings)
+                result.averages[i].copy_(average)
         return result
 
 
@@ -177,7 +202,7 @@ def differing(a: Tensor, b: Tensor) -> Tensor:
 
 def assert_same(actual: LionTensors, expected: LionTensors) -> None:
     """Bit equality of everything that an update may write."""
-    for name in ("params", "mains", "exp_avgs", "steps"):
+    for name in ("params", "mains", "exp_avgs", "averages", "steps"):
         columns = [[] if column is None else column for column in (getattr(actual, name), getattr(expected, name))]
         for i, (a, e) in enumerate(zip(*columns, strict=True)):
             where = differing(a, e)

@@ -37,10 +37,17 @@ VARIANTS = {
 # What of a rule is compiled: the precision that is the default, and the one that draws random bits.
 RULED = [("split", "list", "cautious"), ("split", "flat", "both"), ("none", "list", "cautious decay")]
 COUNTED = ("own", "split")
+# With an average of the weights.
+AVERAGED = {
+    "split, fp32 average": (Storage(BF16, INT16, BF16, average=FP32), BF16),
+    "none, bf16 average": (Storage(BF16, None, BF16, average=BF16), BF16),
+    "own, bf16 average": (Storage(FP32, None, FP32, average=BF16), FP32),
+}
 
 
 def launch_shape(storage: Storage, grad_dtype: torch.dtype) -> LaunchShape:
-    dtypes = [storage.param, storage.exp_avg, grad_dtype, storage.main or storage.param]
+    others = (storage.main or storage.param, storage.average or storage.param)
+    dtypes = [storage.param, storage.exp_avg, grad_dtype, *others]
     return triton_launch.LAUNCH_SHAPES[max(dtype.itemsize for dtype in dtypes), storage.is_stochastic]
 
 
@@ -56,6 +63,7 @@ def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype, rule:
         "SCALARS_ON_DEVICE": kernel == "list",
         "CAUTIOUS_WD": cautious_wd,
         "STOCHASTIC_MOMENTUM": storage.stochastic_momentum,
+        "STOCHASTIC_AVERAGE": storage.average == BF16,
         "BLOCK": shape.block,
         "MASKED_BLOCK": triton_launch.masked_block(shape),
         "VECTOR": shape.vector,
@@ -65,7 +73,9 @@ def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype, rule:
         "MAIN": None if storage.main is None else TL_DTYPES[storage.main],
         "EXP_AVG": TL_DTYPES[storage.exp_avg],
         "GRAD": TL_DTYPES[grad_dtype],
+        "AVERAGE": None if storage.average is None else TL_DTYPES[storage.average],
     }
+    types |= {} if storage.average is None else dict.fromkeys(("ema_decay", "one_minus_ema_decay"), "fp32")
     if kernel == "flat":
         function = triton_kernels._flat_kernel
         types |= {name.lower(): f"*{ty}".replace("int", "i") for name, ty in tl_types.items() if ty is not None}
@@ -111,7 +121,7 @@ def count_instructions(compiled) -> Counter:
 def main() -> None:
     result = {}
     for kernel in ("flat", "list"):
-        for name, (storage, grad_dtype) in VARIANTS.items():
+        for name, (storage, grad_dtype) in (VARIANTS | AVERAGED).items():
             result[f"{kernel}: {name}"] = count_instructions(compile_kernel(kernel, storage, grad_dtype))
     for name, kernel, rule in RULED:
         result[f"{rule}, {kernel}: {name}"] = count_instructions(compile_kernel(kernel, *VARIANTS[name], rule))

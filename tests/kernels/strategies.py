@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 
 from lion_dist.kernels.reference import StepScalars
-from tests.kernels.cases import GRAD_DTYPES, STORAGES, Case
+from tests.kernels.cases import AVERAGED, GRAD_DTYPES, STORAGES, Case
 
 lr = st.sampled_from([0.0, 1e-4, 3e-4, 0.02, 1.0])
 beta = st.sampled_from([0.0, 0.9, 0.95, 0.98, 0.99])
@@ -23,7 +23,7 @@ def cases(draw, block: int) -> Case:
     if draw(st.booleans()):
         hyper = (torch.tensor(hyper[0]), *hyper[1:])
     case = Case.make(
-        draw(st.sampled_from(STORAGES)),
+        draw(st.sampled_from(STORAGES) | st.sampled_from(AVERAGED)),
         draw(st.sampled_from(GRAD_DTYPES)),
         numels,
         data_seed=draw(st.integers(0, 2**16)),

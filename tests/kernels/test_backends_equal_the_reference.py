@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lion_dist.kernels import cpu, triton_kernels, triton_launch, update
 from lion_dist.kernels.reference import StepScalars, join_main, split_main
 from lion_dist.kernels.update import LionTensors, count_aligned_elements, lion_update_
-from tests.kernels.cases import BF16, FP16, FP32, GRAD_DTYPES, INT16, STORAGES, Case, Storage, assert_same
+from tests.kernels.cases import AVERAGED, BF16, FP16, FP32, GRAD_DTYPES, INT16, STORAGES, Case, Storage, assert_same
 from tests.kernels.strategies import cases
 
 BLOCK = 64  # small, so that a few hundred elements fill blocks, leave tails and make a program search
@@ -40,6 +40,13 @@ def check(case: Case, backend: str, misalignment: int = 0) -> LionTensors:
 def test_every_storage(backend, storage, grad_dtype):
     numels = [2 * BLOCK + 5, 0, 1, BLOCK]
     check(Case.make(storage, grad_dtype, numels, index_start=1000, step=3, seed=7), backend)
+
+
+@pytest.mark.parametrize("storage", AVERAGED, ids=str)
+def test_every_storage_with_an_average_of_the_weights(backend, storage):
+    numels = [2 * BLOCK + 5, 0, 1, BLOCK]
+    check(Case.make(storage, BF16, numels, index_start=2**32 - 70, step=3, seed=7), backend)
+    check(Case.make(storage, FP32, [3 * BLOCK + 1], grad_scale=torch.tensor(0.37)), backend)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -104,6 +111,25 @@ def test_a_gradient_that_is_not_finite_never_becomes_a_step(backend):
             case = replace(case, mains=[torch.ones(64) if storage.main == FP32 else torch.zeros(64, dtype=INT16)])
         result = check(case, backend)
         assert (result.params[0] == 1).all() and (result.exp_avgs[0] == 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_an_element_without_a_finite_gradient_keeps_its_average(backend, dtype):
+    case = Case.make(Storage(FP32, None, FP32, average=dtype), FP32, [3], ema_decay=0.5)
+    grads, numbers = [torch.tensor([float("nan"), 1.0, float("inf")])], [torch.tensor([1.0, 2.0, 3.0])]
+    case = replace(case, params=numbers, exp_avgs=[torch.zeros(3)], grads=grads, averages=[torch.zeros(3, dtype=dtype)])
+    average = check(case, backend).averages[0]
+    assert average[0] == average[2] == 0 and average[1] != 0
+
+
+def test_a_skipped_step_and_an_inactive_tensor_leave_averages_as_they_were(backend):
+    storage = Storage(BF16, INT16, BF16, average=BF16)
+    case = Case.make(storage, BF16, [100, 30], skip=torch.tensor(1.0))
+    assert_same(check(case, backend), case.tensors())
+    case = Case.make(storage, BF16, [100, 30], active=torch.tensor([0.0, 1.0]))
+    result = check(case, backend)
+    assert torch.equal(result.averages[0].nan_to_num(7), case.averages[0].nan_to_num(7))
+    assert not torch.equal(result.averages[1].nan_to_num(7), case.averages[1].nan_to_num(7))
 
 
 def test_finite_gradients_that_overflow_when_unscaled_are_not_a_step(backend):

@@ -5,9 +5,10 @@ from collections import Counter
 import pytest
 
 from lion_dist.kernels.cautious_triton import PIECES
-from tests.kernels.compile_ahead import COUNTED, RULED, VARIANTS, launch_shape
+from tests.kernels.compile_ahead import AVERAGED, COUNTED, RULED, VARIANTS, launch_shape
 
-NAMES = [f"{kernel}: {name}" for kernel in ("flat", "list") for name in VARIANTS]
+KINDS = VARIANTS | AVERAGED
+NAMES = [f"{kernel}: {name}" for kernel in ("flat", "list") for name in KINDS]
 RULED_NAMES = [f"{rule}, {kernel}: {name}" for name, kernel, rule in RULED]
 COUNT_NAMES = [f"count: {name}" for name in COUNTED]
 
@@ -20,10 +21,11 @@ def instructions(compiled_by) -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize("name", NAMES + RULED_NAMES)
 def test_whole_blocks_move_in_wide_accesses_each_byte_once(instructions, name):
     """16 bytes a thread and access; 8 for the 16-bit tensors of a kernel that also touches 32-bit ones."""
-    storage, grad_dtype = VARIANTS[name.split(": ")[1]]
+    storage, grad_dtype = KINDS[name.split(": ")[1]]
     shape = launch_shape(storage, grad_dtype)
     per_thread = shape.block // (32 * shape.num_warps)
-    state = [dtype for dtype in (storage.main or storage.param, storage.exp_avg) if dtype is not None]
+    kept = (storage.main or storage.param, storage.exp_avg, storage.average)
+    state = [dtype for dtype in kept if dtype is not None]
     read, written = [*state, grad_dtype], state
     if storage.main is not None:  # the low-precision copy is written beside the main params, and half of a split
         written = [storage.param, *written]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lion_dist.kernels import triton_launch
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.update import LionTensors, count_aligned_elements, lion_update_
-from tests.kernels.cases import BF16, FP32, GRAD_DTYPES, INT16, STORAGES, Case, Storage, assert_same
+from tests.kernels.cases import AVERAGED, BF16, FP32, GRAD_DTYPES, INT16, STORAGES, Case, Storage, assert_same
 from tests.kernels.strategies import cases
 
 pytestmark = [
@@ -26,7 +26,8 @@ STOCHASTIC = Storage(BF16, None, BF16, True)
 def to_cpu(tensors: LionTensors) -> LionTensors:
     move = lambda column: None if column is None else [x.cpu() for x in column]  # noqa: E731
     columns = [move(x) for x in (tensors.params, tensors.exp_avgs, tensors.mains)]
-    return LionTensors(*columns, tensors.index_starts, tensors.steps.cpu(), tensors.stochastic_momentum)
+    averages = move(tensors.averages), tensors.ema_decay
+    return LionTensors(*columns, tensors.index_starts, tensors.steps.cpu(), tensors.stochastic_momentum, *averages)
 
 
 def check(case: Case, backend: str = "triton", misalignment: int = 0) -> None:
@@ -43,6 +44,14 @@ def check(case: Case, backend: str = "triton", misalignment: int = 0) -> None:
 def test_every_storage(storage, grad_dtype, numels):
     """The index starts just below 2**32: a block of it has two upper halves."""
     case = Case.make(storage, grad_dtype, numels, index_start=2**32 - BLOCK - 100, step=3, seed=7)
+    check(case)
+    check(case, "chunked_reference")
+
+
+@pytest.mark.parametrize("numels", [NUMELS, [4 * BLOCK + 3]], ids=["list", "flat"])
+@pytest.mark.parametrize("storage", AVERAGED, ids=str)
+def test_every_storage_with_an_average_of_the_weights(storage, numels):
+    case = Case.make(storage, BF16, numels, index_start=2**32 - BLOCK - 100, step=3, seed=7)
     check(case)
     check(case, "chunked_reference")
 

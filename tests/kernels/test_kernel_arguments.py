@@ -62,11 +62,12 @@ class Kernel:
         return launch
 
 
+@pytest.mark.parametrize("average", [None, BF16])
 @pytest.mark.parametrize("name, numels", [("_flat_kernel", [5000]), ("_list_kernel", [5000, 0, 70])])
-def test_a_compiled_kernel_is_launched_with_the_arguments_that_it_was_compiled_for(monkeypatch, name, numels):
+def test_a_compiled_kernel_is_launched_with_the_arguments_that_it_was_compiled_for(monkeypatch, name, numels, average):
     kernel = Kernel(getattr(triton_kernels, name).arg_names)
     monkeypatch.setattr(triton_launch, name, kernel)
-    case = Case.make(Storage(BF16, INT16, BF16), BF16, numels)
+    case = Case.make(Storage(BF16, INT16, BF16, average=average), BF16, numels)
     tensors, one, active = case.tensors(), torch.ones(()), torch.ones(len(numels))
     kinds = [{}, {"grad_scale": one}, {"skip": one}, {"active": active}, {"grad_scale": one, "skip": one}]
     kinds += [{"grads": [grad.float() for grad in case.grads]}]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lion_dist.kernels.reference import as_int32, mix32, random_bits, random_keys, random_keys_int
+from lion_dist.kernels.reference import as_int32, average_bits, mix32, random_bits, random_keys, random_keys_int
 
 N = 1 << 18
 OFFSETS = [0, 12345, 2**32 - N // 2, 2**45]
@@ -84,6 +84,21 @@ def test_seeds_and_the_upper_half_of_the_index_are_uncorrelated():
 
 def test_the_halves_are_uncorrelated():
     assert_uncorrelated(*halves(bits()))
+
+
+def test_the_average_shares_no_bits_with_parameter_and_momentum():
+    for half in halves(bits()):
+        assert_uncorrelated(half, average_bits(bits()))
+    param, momentum = (half >> 12 for half in halves(bits()))
+    assert_uniform((param << 8) | (momentum << 4) | (average_bits(bits()) >> 12), 2**12)
+
+
+@pytest.mark.parametrize("distance", [1, 2, 7, 64, 2**16])
+def test_the_averages_bits_are_uniform_and_uncorrelated_with_neighbours_and_steps(distance):
+    of_average = average_bits(bits())
+    assert_uniform(of_average >> 4, 2**12)
+    assert_uncorrelated(of_average[distance:], of_average[:-distance])
+    assert_uncorrelated(of_average, average_bits(bits(step=distance)))
 
 
 def test_an_elements_bits_depend_on_its_index_alone():

@@ -21,6 +21,7 @@ class Fault:
 
 
 BACKENDS = "tests/kernels/test_backends_equal_the_reference.py"
+AVERAGED = f"{BACKENDS}::test_every_storage_with_an_average_of_the_weights"
 PARITY = "tests/test_sharded_parity.py::test_ranks_arrive_at_the_bits_of_a_single_process"
 ONE_LATE = (
     "tests/test_sharded_peers.py::test_nothing_is_read_too_early_or_written_too_soon_when_a_rank_is_late[0]",
@@ -79,6 +80,30 @@ ARITHMETIC = [
         "tl.where(finite, new_m, m)",
         "new_m",
         (f"{BACKENDS}::test_a_gradient_that_is_not_finite_never_becomes_a_step[triton]",),
+    ),
+    Fault(
+        "Triton: the average shares the parameter's random bits",
+        "lion_dist/kernels/triton_kernels.py",
+        "_mix32(random ^ GOLDEN) & 0xFFFF",
+        "random & 0xFFFF",
+        (f"{AVERAGED}[triton-float32-None-float32-bfloat16 average]",),
+    ),
+    Fault(
+        "C: without main params the average follows what was not yet rounded",
+        "lion_dist/kernels/cpu_native.c",
+        "if (rounds_param) read_fp32(p, param, BF16, n); /* as it is stored */",
+        "",
+        (f"{AVERAGED}[cpu_native-bfloat16-None-float32-float32 average]",),
+    ),
+    Fault(
+        "averages: the exchange counts as somebody else's write",
+        "lion_dist/averages.py",
+        "with torch.autograd._unsafe_preserve_version_counter(tuple(params)):",
+        "with contextlib.nullcontext():",
+        (
+            "tests/test_averages.py::"
+            "test_fp32_main_params_that_differ_from_their_parameter_are_not_taken_for_an_outside_write",
+        ),
     ),
 ]
 
@@ -318,8 +343,8 @@ BESIDE = [
     Fault(
         "state dict: main params start afresh from the parameters",
         "lion_dist/state_dict/full_state.py",
-        '("exp_avg", shard.exp_avg), ("main_param", shard.main_param)):\n        if part is None:',
-        '("exp_avg", shard.exp_avg), ("main_param", None)):\n        if part is None:',
+        "for kind, part in shard.elementwise.items():",
+        'for kind, part in [("exp_avg", shard.exp_avg)]:',
         ("tests/test_sharded_full_state.py::test_the_whole_state_is_plain_lions_to_the_bit[2-sharded-0-split]",),
     ),
     Fault(
