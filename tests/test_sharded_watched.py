@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lion_dist import ShardedLion, ShardingConfig
+from lion_dist import ShardedLion, ShardingConfig, SpikeGuard
 from lion_dist.benchmarks.traces import CAUSES, read_trace
 from lion_dist.sharding.phases import LABEL
 from tests.models import mlp
 
 
-def profile_of_training(in_backward: bool = False) -> torch.profiler.profile:
+def profile_of_training(in_backward: bool = False, guard: SpikeGuard | None = None) -> torch.profiler.profile:
     model, sharding = mlp(4, 8, 4), ShardingConfig(bucket_numel=64, update_in_backward=in_backward)
-    opt = ShardedLion(model.parameters(), module=model, sharding=sharding)
+    opt = ShardedLion(model.parameters(), module=model, sharding=sharding, skip_spikes=guard)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(2):
             model(torch.ones(2, 4)).square().sum().backward()
@@ -45,6 +45,15 @@ def test_updates_in_backward_carry_labels_too(gloo):
         for phase in ("grad_sync", "update", "param_sync"):
             assert f"lion_dist.{phase} 0.weight .. 0.bias" in labels, sorted(labels)
             assert f"lion_dist.{phase} 2.weight .. 2.bias" in labels
+
+
+def number_of_checks(guard: SpikeGuard | None) -> int:
+    return sum(event.name == "lion_dist.norm" for event in profile_of_training(guard=guard).events())
+
+
+def test_what_a_guard_against_spikes_asks_carries_the_label_of_the_check(gloo):
+    assert gloo.run(2, number_of_checks, None) == [2, 2]
+    assert gloo.run(2, number_of_checks, SpikeGuard()) == [4, 4]
 
 
 def causes_in_an_exported_trace() -> set[str]:

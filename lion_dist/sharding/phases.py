@@ -57,7 +57,7 @@ class Interval:
     def __init__(self, marks: list[_Boundary]):
         self._marks = marks
 
-    def ms_by_phase(self) -> dict[str, float]:
+    def ms_by_phase(self) -> dict[Phase, float]:
         """Waits for the device to have come to the interval's end."""
         for mark in self._marks:
             if isinstance(mark.time, torch.cuda.Event):
@@ -67,7 +67,7 @@ class Interval:
             result[mark.phase] += _ms_between(mark.time, following.time)
         return result
 
-    def bytes_by_phase(self) -> dict[str, int]:
+    def bytes_by_phase(self) -> dict[Phase, int]:
         """Bytes that this rank handed to collectives (``collectives.sent_bytes``)."""
         result = dict.fromkeys(PHASES, 0)
         for mark, following in zip(self._marks, self._marks[1:], strict=False):
