@@ -64,7 +64,8 @@ class BackwardStep:
         if not all(trained):
             active = torch.tensor([trained[s.param] for s in bucket.slices], dtype=torch.float32)
             active = active.to(bucket.device, non_blocking=True)
-        self._update(batch, active, self._terms())
+        with bucket.clock.phase("update", bucket.label):
+            self._update(batch, active, self._terms())
         self._stream.record_event(self._last_update)
         params.note_updates([bucket], filter(_requires_grad, bucket.params))
         self._send(batch)
@@ -85,7 +86,7 @@ class BackwardStep:
         if warning.is_waiting:
             warning.note_step(bool(begun) or any(param.grad is not None for param in self._params.names))
         self._scheduler.start_all_but(begun)
-        with self._stream.fork():
+        with self._stream.fork(), self._gradients.clock.phase("norm"):
             agreement.exchange(self._gradients.choices)
             self._stream.record_event(self._last_update)  # it has read a learning rate or divisor on the device, too
         if self._params.unfrozen():

@@ -59,7 +59,7 @@ class StepGradients:
     ):
         self._params, self._param_groups, self._loss_scale = params, param_groups, loss_scale
         self._scheduler, self.gradient_check, self.spikes = scheduler, gradient_check, spikes
-        self._stream, self._clock = stream, clock
+        self._stream, self.clock = stream, clock
         self._before_reducing, self._adopt = before_reducing, adopt
         self._used_in_backward = used_in_backward
         self.buckets: list[Bucket] = []
@@ -118,8 +118,9 @@ class StepGradients:
     def checked(self, skip: Tensor | None) -> CheckResult:
         """Return the result of the check, which skips also where ``skip`` ([] on the device) is not 0, and spikes."""
         if self.spikes is not None:
-            loss = self.spikes.take_mean_loss(self._params.groups_for({}))
-            skip = self.spikes.verdict(self.gradient_check.norm(self._loss_scale()), loss, skip)
+            with self.clock.phase("norm"):
+                loss = self.spikes.take_mean_loss(self._params.groups_for({}))
+                skip = self.spikes.verdict(self.gradient_check.norm(self._loss_scale()), loss, skip)
             self.gradient_check.clip_by(self.spikes.clip_coefficient)
         return self.gradient_check.skip_unusable(skip)
 
@@ -128,7 +129,7 @@ class StepGradients:
         return None if self.spikes is None else self.spikes.guard
 
     def _run_check(self) -> None:
-        with self._clock.phase("norm"):
+        with self.clock.phase("norm"):
             self.gradient_check.run(self.buckets, self._scheduler.version, self.choices)
 
     def choices(self) -> StepChoices:

@@ -7,19 +7,19 @@ The step is the time line of the GPU, from the first kernel of the profiled step
 computes (a kernel of forward or backward runs), or is exposed. An exposed moment has one cause, the first that runs of
 ``update`` (the Lion kernels), ``grad_sync`` (reduce-scatter and the packing before it), ``param_sync`` (all-gather, and
 replayed codes), ``norm`` (the check of the gradients and its all-reduce); or none, and the device waits for the
-``host``. Copies from peers' memory count as communication, and so do the barriers around them, in which a GPU waits for
-the others.
+``host``. Copies between peers' memory count as communication, and so do the barriers around them, in which a GPU waits
+for the others.
+
+What a kernel belongs to is the phase in whose label the host launched it (``traces.py``). For that the profiler records
+the host too, which takes time of the host: it is part of ``host``.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,34 +28,7 @@ import torch.distributed as dist
 from lion_dist.benchmarks.engines import sharded_lion
 from lion_dist.benchmarks.llama import SIZES, make_llama
 from lion_dist.benchmarks.report import Rows
-
-CAUSES = ("update", "grad_sync", "param_sync", "norm")
-COMPUTE = "compute"
-# What kernels' names contain, by what they are there for; the first that fits. The rest computes.
-SIGNS = {
-    "update": ("_flat_kernel", "_list_kernel", "_encode_kernel"),
-    "grad_sync": ("ReduceScatter", "SendRecv", "multi_tensor_apply_kernel", "_ordered_sum_kernel"),
-    "param_sync": ("AllGather", "_replay_kernel", "_escape_kernel"),
-    "norm": ("AllReduce", "lpnorm", "Norm", "_squares_kernel"),
-}
-COMMUNICATION = ("ReduceScatter", "AllGather", "AllReduce", "SendRecv", "ncclDevKernel", "from peers")
-PEER_BARRIER = "barrier_kernel"  # of torch's symmetric memory
-
-
-@dataclass(frozen=True)
-class Kernel:
-    name: str
-    start: float  # microseconds
-    stop: float
-
-    @property
-    def cause(self) -> str:
-        return next((cause for cause, signs in SIGNS.items() if any(s in self.name for s in signs)), COMPUTE)
-
-    @property
-    def communicates(self) -> bool:
-        return any(sign in self.name for sign in COMMUNICATION)
-
+from lion_dist.benchmarks.traces import CAUSES, COMPUTE, Kernel, Trace, TraceError, read_trace
 
 Intervals = list[tuple[float, float]]
 
@@ -102,7 +75,7 @@ def exposed_ms(kernels: Sequence[Kernel], steps: int) -> dict[str, float]:
     for cause in CAUSES:
         alone = without(union(k for k in kernels if k.cause == cause), covered)
         result[cause] = length(alone)
-        covered = union(Kernel("", *interval) for interval in [*covered, *alone])
+        covered = union(Kernel(COMPUTE, *interval) for interval in [*covered, *alone])
     result["host"] = result["step"] - length(covered)
     result["communication"] = length(communicating)
     milliseconds = {name: value / 1e3 / steps for name, value in result.items()}
@@ -110,43 +83,15 @@ def exposed_ms(kernels: Sequence[Kernel], steps: int) -> dict[str, float]:
     return milliseconds | {"hidden_share": hidden / length(communicating) if communicating else 1.0}
 
 
-def read_trace(path: Path) -> list[Kernel]:
-    """Kernels, copies and fills of a trace by ``torch.profiler.profile.export_chrome_trace``."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        events = json.load(file)["traceEvents"]
-    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
-    events = sorted((e for e in events if e.get("cat") in kinds), key=lambda e: e["ts"])
-    _name_peer_collectives(events)
-    return [Kernel(e["name"], e["ts"], e["ts"] + e["dur"]) for e in events]
-
-
-def _name_peer_collectives(events: list[dict]) -> None:
-    """Copies from peers' memory are named as any copies are. They lie between two barriers on one stream, and gradients
-    are added up after them."""
-    by_stream: dict[object, list[dict]] = {}
-    for event in events:
-        by_stream.setdefault(event.get("args", {}).get("stream"), []).append(event)
-    for queue in by_stream.values():
-        barriers = [i for i, event in enumerate(queue) if PEER_BARRIER in event["name"]]
-        for first, last in zip(barriers[::2], barriers[1::2], strict=False):
-            adds_up = any("_ordered_sum_kernel" in event["name"] for event in queue[first:last])
-            name = f"{'ReduceScatter' if adds_up else 'AllGather'} from peers"
-            for event in queue[first : last + 1]:
-                if "_ordered_sum_kernel" not in event["name"]:
-                    event["name"] = name
-
-
 def trace_of(step: Callable[[], None], steps: int, path: Path) -> None:
-    activities = [torch.profiler.ProfilerActivity.CUDA]  # without the CPU's, which would slow the host down
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile() as profile:  # the host too: without it no label is recorded
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
     profile.export_chrome_trace(str(path))
 
 
-def measure(args, micro_batch: int, device: torch.device) -> dict:
+def measure(args, micro_batch: int, device: torch.device) -> tuple[dict[str, float], Trace]:
     model = make_llama(args.size, device, torch.bfloat16, args.compile)
     tokens = torch.randint(SIZES[args.size]["vocab"], (micro_batch, args.seq_len + 1), device=device)
     train = sharded_lion(model, zero_stage=2)
@@ -159,16 +104,19 @@ def measure(args, micro_batch: int, device: torch.device) -> dict:
         if args.keep_trace and dist.get_rank() == 0:
             path = args.keep_trace
         trace_of(lambda: train([tokens]), args.steps, path)
-        return exposed_ms(read_trace(path), args.steps)
+        trace = read_trace(path)
+        return exposed_ms(trace.kernels, args.steps), trace
 
 
-def show(label: str, row: dict[str, float]) -> None:
+def show(label: str, row: dict[str, float], trace: Trace) -> None:
     exposed = "  ".join(f"{cause} {row[cause]:.2f}" for cause in (*CAUSES, "host"))
     print(
         f"{label}: step {row['step']:.2f} ms = compute {row[COMPUTE]:.2f} + exposed: {exposed}; communication "
         f"{row['communication']:.2f} ms, {row['hidden_share']:.1%} of it hidden",
         flush=True,
     )
+    for line in trace.doubts():
+        print(f"{label}: {line}", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -192,16 +140,20 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if args.trace is not None:
-        show(str(args.trace), exposed_ms(read_trace(args.trace), args.steps))
+        try:
+            trace = read_trace(args.trace)
+        except TraceError as error:
+            raise SystemExit(f"error: {error}") from None
+        show(str(args.trace), exposed_ms(trace.kernels, args.steps), trace)
         return
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     rows = Rows(args.csv, device)
     for micro_batch in args.micro_batch:
-        row = measure(args, micro_batch, device)
+        row, trace = measure(args, micro_batch, device)
         if dist.get_rank() == 0:
-            show(f"micro-batch {micro_batch}, {dist.get_world_size()} ranks", row)
+            show(f"micro-batch {micro_batch}, {dist.get_world_size()} ranks", row, trace)
             rounded = {name: round(value, 4) for name, value in row.items()}
             shared = {"micro_batch": micro_batch, "ranks": dist.get_world_size()}
             rows.add(shared | rounded)

@@ -26,6 +26,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch.autograd import _profiler_enabled
@@ -33,11 +34,12 @@ from torch.profiler import record_function
 
 from lion_dist.sharding import collectives
 
-PHASES = ("grad_sync", "norm", "update", "param_sync", "measure", "elsewhere")
-WAITING = ("grad_sync", "norm", "param_sync")
+Phase = Literal["grad_sync", "norm", "update", "param_sync", "measure", "elsewhere"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+WAITING: tuple[Phase, ...] = ("grad_sync", "norm", "param_sync")
 
 _NOT_RUNNING = contextlib.nullcontext()
-LABEL = "lion_dist."  # labels begin so
+LABEL = "lion_dist."  # labels begin so, and go on with the phase
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class _Boundary:
 
     time: float | torch.cuda.Event  # seconds, or an event
     sent_bytes: int
-    phase: str
+    phase: Phase
 
 
 class Interval:
@@ -55,7 +57,7 @@ class Interval:
     def __init__(self, marks: list[_Boundary]):
         self._marks = marks
 
-    def ms_by_phase(self) -> dict[str, float]:
+    def ms_by_phase(self) -> dict[Phase, float]:
         """Waits for the device to have come to the interval's end."""
         for mark in self._marks:
             if isinstance(mark.time, torch.cuda.Event):
@@ -65,7 +67,7 @@ class Interval:
             result[mark.phase] += _ms_between(mark.time, following.time)
         return result
 
-    def bytes_by_phase(self) -> dict[str, int]:
+    def bytes_by_phase(self) -> dict[Phase, int]:
         """Bytes that this rank handed to collectives (``collectives.sent_bytes``)."""
         result = dict.fromkeys(PHASES, 0)
         for mark, following in zip(self._marks, self._marks[1:], strict=False):
@@ -78,10 +80,8 @@ def _ms_between(start, stop) -> float:
 
 
 class PhaseClock:
-    """Cuts the timeline into phases between ``start()`` and ``stop()``; outside of them ``phase()`` does nothing.
-
-    Nothing here waits for the device: on a GPU marks are events on the current stream.
-    """
+    """Cuts the timeline into phases between ``start()`` and ``stop()``; outside of them ``phase()`` only labels.
+    Nothing waits for the device: on a GPU marks are events on the current stream."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -98,14 +98,12 @@ class PhaseClock:
             self._mark("elsewhere")
             self.last, self.is_running = Interval(self._marks), False
 
-    def phase(self, name: str, of: str = ""):
+    def phase(self, name: Phase, of: str = ""):
         """A context; what runs inside belongs to ``name``, or to a phase opened inside of it. ``of``: for the label."""
-        if self.is_running or _profiler_enabled():
-            return self._open(name, of)
-        return _NOT_RUNNING
+        return self._open(name, of) if self.is_running or _profiler_enabled() else _NOT_RUNNING
 
     @contextlib.contextmanager
-    def _open(self, name: str, of: str) -> Iterator[None]:
+    def _open(self, name: Phase, of: str) -> Iterator[None]:
         outer = self._marks[-1].phase if self.is_running else None
         if outer is not None:
             self._mark(name)
@@ -116,7 +114,7 @@ class PhaseClock:
             if outer is not None:
                 self._mark(outer)
 
-    def _mark(self, phase: str) -> None:
+    def _mark(self, phase: Phase) -> None:
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             now = torch.cuda.current_stream(self.device).record_event(event)
@@ -128,7 +126,7 @@ class PhaseClock:
 NO_CLOCK = PhaseClock(torch.device("cpu"))  # is never started
 
 
-def in_phase(name: str) -> Callable[[Callable], Callable]:
+def in_phase(name: Phase) -> Callable[[Callable], Callable]:
     """Decorates a method of an object that has a ``clock`` and a ``label``."""
 
     def decorate(method: Callable) -> Callable:

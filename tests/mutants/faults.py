@@ -397,11 +397,11 @@ BESIDE = [
         ),
     ),
     Fault(
-        "profiler: a kernel that the overlap benchmark knows by name is renamed",
-        "lion_dist/peer_memory/ordered_sum_triton.py",
-        "def _ordered_sum_kernel(",
-        "def _sum_in_order_kernel(",
-        ("tests/benchmarks/test_overlap.py::test_kernels_that_are_known_by_name_are_the_packages",),
+        "profiler: a phase's label is renamed",
+        "lion_dist/sharding/phases.py",
+        'Literal["grad_sync", "norm",',
+        'Literal["grad_sync", "check",',
+        ("tests/test_sharded_watched.py::test_the_overlap_benchmark_finds_the_labels_that_the_profiler_has_written",),
     ),
 ]
 
