@@ -72,7 +72,7 @@ def update(
     """Arguments as ``lion_update_``'s, on the CPU; ``library()`` is not None."""
     if skip is not None and skip.item() != 0:
         return
-    rounding = int(tensors.stochastic_momentum)
+    rounding, stochastic = int(tensors.stochastic_momentum), tensors.is_stochastic
     columns = (tensors.params, tensors.mains, tensors.exp_avgs, grads, tensors.averages)
     types = [TYPES[None if column is None else column[0].dtype] for column in columns]
     sizes = [0 if column is None else column[0].element_size() for column in columns]
@@ -81,17 +81,16 @@ def update(
     plain = _scalars(scalars, grad_scale, rule)
     if tensors.ema_decay is not None:
         plain.ema_decay, plain.one_minus_ema_decay = tensors.ema_decay, 1.0 - tensors.ema_decay
-    structs: dict[tuple, _Scalars] = {
-        (None, None): plain
-    }  # by completed steps and cautious learning rates, None without
+    # By completed steps and cautious learning rates; None without.
+    structs: dict[tuple, _Scalars] = {(None, None): plain}
     lrs = [None] * len(tensors.numels) if cautious_lrs is None else list(map(tuple, cautious_lrs.tolist()))
     piece = _piece_numel(tensors)
     for i, numel in enumerate(tensors.numels):
         if active is not None and active[i].item() == 0:
             continue
         addresses = [0 if column is None else column[i].data_ptr() for column in columns]
-        first = tensors.index_starts[i] if tensors.is_stochastic else 0
-        step = int(tensors.steps[i]) if tensors.is_stochastic else None
+        first = tensors.index_starts[i] if stochastic else 0
+        step = int(tensors.steps[i]) if stochastic else None
         if (step, lrs[i]) not in structs:
             keys = (0, 0) if step is None else random_keys_int(seed, step)
             structs[step, lrs[i]] = _of_tensor(plain, keys, lrs[i])

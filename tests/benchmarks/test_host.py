@@ -31,7 +31,7 @@ def test_rows_say_what_the_library_adds(tmp_path, monkeypatch):
 
 
 def test_a_step_calls_a_bounded_number_of_the_librarys_functions(pretended_ranks):
-    """Time would depend on the machine. 147 parameters in 27 buckets: some 75 calls a bucket and 10 a parameter."""
+    """Time would depend on the machine. 147 parameters in 27 buckets: some 70 calls a bucket and 10 a parameter."""
     cpu = torch.device("cpu")
     model = host.make_model(27, cpu)
     optimizer = host.make_optimizer(model)
@@ -45,4 +45,4 @@ def test_a_step_calls_a_bounded_number_of_the_librarys_functions(pretended_ranks
         sys.setprofile(count if step == 2 else None)
         list(host.step_parts(model, optimizer, x))
         sys.setprofile(None)
-    assert 0 < calls["lion_dist"] < 3700
+    assert 0 < calls["lion_dist"] < 3500
