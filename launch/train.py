@@ -3,19 +3,16 @@
     python launch/train.py                                                        # one process
     torchrun --nproc-per-node 8 launch/train.py --data my_texts/ --out runs/mine --resume auto
 
-It uses GPUs and NCCL where there are GPUs, else CPUs and gloo. docs/launch.md explains many nodes, signals and lost
-ranks. compare_engines.py, beside this file, runs the same training under DDP, FSDP and DeepSpeed.
+It uses GPUs and NCCL, else CPUs and gloo: see docs/launch.md. compare_engines.py does the same by other engines.
 """
 
 import argparse
 import importlib.util
-import itertools
 import json
 import math
 import os
 import signal
 import sys
-import sysconfig
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig, checkpoint
+from lion_dist import CapturedStep, PrecisionPolicy, ShardedLion, ShardingConfig, checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # torchrun sets them: the number of ranks, that of nodes, and how often it may start the ranks again.
@@ -74,9 +71,8 @@ class Transformer(nn.Module):
         self.head.weight = self.embedding.weight
         for weight in [parameter for parameter in self.parameters() if parameter.dim() == 2]:
             nn.init.normal_(weight, std=0.02)
-        for block in self.blocks:  # 2 * layers of these add up in the residual stream
-            for projection in (block.attention_out, block.mlp_out):
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * layers))
+        for layer in [layer for block in self.blocks for layer in (block.attention_out, block.mlp_out)]:
+            nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * layers))  # they add up in the residual stream
 
     def forward(self, windows: Tensor) -> Tensor:
         x = self.embedding(windows[:, :-1].long())
@@ -87,7 +83,7 @@ class Transformer(nn.Module):
 
 def read_corpus(data: str | None, seq_len: int) -> tuple[Tensor, Tensor]:
     """Text to train on, and held-out text (one file of 20): uint8 [bytes] of a file, a folder, or Python's library."""
-    root, skipped = Path(data or sysconfig.get_path("stdlib")), set() if data else STDLIB_SKIPPED
+    root, skipped = Path(data or Path(os.__file__).parent), set() if data else STDLIB_SKIPPED
     if not root.exists():
         raise ValueError(f"no such file or folder: {data}. Pass --data PATH with a text file or a folder.")
     found = [root] if root.is_file() else sorted(root.rglob("*" if data else "*.py"))
@@ -143,8 +139,9 @@ class Training:
         sizes, axes = (args.replicate, WORLD_SIZE // args.replicate), ("replicate", "shard")
         mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=axes) if args.replicate > 1 else None
         sharding, precision = ShardingConfig(zero_stage=args.zero_stage), PrecisionPolicy(seed=args.seed)
+        lr = torch.tensor(args.lr, dtype=torch.float64, device=device) if args.cuda_graph else args.lr
         self.optimizer = ShardedLion(  # with module=, updated parameters arrive while the next forward pass runs
-            groups, lr=args.lr, module=self.model, process_group=mesh, sharding=sharding, precision=precision
+            groups, lr=lr, module=self.model, process_group=mesh, sharding=sharding, precision=precision
         )
         self.schedule = LambdaLR(self.optimizer, lambda completed: lr_factor(completed, args.warmup, args.steps))
         self.pending_save = self.wandb = None  # a checkpoint.PendingSave; a run of Weights & Biases, on the first rank
@@ -172,11 +169,12 @@ class Training:
         """Trains from `step` completed steps to --steps, or until a SIGTERM. Returns the completed steps."""
         args, stop, unlogged, since = self.args, False, [], time.perf_counter()
         signal.signal(signal.SIGTERM, lambda number, _frame: self.signals.add(number))  # until now it ended the process
+        train_step = CapturedStep(self.step, self.optimizer) if args.cuda_graph else self.step  # goes before NCCL does
         while step < args.steps and not stop:
             step += 1
             batch = global_batch(text, args.batch_size, args.seq_len, args.seed, step)
-            values = self.step(batch.chunk(WORLD_SIZE)[dist.get_rank()].to(self.device))
-            unlogged.append((step, self.schedule.get_last_lr()[0], values))
+            values = train_step(batch.chunk(WORLD_SIZE)[dist.get_rank()].to(self.device))
+            unlogged.append((step, self.schedule.get_last_lr()[0], values.clone()))  # a replay overwrites them
             self.schedule.step()
             save = step == args.steps or (args.checkpoint_every > 0 and step % args.checkpoint_every == 0)
             if save or step % args.log_every == 0:
@@ -192,14 +190,13 @@ class Training:
         asked = [float(number in self.signals) for number in (signal.SIGUSR1, signal.SIGTERM)]
         self.signals.discard(signal.SIGUSR1)
         mine = torch.stack([*(values for _, _, values in steps), torch.tensor(asked, device=self.device)])
-        ranks = [torch.empty_like(mine) for _ in range(WORLD_SIZE)]
-        dist.all_gather(ranks, mine)
+        dist.all_gather(ranks := [torch.empty_like(mine) for _ in range(WORLD_SIZE)], mine)
         *means, asked = torch.stack(ranks).double().mean(dim=0).tolist()  # waits for the device
         tokens_per_s = round(self.args.batch_size * self.args.seq_len * len(steps) / seconds)
         if dist.get_rank() == 0:
             with (self.args.out / "metrics.jsonl").open("a") as file:
                 for (step, lr, _), (loss, norm) in zip(steps, means, strict=True):
-                    row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": tokens_per_s}
+                    row = {"step": step, "loss": loss, "lr": float(lr), "grad_norm": norm, "tokens_per_s": tokens_per_s}
                     file.write(json.dumps(row) + "\n")
                     if self.wandb is not None:
                         self.wandb.log(row, step=step)
@@ -217,7 +214,8 @@ class Training:
     def save(self, step: int) -> None:
         """Starts a checkpoint, which is written while training goes on."""
         self.finish_save()
-        path, extra = self.args.out / f"step-{step:06d}", {"step": step, "scheduler": self.schedule.state_dict()}
+        schedule = json.loads(json.dumps(self.schedule.state_dict(), default=float))  # a tensor's value
+        path, extra = self.args.out / f"step-{step:06d}", {"step": step, "scheduler": schedule}
         self.pending_save = checkpoint.save_async(path, model=self.model, optimizer=self.optimizer, extra=extra)
 
     def finish_save(self) -> None:
@@ -238,7 +236,7 @@ class Training:
             out.mkdir(parents=True, exist_ok=True)
             metrics, new = out / "metrics.jsonl", out / "metrics.jsonl.tmp"
             if found is None and any(out.glob("step-*")):  # of an earlier run, with which this one must not be mixed
-                aside = next(path for n in itertools.count(1) if not (path := out / f"earlier-{n}").exists())
+                aside = next(path for n in range(1, sys.maxsize) if not (path := out / f"earlier-{n}").exists())
                 aside.mkdir()
                 for path in [*out.glob("metrics.jsonl"), *out.glob("step-*")]:
                     path.rename(aside / path.name)
@@ -254,7 +252,6 @@ class Training:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--engine", choices=["sharded"], help="compare_engines.py, beside this program, has others")
     add("--data", help="a text file or a folder of them; None: the Python standard library's source")
     add("--out", type=Path, default=Path("runs/sharded"), help="folder of metrics and checkpoints")
     add("--layers", type=int, default=4, help="transformer blocks")
@@ -270,6 +267,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     add("--precision", choices=list(DTYPES), default="fp32", help="dtype of the parameters")
     add("--zero-stage", type=int, default=2, choices=(1, 2), help="1 keeps full gradients between micro-batches")
+    add("--cuda-graph", action="store_true", help="replay each step as one CUDA graph: step() may not wait for the GPU")
     add("--replicate", default="1", help="replicas of the state, each of neighbouring ranks; 'nodes': one a node")
     add("--seed", type=int, default=0, help="of the initial weights and the batches")
     add("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end, and when a signal asks")
@@ -281,6 +279,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.wandb and importlib.util.find_spec("wandb") is None:
         parser.error("wandb is not installed, and --wandb needs it: pip install wandb")
+    if args.cuda_graph and not torch.cuda.is_available():
+        parser.error("torch.cuda.is_available() is False, and --cuda-graph needs a GPU: leave the flag out on CPUs")
     args.replicate = NODES if args.replicate == "nodes" else int(args.replicate)
     parts = WORLD_SIZE * args.micro_batches
     args.batch_size = args.batch_size or math.ceil(8 / parts) * parts

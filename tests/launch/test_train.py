@@ -171,7 +171,7 @@ def test_signals_of_one_rank_save_on_all_and_torchrun_starts_again_what_it_may(t
         ("--batch-size 7 --micro-batches 2", "--batch-size must be a multiple of 1 ranks x 2 micro-batches, got 7"),
         ("--replicate 2", "the ranks a multiple of --replicate, got 2"),
         ("--zero-stage 3", "invalid choice: 3"),
-        ("--engine ddp", "invalid choice: 'ddp'"),
+        ("--engine ddp", "unrecognized arguments: --engine ddp"),
         ("--data nowhere", "train.py: no such file or folder: nowhere. Pass --data PATH"),
     ],
 )
