@@ -1,4 +1,4 @@
-"""``launch/train.py --cuda-graph`` on CPUs: what the program does around a graph, which GPUs have (test_captured_gpu)."""
+"""``launch/train.py --cuda-graph`` on CPUs: what the program does around a graph; on GPUs see test_captured_gpu."""
 
 from __future__ import annotations
 
