@@ -71,8 +71,8 @@ class Transformer(nn.Module):
         self.head.weight = self.embedding.weight
         for weight in [parameter for parameter in self.parameters() if parameter.dim() == 2]:
             nn.init.normal_(weight, std=0.02)
-        for layer in [layer for block in self.blocks for layer in (block.attention_out, block.mlp_out)]:
-            nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * layers))  # they add up in the residual stream
+        for out in [out for block in self.blocks for out in (block.attention_out, block.mlp_out)]:
+            nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * layers))  # 2 * layers add up in the residual stream
 
     def forward(self, windows: Tensor) -> Tensor:
         x = self.embedding(windows[:, :-1].long())
@@ -138,8 +138,8 @@ class Training:
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": gains, "weight_decay": 0.0}]
         sizes, axes = (args.replicate, WORLD_SIZE // args.replicate), ("replicate", "shard")
         mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=axes) if args.replicate > 1 else None
-        sharding, precision = ShardingConfig(zero_stage=args.zero_stage), PrecisionPolicy(seed=args.seed)
         lr = torch.tensor(args.lr, dtype=torch.float64, device=device) if args.cuda_graph else args.lr
+        sharding, precision = ShardingConfig(zero_stage=args.zero_stage), PrecisionPolicy(seed=args.seed)
         self.optimizer = ShardedLion(  # with module=, updated parameters arrive while the next forward pass runs
             groups, lr=lr, module=self.model, process_group=mesh, sharding=sharding, precision=precision
         )
@@ -155,7 +155,6 @@ class Training:
 
     def step(self, windows: Tensor) -> Tensor:
         """Trains on this rank's windows. Returns its mean loss and the norm of the gradient, [2], without waiting."""
-        self.optimizer.zero_grad()
         *earlier, last = windows.chunk(self.args.micro_batches)
         with self.optimizer.no_sync():  # stage 1 adds up locally; stage 2 reduces every micro-batch
             losses = [self.backward(micro_batch) for micro_batch in earlier]
@@ -163,6 +162,7 @@ class Training:
         # Not torch.nn.utils.clip_grad_norm_: the gradients are in shards.
         norm = self.optimizer.clip_grad_norm_(self.args.clip) if self.args.clip else self.optimizer.grad_norm()
         self.optimizer.step()
+        self.optimizer.zero_grad()
         return torch.stack([torch.stack(losses).mean(), norm.float()])
 
     def train(self, text: Tensor, step: int) -> int:
@@ -174,7 +174,7 @@ class Training:
             step += 1
             batch = global_batch(text, args.batch_size, args.seq_len, args.seed, step)
             values = train_step(batch.chunk(WORLD_SIZE)[dist.get_rank()].to(self.device))
-            unlogged.append((step, self.schedule.get_last_lr()[0], values.clone()))  # a replay overwrites them
+            unlogged.append((step, self.schedule.get_last_lr()[0], values.clone()))  # a graph writes into the same ones
             self.schedule.step()
             save = step == args.steps or (args.checkpoint_every > 0 and step % args.checkpoint_every == 0)
             if save or step % args.log_every == 0:
@@ -264,10 +264,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=float, default=1e-3, help="learning rate at the end of the warmup")
     add("--weight-decay", type=float, default=0.1, help="of the matrices; multiplied by the learning rate")
     add("--warmup", type=int, default=20, help="steps of linear warmup; a cosine to a tenth of --lr follows")
+    add("--cuda-graph", action="store_true", help="whole steps as one CUDA graph: for small micro-batches, on GPUs")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     add("--precision", choices=list(DTYPES), default="fp32", help="dtype of the parameters")
     add("--zero-stage", type=int, default=2, choices=(1, 2), help="1 keeps full gradients between micro-batches")
-    add("--cuda-graph", action="store_true", help="replay each step as one CUDA graph: step() may not wait for the GPU")
     add("--replicate", default="1", help="replicas of the state, each of neighbouring ranks; 'nodes': one a node")
     add("--seed", type=int, default=0, help="of the initial weights and the batches")
     add("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end, and when a signal asks")
