@@ -171,6 +171,11 @@ def _refuse_what_cannot_be_captured(optimizer: ShardedLion) -> None:
             f"CapturedStep is for ShardedLion, got a {type(optimizer).__name__}. Other optimizers leave nothing in "
             "flight between steps: use torch.cuda.graph."
         )
+    if not optimizer.buckets:
+        raise ValueError(
+            "CapturedStep records the update of trained parameters, and this ShardedLion has none: all are frozen. Set "
+            "requires_grad before it is made, or call the step itself."
+        )
     if optimizer.buckets[0].device.type != "cuda":
         raise ValueError(
             f"CUDA graphs need parameters on a GPU, got {optimizer.buckets[0].device}. Call the step itself."

@@ -21,6 +21,13 @@ def test_parameters_on_a_cpu_are_refused():
         CapturedStep(lambda: None, sharded())
 
 
+def test_an_optimizer_without_trained_parameters_is_refused_with_the_remedy():
+    """Such as that of a pipeline stage of which all is frozen."""
+    frozen = ShardedLion(nn.Linear(2, 2).requires_grad_(False).parameters())
+    with pytest.raises(ValueError, match="this ShardedLion has none: all are frozen. Set requires_grad before"):
+        CapturedStep(lambda: None, frozen)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
