@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lion_dist import values
 from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
 from lion_dist.averages import KIND as AVERAGE
-from lion_dist.averages import WeightSwap, init_average, not_averaged, refuse_flat_params, with_average
-from lion_dist.cautious import cautious_lrs_of_whole_tensors, refuse_hidden_boundaries, refuse_hidden_ranks
+from lion_dist.averages import WeightSwap, init_average, not_averaged, with_average
+from lion_dist.cautious import cautious_lrs_of_whole_tensors
 from lion_dist.config import PrecisionPolicy, check_interval, check_policy
 from lion_dist.hyperparameters import (
     HyperparameterWatch,
@@ -120,6 +119,7 @@ class Lion(Optimizer):
         self._step_metrics = NO_METRICS  # until the first step, when parameters are where they will stay
         self._known_batches: dict[int, KnownBatches] = {}  # by id of the param group, from the last step
         self._own_writes = OwnWrites()
+        self._given: set[int] = set()  # ids of parameters
         super().__init__(values.params(params), defaults)
 
     shares_verdict = False  # lion_dist.GradScaler: every rank that holds a shard knows of every other's overflow
@@ -141,6 +141,7 @@ class Lion(Optimizer):
         # Present when load_state_dict() calls this; absent in a copy.
         fresh = {"_known_batches": {}, "_own_writes": OwnWrites(), "_step_metrics": NO_METRICS, "_index": None}
         fresh |= {"_no_gradients": NoGradientWarning(), "weight_swap": WeightSwap()}
+        fresh["_given"] = {id(param) for group in state["param_groups"] for param in group["params"]}
         for name, value in fresh.items():
             self.__dict__.setdefault(name, value)
         super().__setstate__(state)
@@ -160,15 +161,17 @@ class Lion(Optimizer):
             for name, param in zip(names, group["params"], strict=True):
                 check_param(param, name)
                 self.precision.main_params_for(param.dtype)
-                if self.rule.is_cautious:
-                    refuse_hidden_boundaries(param, name)
-                if self.skip_spikes is not None:
-                    refuse_hidden_ranks(param, name)
-                if self.rule.ema_decay is not None:
-                    refuse_flat_params(param, name)
+            self._given.update(map(id, group["params"]))
+            self._refuse_hidden(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+
+    def _refuse_hidden(self, group: dict, is_first_step: bool = False) -> None:
+        if self.rule.is_cautious or self.rule.ema_decay is not None or self.skip_spikes is not None:
+            from lion_dist.hidden_tensors import refuse_hidden
+
+            refuse_hidden(self, group, self.rule, self.skip_spikes, self._given, is_first_step)
 
     @torch._disable_dynamo  # compiled, it updated nothing in the second step after add_param_group()
     @torch.no_grad()
@@ -197,7 +200,7 @@ class Lion(Optimizer):
 
             grad_scale, skip = judge_spikes(self._spike_watch(), found, grad_scale, skip)
         if self._no_gradients.is_waiting:
-            self._note_gradients(bool(found))
+            self._no_gradients.note_step_of(self.param_groups, bool(found))
         self._make_step_metrics()
         self._step_metrics.begin_step()
         with self._step_metrics.clock.phase("update"):
@@ -235,8 +238,9 @@ class Lion(Optimizer):
         """A context in which the parameters hold the average of the weights (``ema_decay``), for evaluation or to save
         the model's ``state_dict()``. Afterwards they have the bits that they had before, also after an exception.
 
-        Inside, :meth:`step` and this optimizer's state dicts are refused, and one copy of this rank's parameters is
-        kept. A parameter without optimizer state stays as it is.
+        Inside, :meth:`step`, this optimizer's state dicts and a backward pass into parameters are refused (under FSDP2
+        the last of these at the end), and one copy of this rank's parameters is kept. A parameter without optimizer
+        state stays as it is.
 
         Args:
             module: the model, where its parameters are DTensors (FSDP2); all ranks enter and leave together then.
@@ -244,21 +248,15 @@ class Lion(Optimizer):
         if self.rule.ema_decay is None:
             raise not_averaged()
         params = [p for group in self.param_groups for p in group["params"] if AVERAGE in self.state.get(p, {})]
-        with self.weight_swap.of_local_shards({p: self.state[p][AVERAGE] for p in params}, module):
+        from lion_dist.weight_swap import swap_local_shards
+
+        with swap_local_shards(self.weight_swap, {p: self.state[p][AVERAGE] for p in params}, module):
             yield
 
     def _scalars(self, group: dict) -> StepScalars:
         weight_decay = effective_weight_decay(group, self._decoupled_from, self.rule.corrected_weight_decay)
         warn_if_decay_vanishes(group["lr"], weight_decay)
         return StepScalars.from_group(group["lr"], group["betas"], weight_decay)
-
-    def _note_gradients(self, any_gradients: bool) -> None:
-        rates = [group["lr"] for group in self.param_groups]
-        if not any(isinstance(lr, Tensor) or lr for lr in rates):
-            return  # torch.distributed.checkpoint makes state by such a step, with gradients of its own
-        params = [p for group in self.param_groups for p in group["params"]]
-        if any_gradients or any(is_lazy(p) or local_tensor(p).numel() for p in params):  # else no part to train here
-            self._no_gradients.note_step(any_gradients)
 
     def _update(
         self, batch: UpdateBatch, grads: Sequence[Tensor], scalars: StepScalars, backend: str, grad_scale, skip
@@ -341,6 +339,7 @@ class Lion(Optimizer):
             params, grads = [p for p in params if p.grad is not None], [g for g in grads if g is not None]
         known = self._known_batches.get(id(group))
         if known is None or not known.holds(params):
+            self._refuse_hidden(group, is_first_step=not self._known_batches)
             if known is not None:
                 self._own_writes.take_over(known.batches)
             known = KnownBatches(params)

@@ -7,6 +7,12 @@ replaced after the optimizer was made.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from lion_dist.local_shard import local_tensor
 
 STEPS_BEFORE_WARNING = 3  # a first step without gradients is not unusual: it silences a scheduler's warning
 
@@ -40,3 +46,11 @@ class NoGradientWarning:
                 "(requires_grad=False). Make the optimizer last, from the parameters of the model that is trained.",
                 stacklevel=4,
             )
+
+    def note_step_of(self, groups: Sequence[dict], any_gradients: bool) -> None:
+        """:meth:`note_step`, unless the param ``groups`` of this rank have nothing that could be trained."""
+        if not any(isinstance(group["lr"], Tensor) or group["lr"] for group in groups):
+            return  # torch.distributed.checkpoint makes state by such a step, with gradients of its own
+        params = [param for group in groups for param in group["params"]]
+        if any_gradients or any(is_lazy(p) or local_tensor(p).numel() for p in params):  # else no part to train here
+            self.note_step(any_gradients)

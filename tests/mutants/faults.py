@@ -97,9 +97,9 @@ ARITHMETIC = [
     ),
     Fault(
         "averages: the exchange counts as somebody else's write",
-        "lion_dist/averages.py",
-        "with torch.autograd._unsafe_preserve_version_counter(tuple(params)):",
-        "with contextlib.nullcontext():",
+        "lion_dist/weight_swap.py",
+        "with torch.autograd._unsafe_preserve_version_counter(tuple(params)), _no_backward_into(params):",
+        "with _no_backward_into(params):",
         (
             "tests/test_averages.py::"
             "test_fp32_main_params_that_differ_from_their_parameter_are_not_taken_for_an_outside_write",
