@@ -15,7 +15,6 @@ import math
 import os
 import signal
 import sys
-import sysconfig
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig, checkpoint
+from lion_dist import CapturedStep, PrecisionPolicy, ShardedLion, ShardingConfig, checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # torchrun sets them: the number of ranks, that of nodes, and how often it may start the ranks again.
@@ -74,9 +73,8 @@ class Transformer(nn.Module):
         self.head.weight = self.embedding.weight
         for weight in [parameter for parameter in self.parameters() if parameter.dim() == 2]:
             nn.init.normal_(weight, std=0.02)
-        for block in self.blocks:  # 2 * layers of these add up in the residual stream
-            for projection in (block.attention_out, block.mlp_out):
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * layers))
+        for out in [out for block in self.blocks for out in (block.attention_out, block.mlp_out)]:
+            nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * layers))  # 2 * layers add up in the residual stream
 
     def forward(self, windows: Tensor) -> Tensor:
         x = self.embedding(windows[:, :-1].long())
@@ -87,7 +85,7 @@ class Transformer(nn.Module):
 
 def read_corpus(data: str | None, seq_len: int) -> tuple[Tensor, Tensor]:
     """Text to train on, and held-out text (one file of 20): uint8 [bytes] of a file, a folder, or Python's library."""
-    root, skipped = Path(data or sysconfig.get_path("stdlib")), set() if data else STDLIB_SKIPPED
+    root, skipped = Path(data or Path(os.__file__).parent), set() if data else STDLIB_SKIPPED
     if not root.exists():
         raise ValueError(f"no such file or folder: {data}. Pass --data PATH with a text file or a folder.")
     found = [root] if root.is_file() else sorted(root.rglob("*" if data else "*.py"))
@@ -142,10 +140,12 @@ class Training:
         groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": gains, "weight_decay": 0.0}]
         sizes, axes = (args.replicate, WORLD_SIZE // args.replicate), ("replicate", "shard")
         mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=axes) if args.replicate > 1 else None
+        lr = torch.tensor(args.lr, device=device) if args.cuda_graph else args.lr  # in a graph a float is a constant
         sharding, precision = ShardingConfig(zero_stage=args.zero_stage), PrecisionPolicy(seed=args.seed)
         self.optimizer = ShardedLion(  # with module=, updated parameters arrive while the next forward pass runs
-            groups, lr=args.lr, module=self.model, process_group=mesh, sharding=sharding, precision=precision
+            groups, lr=lr, module=self.model, process_group=mesh, sharding=sharding, precision=precision
         )
+        self.train_step = CapturedStep(self.step, self.optimizer) if args.cuda_graph else self.step
         self.schedule = LambdaLR(self.optimizer, lambda completed: lr_factor(completed, args.warmup, args.steps))
         self.pending_save = self.wandb = None  # a checkpoint.PendingSave; a run of Weights & Biases, on the first rank
         self.signals: set[int] = set()  # that this process got; the ranks act on them together
@@ -158,7 +158,6 @@ class Training:
 
     def step(self, windows: Tensor) -> Tensor:
         """Trains on this rank's windows. Returns its mean loss and the norm of the gradient, [2], without waiting."""
-        self.optimizer.zero_grad()
         *earlier, last = windows.chunk(self.args.micro_batches)
         with self.optimizer.no_sync():  # stage 1 adds up locally; stage 2 reduces every micro-batch
             losses = [self.backward(micro_batch) for micro_batch in earlier]
@@ -166,6 +165,7 @@ class Training:
         # Not torch.nn.utils.clip_grad_norm_: the gradients are in shards.
         norm = self.optimizer.clip_grad_norm_(self.args.clip) if self.args.clip else self.optimizer.grad_norm()
         self.optimizer.step()
+        self.optimizer.zero_grad()
         return torch.stack([torch.stack(losses).mean(), norm.float()])
 
     def train(self, text: Tensor, step: int) -> int:
@@ -175,8 +175,8 @@ class Training:
         while step < args.steps and not stop:
             step += 1
             batch = global_batch(text, args.batch_size, args.seq_len, args.seed, step)
-            values = self.step(batch.chunk(WORLD_SIZE)[dist.get_rank()].to(self.device))
-            unlogged.append((step, self.schedule.get_last_lr()[0], values))
+            values = self.train_step(batch.chunk(WORLD_SIZE)[dist.get_rank()].to(self.device))
+            unlogged.append((step, self.schedule.get_last_lr()[0], values.clone()))  # a graph writes into the same ones
             self.schedule.step()
             save = step == args.steps or (args.checkpoint_every > 0 and step % args.checkpoint_every == 0)
             if save or step % args.log_every == 0:
@@ -199,7 +199,7 @@ class Training:
         if dist.get_rank() == 0:
             with (self.args.out / "metrics.jsonl").open("a") as file:
                 for (step, lr, _), (loss, norm) in zip(steps, means, strict=True):
-                    row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": tokens_per_s}
+                    row = {"step": step, "loss": loss, "lr": float(lr), "grad_norm": norm, "tokens_per_s": tokens_per_s}
                     file.write(json.dumps(row) + "\n")
                     if self.wandb is not None:
                         self.wandb.log(row, step=step)
@@ -254,7 +254,6 @@ class Training:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--engine", choices=["sharded"], help="compare_engines.py, beside this program, has others")
     add("--data", help="a text file or a folder of them; None: the Python standard library's source")
     add("--out", type=Path, default=Path("runs/sharded"), help="folder of metrics and checkpoints")
     add("--layers", type=int, default=4, help="transformer blocks")
@@ -267,6 +266,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=float, default=1e-3, help="learning rate at the end of the warmup")
     add("--weight-decay", type=float, default=0.1, help="of the matrices; multiplied by the learning rate")
     add("--warmup", type=int, default=20, help="steps of linear warmup; a cosine to a tenth of --lr follows")
+    add("--cuda-graph", action="store_true", help="whole steps as one CUDA graph: for small micro-batches, on GPUs")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     add("--precision", choices=list(DTYPES), default="fp32", help="dtype of the parameters")
     add("--zero-stage", type=int, default=2, choices=(1, 2), help="1 keeps full gradients between micro-batches")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from lion_dist.hyperparameters import check_hyperparameters
 from lion_dist.local_shard import LocalShard, local_tensor, part_of
 from lion_dist.main_params import main_param_as
 from lion_dist.update_batch import STATE_KEYS
+
+if TYPE_CHECKING:
+    from lion_dist.lion import Lion
 
 GROUP_KEYS = ("lr", "betas", "weight_decay")  # lion-pytorch's, so that param groups travel both ways
 # Keys of torch's other optimizers, which say how (not what) to compute or belong to another rule. They are left behind:
@@ -136,3 +141,40 @@ def _local_part(key: str, value: Tensor, target: Tensor, param: Tensor) -> Tenso
 def _placed(tensor: Tensor) -> str:
     shard = LocalShard.of(tensor)
     return f" ({shard.placements} on {shard.mesh})" if shard.is_dtensor else ""
+
+
+# ---- both, while torch loads a file
+
+
+@contextlib.contextmanager
+def adopting(optimizer: Lion, decoupled_from: float | None) -> Iterator[None]:
+    """A context in which torch's ``Optimizer.load_state_dict`` of ``optimizer`` loads whatever wrote the file.
+
+    torch is given the param groups alone: it would cast the state to the parameters' dtype.
+    """
+    states: dict[Tensor, dict] = {}
+    window: Tensor | None = None
+
+    def adopt(_optimizer, state_dict: dict) -> dict:  # after a user's own hooks, which may have changed it
+        nonlocal window
+        groups = adopt_groups(state_dict["param_groups"], optimizer.param_groups, optimizer.defaults, decoupled_from)
+        saved_ids = [i for group in groups for i in group["params"]]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        saved = state_dict["state"]
+        pairs = zip(saved_ids, params, strict=False)  # torch says so when there are more or fewer
+        states.update({param: optimizer.adopt_state(param, saved[i]) for i, param in pairs if i in saved})
+        window = optimizer.saved_window(state_dict)
+        return {**state_dict, "state": {}, "param_groups": groups}
+
+    def take_over(_optimizer) -> None:  # before a user's own hooks, which may look at it
+        optimizer.take_over(states, window)
+
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(adopt),
+        optimizer.register_load_state_dict_post_hook(take_over, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

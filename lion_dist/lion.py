@@ -8,8 +8,7 @@ to dispatch an operation in ``step()``.
 from __future__ import annotations
 
 import contextlib
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lion_dist import values
-from lion_dist.adopted_state import adopt_groups, adopt_state, check_group, fits
+from lion_dist.adopted_state import adopt_state, adopting, check_group
 from lion_dist.averages import KIND as AVERAGE
 from lion_dist.averages import WeightSwap, init_average, not_averaged, with_average
 from lion_dist.cautious import cautious_lrs_of_whole_tensors
@@ -31,15 +30,14 @@ from lion_dist.hyperparameters import (
 )
 from lion_dist.kernels import update
 from lion_dist.kernels.reference import StepScalars, skip_unusable
-from lion_dist.local_shard import LocalShard, check_memory, flat, local_tensor, share_axes
+from lion_dist.lion_batches import LionBatches
+from lion_dist.local_shard import LocalShard, local_tensor, share_axes
 from lion_dist.main_params import collective_safe_state, init_main_param
 from lion_dist.optional_metrics import NO_METRICS, make_step_metrics, refuse_unmeasured
-from lion_dist.param_checks import check_grad, check_no_overlap, check_param
+from lion_dist.param_checks import check_param
 from lion_dist.step_rule import SpikeGuard, StepRule, check_guard, check_torch_options, not_guarded, note_max_lr
 from lion_dist.unused_params import NoGradientWarning
-from lion_dist.update_batch import STATE_KEYS, GlobalIndex, KnownBatches, OwnWrites, UpdateBatch
-
-_grad = operator.attrgetter("grad")
+from lion_dist.update_batch import UpdateBatch
 
 
 class Lion(Optimizer):
@@ -113,13 +111,10 @@ class Lion(Optimizer):
         self.use_triton = values.flag("use_triton", use_triton, optional=True)
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
         self._no_gradients = NoGradientWarning()
-        self._index: GlobalIndex | None = None  # of the known batches; None: no random bits were drawn
         self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
         self.metrics_every = check_interval("metrics_every", metrics_every)
         self._step_metrics = NO_METRICS  # until the first step, when parameters are where they will stay
-        self._known_batches: dict[int, KnownBatches] = {}  # by id of the param group, from the last step
-        self._own_writes = OwnWrites()
-        self._given: set[int] = set()  # ids of parameters
+        self._batches = LionBatches(self)
         super().__init__(values.params(params), defaults)
 
     shares_verdict = False  # lion_dist.GradScaler: every rank that holds a shard knows of every other's overflow
@@ -139,9 +134,8 @@ class Lion(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         # Present when load_state_dict() calls this; absent in a copy.
-        fresh = {"_known_batches": {}, "_own_writes": OwnWrites(), "_step_metrics": NO_METRICS, "_index": None}
+        fresh = {"_batches": LionBatches(self, state["param_groups"]), "_step_metrics": NO_METRICS}
         fresh |= {"_no_gradients": NoGradientWarning(), "weight_swap": WeightSwap()}
-        fresh["_given"] = {id(param) for group in state["param_groups"] for param in group["params"]}
         for name, value in fresh.items():
             self.__dict__.setdefault(name, value)
         super().__setstate__(state)
@@ -161,17 +155,10 @@ class Lion(Optimizer):
             for name, param in zip(names, group["params"], strict=True):
                 check_param(param, name)
                 self.precision.main_params_for(param.dtype)
-            self._given.update(map(id, group["params"]))
-            self._refuse_hidden(group)
+            self._batches.given.add(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-
-    def _refuse_hidden(self, group: dict, is_first_step: bool = False) -> None:
-        if self.rule.is_cautious or self.rule.ema_decay is not None or self.skip_spikes is not None:
-            from lion_dist.hidden_tensors import refuse_hidden
-
-            refuse_hidden(self, group, self.rule, self.skip_spikes, self._given, is_first_step)
 
     @torch._disable_dynamo  # compiled, it updated nothing in the second step after add_param_group()
     @torch.no_grad()
@@ -189,9 +176,9 @@ class Lion(Optimizer):
                 loss = closure()
         self._hyperparameters.check(self.param_groups)
         grad_scale, skip = self._scaling()
-        self._follow_moved_params()
+        self._batches.follow_moved_params()
         # Whatever may be refused is refused here, before anything is changed.
-        found = [(group, *batch) for group in self.param_groups for batch in self._batches(group)]
+        found = [(group, *batch) for group in self.param_groups for batch in self._batches_of(group)]
         backends = [update.choose_backend(batch.tensors.device, self.use_triton) for _, batch, _ in found]
         scalars = [self._scalars(group) for group, _, _ in found]
         skip = skip_unusable(skip, scalars)
@@ -238,9 +225,8 @@ class Lion(Optimizer):
         """A context in which the parameters hold the average of the weights (``ema_decay``), for evaluation or to save
         the model's ``state_dict()``. Afterwards they have the bits that they had before, also after an exception.
 
-        Inside, :meth:`step`, this optimizer's state dicts and a backward pass into parameters are refused (under FSDP2
-        the last of these at the end), and one copy of this rank's parameters is kept. A parameter without optimizer
-        state stays as it is.
+        Inside, :meth:`step`, this optimizer's state dicts and a backward pass are refused (FSDP2's at the end), and one
+        copy of this rank's parameters is kept. A parameter without optimizer state stays as it is.
 
         Args:
             module: the model, where its parameters are DTensors (FSDP2); all ranks enter and leave together then.
@@ -329,87 +315,8 @@ class Lion(Optimizer):
                 )
         return None if scale is None else scale.double().reciprocal().float(), skip
 
-    def _batches(self, group: dict) -> list[tuple[UpdateBatch, Sequence[Tensor]]]:
-        """The group's parameters that have a gradient, in batches of like tensors (one launch each), and gradients."""
-        params = group["params"]
-        grads = list(map(_grad, params))
-        types = set(map(type, grads))
-        if type(None) in types:
-            types.discard(type(None))
-            params, grads = [p for p in params if p.grad is not None], [g for g in grads if g is not None]
-        known = self._known_batches.get(id(group))
-        if known is None or not known.holds(params):
-            self._refuse_hidden(group, is_first_step=not self._known_batches)
-            if known is not None:
-                self._own_writes.take_over(known.batches)
-            known = KnownBatches(params)
-        grads = known.placements.local_grads(grads, types)
-        matched = known.match(grads, self.state)
-        if matched is None:
-            self._own_writes.take_over(known.batches)
-            self._create_states()  # all at once: a group's state that comes later would outdate this group's batches
-            matched = self._sort_into_batches(params, grads)
-            known.set_batches([batch for batch, _ in matched], self.state)
-            self._known_batches[id(group)] = known
-        return matched
-
-    def _create_states(self) -> None:
-        """Make the state of every parameter with a gradient. State that a user put there, or of a parameter that has
-        changed dtype or device, is made to fit."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                check_memory(local_tensor(param), "a parameter")
-                state = self.state_of(param)
-                if not fits(param, state, self.precision.state_dtypes(param.dtype)):
-                    self.state[param] = self._adopt_state(param, state)
-
-    def _follow_moved_params(self) -> None:
-        """Global indices count all parameters: where one was swapped, added or removed, those behind it moved."""
-        if self._index is None or self._index.holds_for(self.param_groups):
-            return
-        for known in self._known_batches.values():
-            self._own_writes.take_over(known.batches)
-        self._known_batches.clear()
-        self._index = None
-
-    def _sort_into_batches(self, params: list[Tensor], grads: Sequence[Tensor]) -> list[tuple]:
-        alike: dict[tuple, list[int]] = {}
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            check_grad(param, grad)
-            check_no_overlap(param, "a parameter")
-            alike.setdefault((grad.device, param.dtype, grad.dtype), []).append(i)
-        result = []
-        for (_, _, grad_dtype), positions in alike.items():
-            members = [params[i] for i in positions]
-            states = [self.state_of(p) for p in members]
-            tensors = self._flatten(members)
-            batch = UpdateBatch(positions, members, states, tensors, grad_dtype, self._own_writes)
-            result.append((batch, [grads[i].contiguous() for i in positions]))
-        return result
-
-    def _flatten(self, params: list[Tensor]) -> update.LionTensors:
-        states = [self.state_of(p) for p in params]
-        columns = {key: [flat(s[key]) for s in states] for key in STATE_KEYS[:3] if key in states[0]}
-        index = steps = None
-        if "step" in states[0]:
-            if self._index is None:
-                self._index = GlobalIndex(self.param_groups)
-            index, steps = self._index, torch.stack([s["step"] for s in states])
-            for state, step in zip(states, steps.unbind(), strict=True):  # views: one addition counts all
-                state["step"] = step
-        return update.LionTensors(
-            params=[flat(p) for p in params],
-            exp_avgs=columns["exp_avg"],
-            mains=columns.get("main_param"),
-            averages=columns.get(AVERAGE),
-            ema_decay=self.rule.ema_decay,
-            index_starts=None if index is None else [index.of(p) for p in params],
-            steps=steps,
-            stochastic_momentum=self.precision.momentum_rounding == "stochastic"
-            and states[0]["exp_avg"].dtype == torch.bfloat16,
-        )
+    def _batches_of(self, group: dict) -> list[tuple[UpdateBatch, Sequence[Tensor]]]:
+        return self._batches.of(group)
 
     def _fresh_state(self, param: Tensor) -> dict[str, Tensor]:
         precision, dtype = self.precision, param.dtype
@@ -420,7 +327,7 @@ class Lion(Optimizer):
         main = init_main_param(param, precision.main_params_for(dtype))
         if main is not None:
             state["main_param"] = main.contiguous()
-            self._own_writes.note(param)
+            self._batches.own_writes.note(param)
         average = init_average(param, precision.ema_dtype)
         if average is not None:
             state[AVERAGE] = average
@@ -464,39 +371,24 @@ class Lion(Optimizer):
         """
         values.state_dict(state_dict)
         self.weight_swap.refuse("load_state_dict()")
-        states: dict[Tensor, dict] = {}
-        window: dict[str, Tensor | None] = {}
-
-        def adopt(_self, state_dict: dict) -> dict:  # after a user's own hooks, which may have changed it
-            groups = adopt_groups(state_dict["param_groups"], self.param_groups, self.defaults, self._decoupled_from)
-            saved_ids = [i for group in groups for i in group["params"]]
-            params = [p for group in self.param_groups for p in group["params"]]
-            saved = state_dict["state"]
-            pairs = zip(saved_ids, params, strict=False)  # torch says so when there are more or fewer
-            states.update({param: self._adopt_state(param, saved[i]) for i, param in pairs if i in saved})
-            if self.skip_spikes is not None:
-                window["saved"] = self._spike_watch().checked(state_dict.get("spike_guard"))
-            return {**state_dict, "state": {}, "param_groups": groups}
-
-        def take_over(_self) -> None:  # before a user's own hooks, which may look at it
-            self.state.update(states)
-            self._known_batches.clear()
-            if self._spikes is not None:
-                self._spikes.load(window["saved"])
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(adopt),
-            self.register_load_state_dict_post_hook(take_over, prepend=True),
-        ]
-        try:
+        with adopting(self, self._decoupled_from):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _adopt_state(self, param: Tensor, saved: dict) -> dict[str, Tensor]:
+    def saved_window(self, state_dict: Mapping) -> Tensor | None:
+        """The state of ``skip_spikes`` in ``state_dict``, checked; None without a guard."""
+        return None if self.skip_spikes is None else self._spike_watch().checked(state_dict.get("spike_guard"))
+
+    def take_over(self, states: Mapping[Tensor, dict], window: Tensor | None) -> None:
+        """``states`` by parameter, made by :meth:`adopt_state`, and ``window`` are this optimizer's from here on."""
+        self.state.update(states)
+        self._batches.forget()
+        if self._spikes is not None:
+            self._spikes.load(window)
+
+    def adopt_state(self, param: Tensor, saved: dict) -> dict[str, Tensor]:
+        """State of ``param`` from what somebody else has saved or made of it."""
         state = adopt_state(param, saved, self._fresh_state(param))
         # The parameter may have been changed from outside just before the save. The next step lets fp32 main params
         # follow it; not now, for the model may be loaded after its optimizer.
-        self._own_writes.forget(param)
+        self._batches.own_writes.forget(param)
         return state

@@ -31,6 +31,14 @@ class NoGradientWarning:
         self.is_waiting = True
         self._steps = 0
 
+    def note_step_of(self, param_groups: Sequence[dict], any_gradients: bool) -> None:
+        """:meth:`note_step`, of steps that were to train something: with a learning rate, and parameters here."""
+        if not any(isinstance(group["lr"], Tensor) or group["lr"] for group in param_groups):
+            return  # torch.distributed.checkpoint makes state by such a step, with gradients of its own
+        params = [param for group in param_groups for param in group["params"]]
+        if any_gradients or any(is_lazy(p) or local_tensor(p).numel() for p in params):
+            self.note_step(any_gradients)
+
     def note_step(self, any_gradients: bool) -> None:
         """Count one step, in which ``any_gradients`` of the optimizer's parameters were there."""
         self._steps += 1
@@ -46,11 +54,3 @@ class NoGradientWarning:
                 "(requires_grad=False). Make the optimizer last, from the parameters of the model that is trained.",
                 stacklevel=4,
             )
-
-    def note_step_of(self, groups: Sequence[dict], any_gradients: bool) -> None:
-        """:meth:`note_step`, unless the param ``groups`` of this rank have nothing that could be trained."""
-        if not any(isinstance(group["lr"], Tensor) or group["lr"] for group in groups):
-            return  # torch.distributed.checkpoint makes state by such a step, with gradients of its own
-        params = [param for group in groups for param in group["params"]]
-        if any_gradients or any(is_lazy(p) or local_tensor(p).numel() for p in params):  # else no part to train here
-            self.note_step(any_gradients)

@@ -139,7 +139,8 @@ def is_deepspeed(name: str) -> bool:
 def turns(args) -> list[tuple[int, str, Callable]]:
     """(micro-batch, engine, how to build it); DeepSpeed's last: they leak, up to 25 GB."""
     found = (graphs() if args.graph else engines(args.micro_batches)).items()
-    chosen = [(name, build) for name, build in found if name in (BASELINE, IN_A_GRAPH) or args.engines in name]
+    wanted = [BASELINE, IN_A_GRAPH, *args.engines]
+    chosen = [(name, build) for name, build in found if any(text in name for text in wanted)]
     return sorted(
         [(size, *engine) for size in args.micro_batch for engine in chosen], key=lambda turn: is_deepspeed(turn[1])
     )
@@ -174,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile each block")
     add("--graph", action="store_true", help="whole steps as CUDA graphs; ratios are to forward and backward in one")
     add("--pretend-ranks", type=int, help="be rank 0 of so many, of which the others do not exist")
-    add("--engines", default="", help="only the baseline and engines whose name contains this text")
+    add("--engines", nargs="+", default=[""], help="only the baseline and engines whose name has one of these in it")
     add("--csv", type=Path)
     add("--png", type=Path)
     return parser.parse_args()

@@ -433,25 +433,26 @@ def run_on_cpu(args, device: torch.device) -> Iterator[dict]:
             yield result | {"version": version_of(distribution)}
 
 
-def sweep(device: torch.device, repeats: int, numel: int = 2**29) -> None:
-    """Launch shapes of the flat kernel, GB/s of each precision."""
+def sweep(device: torch.device, repeats: int, wanted: str, numel: int = 2**29) -> None:
+    """Launch shapes of the flat kernel, GB/s of each provider whose name and precision contain ``wanted``."""
     from lion_dist.kernels.triton_launch import LAUNCH_SHAPES, LaunchShape
 
-    shapes = [(1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)]
+    shapes = [(512, 2), (512, 4), (1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)]
     candidates = [LaunchShape(block, warps, vector) for vector in (4, 8) for block, warps in shapes]
-    widths = [32, *[8] * len(candidates)]
+    widths = [64, *[8] * len(candidates)]
     headings = ["block, warps, vector", *(f"{c.block} {c.num_warps} {c.vector}" for c in candidates)]
     print(aligned([headings], widths))
     chosen = dict(LAUNCH_SHAPES)
     for provider in own_providers():
-        if provider.name != "lion_dist flat":
+        name = f"{provider.name} {provider.precision}"
+        if not name.startswith("lion_dist flat") or wanted not in name:
             continue
         step = provider.build(make_params([(numel,)], provider.dtype, device))
         speeds = []
         for candidate in candidates:
             LAUNCH_SHAPES.update(dict.fromkeys(LAUNCH_SHAPES, candidate))
             speeds.append(numel * provider.bytes_per_param / time_on_gpu(step, repeats, budget_s=0.3).median / 1e6)
-        print(aligned([[provider.precision, *(f"{speed:.0f}" for speed in speeds)]], widths), flush=True)
+        print(aligned([[name, *(f"{speed:.0f}" for speed in speeds)]], widths), flush=True)
         del step
         free_gpu_memory()
     LAUNCH_SHAPES.update(chosen)
@@ -501,7 +502,7 @@ def main() -> None:
     args = parse_args()
     device = torch.device(args.device)
     if args.sweep:
-        sweep(device, args.repeats)
+        sweep(device, args.repeats, args.providers)
         return
     rows = Rows(args.csv, device)
     print(HEADER)

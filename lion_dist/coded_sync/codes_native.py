@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lion_dist.kernels import compiled_library, cpu_native
+from lion_dist import compiled_library
+from lion_dist.kernels import cpu_native
 from lion_dist.kernels.reference import random_keys_int
 
 SOURCE = Path(__file__).with_suffix(".c")

@@ -14,13 +14,8 @@ from torch import Tensor
 from lion_dist.coded_sync import codes_triton
 from lion_dist.coded_sync.codes_triton import GROUP, _encode, _rates_and_bits, _write_escapes
 from lion_dist.kernels.reference import StepScalars
-from lion_dist.kernels.triton_kernels import (
-    _read_block,
-    _read_scalars,
-    _step_block,
-    _store_exp_avg,
-    _store_param,
-)
+from lion_dist.kernels.triton_blocks import _read_block, _step_block, _store_exp_avg, _store_param
+from lion_dist.kernels.triton_kernels import _read_scalars
 from lion_dist.kernels.triton_launch import launch_on
 
 

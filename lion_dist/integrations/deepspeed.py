@@ -32,7 +32,6 @@ from torch import Tensor
 
 from lion_dist import values
 from lion_dist.integrations.deepspeed_config import PRECISION_KEYS, read_optimizer_section, read_params
-from lion_dist.kernels.update import LionTensors
 from lion_dist.lion import Lion
 
 logger = logging.getLogger(__name__)
@@ -70,27 +69,25 @@ class DeepSpeedLion(Lion):
         self._own_state[param] = dict(state)
         return state
 
-    def _flatten(self, params: list[Tensor]) -> LionTensors:
-        tensors = super()._flatten(params)  # makes the step counts views of one tensor: still our own
-        self._own_state.update((param, dict(self.state[param])) for param in params)
-        return tensors
-
-    def _batches(self, group: dict):
+    def _batches_of(self, group: dict):
         # Here rather than around step(): a step() that calls another hooked one runs every step hook twice.
         for param in group["params"]:
             if param.grad is not None:
                 self._adopt_restored_state(param)
-        return super()._batches(group)
+        batches = super()._batches_of(group)
+        for batch, _ in batches:  # whose step counts may have become views of one tensor: still our own
+            self._own_state.update(zip(batch.params, map(dict, batch.states), strict=True))
+        return batches
 
     def _adopt_restored_state(self, param: Tensor) -> None:
         """Take over entries that a loader put in the place of ours: fp32 copies, an exp_avg_sq, a step as an int."""
         state, own = self.state[param], self._own_state.get(param)
         if own is not None and state.keys() == own.keys() and all(state[key] is own[key] for key in own):
             return
-        if "exp_avg" in state:  # without _adopt_state's warning: universal loading makes everything fp32
+        if "exp_avg" in state:  # without adopt_state's warning: universal loading makes everything fp32
             state["exp_avg"] = state["exp_avg"].to(self.precision.momentum_dtype_for(param.dtype))
-        self.state[param] = self._adopt_state(param, state)
-        self._known_batches.clear()  # they hold the tensors that were replaced
+        self.state[param] = self.adopt_state(param, state)
+        self._batches.forget()  # they hold the tensors that were replaced
 
     def state_dict(self) -> dict:
         """As ``Lion``'s, and for every partition the entries that ``ds_to_universal`` insists on.

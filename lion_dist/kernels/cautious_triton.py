@@ -13,16 +13,8 @@ from torch import Tensor
 
 from lion_dist.kernels import triton_launch
 from lion_dist.kernels.reference import StepScalars
-from lion_dist.kernels.triton_kernels import (
-    EXP_AVG,
-    INTERPRETED,
-    NUMEL,
-    ROW,
-    _find_tensor,
-    _have_same_sign,
-    _load_fp32,
-    _pointers,
-)
+from lion_dist.kernels.triton_blocks import INTERPRETED, _have_same_sign, _load_fp32, _pointers
+from lion_dist.kernels.triton_kernels import EXP_AVG, NUMEL, ROW, _find_tensor
 from lion_dist.kernels.triton_launch import (
     TL_DTYPES,
     LaunchShape,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lion_dist.kernels import compiled_library
+from lion_dist import compiled_library
 from lion_dist.kernels.reference import StepScalars, random_keys_int
 
 SOURCE = Path(__file__).with_suffix(".c")

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lion_dist.kernels import triton_launch
-from lion_dist.kernels.triton_kernels import INTERPRETED, _find_tensor, _load_fp32, _pointers
+from lion_dist.kernels.triton_blocks import INTERPRETED, _load_fp32, _pointers
+from lion_dist.kernels.triton_kernels import _find_tensor
 from lion_dist.kernels.triton_launch import (
     INTERPRETER_BLOCK,
     TL_DTYPES,

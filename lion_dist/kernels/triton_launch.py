@@ -17,11 +17,11 @@ from triton.runtime import driver
 
 from lion_dist.kernels import reference
 from lion_dist.kernels.reference import StepScalars
+from lion_dist.kernels.triton_blocks import INTERPRETED
 from lion_dist.kernels.triton_kernels import (
     AVERAGE,
     EXP_AVG,
     INDEX_START,
-    INTERPRETED,
     MAIN,
     NUMEL,
     PARAM,

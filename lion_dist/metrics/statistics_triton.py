@@ -17,28 +17,30 @@ from torch import Tensor
 
 from lion_dist.kernels import triton_launch
 from lion_dist.kernels.reference import StepScalars, as_int32, seed_key_int
-from lion_dist.kernels.triton_kernels import (
-    EXP_AVG,
-    INDEX_START,
+from lion_dist.kernels.triton_blocks import (
     INTERPRETED,
-    MAIN,
-    NOT_SPECIALIZED,
-    NUMEL,
-    PARAM,
-    ROW,
-    STEP,
     _bits,
-    _find_tensor,
     _from_bf16,
     _pointers,
     _quiet_bits,
     _random_bits,
     _random_keys,
     _read_block,
-    _read_scalars,
     _step_param,
-    _takes_part,
     _upper_half,
+)
+from lion_dist.kernels.triton_kernels import (
+    EXP_AVG,
+    INDEX_START,
+    MAIN,
+    NOT_SPECIALIZED,
+    NUMEL,
+    PARAM,
+    ROW,
+    STEP,
+    _find_tensor,
+    _read_scalars,
+    _takes_part,
 )
 from lion_dist.kernels.triton_launch import TL_DTYPES, AddressTable, launch_on
 
@@ -65,7 +67,7 @@ def _opposite_or_same(x, y):
 @triton.jit
 def _add_piece(
     sums,  # of grad, param, update, exp_avg [PIECE] fp64; flipped, agreement, zero, lost [PIECE] int32
-    param,  # pointers, as in triton_kernels._update_block
+    param,  # pointers, as in triton_blocks._update_block
     main,
     exp_avg,
     grad,
@@ -84,7 +86,7 @@ def _add_piece(
     if main is not None:
         main = _pointers(main, start, offsets, ALIGNED)
 
-    # Update, as in triton_kernels._step_block.
+    # Update, as in triton_blocks._step_block.
     p, m, g = _read_block(param, main, exp_avg, grad, mask, grad_scale)
     finite = tl.abs(g) < float("inf")
     c = m * beta1 + g * one_minus_beta1

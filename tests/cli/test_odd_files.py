@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from lion_dist import cli
+from lion_dist import cli, compiled_library
 from lion_dist.cli import collective_check
 from lion_dist.cli.findings import OK, Finding
-from lion_dist.kernels import compiled_library, cpu_native
-from tests.kernels.test_compiled_library import put_in_place_of
+from lion_dist.kernels import cpu_native
 from tests.seeds import fuzz_seed
+from tests.test_compiled_library import put_in_place_of
 
 LLAMA = {
     "model_type": "llama",

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lion_dist.kernels import cpu, triton_kernels, triton_launch, update
+from lion_dist.kernels import cpu, triton_blocks, triton_launch, update
 from lion_dist.kernels.reference import StepScalars, join_main, split_main
 from lion_dist.kernels.update import LionTensors, count_aligned_elements, lion_update_
 from tests.kernels.cases import AVERAGED, BF16, FP16, FP32, GRAD_DTYPES, INT16, STORAGES, Case, Storage, assert_same
@@ -19,7 +19,7 @@ BACKENDS = ["cpu", "cpu_native", "chunked_reference", "triton"]
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    if request.param == "triton" and not triton_kernels.INTERPRETED.value:
+    if request.param == "triton" and not triton_blocks.INTERPRETED.value:
         pytest.skip("the kernels are compiled here: test_gpu.py compares them")
     monkeypatch.setattr(triton_launch, "INTERPRETER_BLOCK", BLOCK)
     monkeypatch.setattr(triton_launch, "SEARCH_STRIDE", 2)

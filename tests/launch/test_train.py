@@ -114,6 +114,12 @@ def test_weights_and_biases_where_it_is_missing_is_refused_with_the_remedy(monke
     assert not (tmp_path / "run").exists()
 
 
+def test_a_cuda_graph_on_a_cpu_is_refused_with_the_remedy(tmp_path):
+    result = jobs.run([sys.executable, str(jobs.TRAIN), "--cuda-graph", "--out", str(tmp_path / "run")])
+    assert result.returncode == 1 and "CUDA graphs need parameters on a GPU, got cpu." in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
 def test_its_losses_are_those_of_compare_engines(copied, sharded):
     assert jobs.losses(copied[0]) == jobs.losses(sharded[0])
 
@@ -171,7 +177,7 @@ def test_signals_of_one_rank_save_on_all_and_torchrun_starts_again_what_it_may(t
         ("--batch-size 7 --micro-batches 2", "--batch-size must be a multiple of 1 ranks x 2 micro-batches, got 7"),
         ("--replicate 2", "the ranks a multiple of --replicate, got 2"),
         ("--zero-stage 3", "invalid choice: 3"),
-        ("--engine ddp", "invalid choice: 'ddp'"),
+        ("--engine ddp", "unrecognized arguments: --engine ddp"),
         ("--data nowhere", "train.py: no such file or folder: nowhere. Pass --data PATH"),
     ],
 )

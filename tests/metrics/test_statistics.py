@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lion_dist.kernels import triton_kernels, triton_launch
+from lion_dist.kernels import triton_blocks, triton_launch
 from lion_dist.kernels.reference import StepScalars, read_main
 from lion_dist.metrics import statistics
 from lion_dist.metrics.statistics import COLUMNS, measure
@@ -24,7 +24,7 @@ COUNTS = ("numel", "flipped", "agreement", "zero", "lost")
 
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request, monkeypatch):
-    if request.param == "triton" and not triton_kernels.INTERPRETED.value:
+    if request.param == "triton" and not triton_blocks.INTERPRETED.value:
         pytest.skip("the kernels are compiled here: test_statistics_gpu.py compares them")
     monkeypatch.setattr(triton_launch, "INTERPRETER_BLOCK", BLOCK)
     monkeypatch.setattr(triton_launch, "SEARCH_STRIDE", 2)

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lion_dist import compiled_library
 from lion_dist.coded_sync import codes_native
 from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
-from lion_dist.kernels import compiled_library, cpu_native
+from lion_dist.kernels import cpu_native
 from lion_dist.kernels.update import choose_backend
 
 CPU = torch.device("cpu")
