@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import lion_dist.checkpoint
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
@@ -420,6 +422,22 @@ def fsdp2_backward_inside(accumulates: bool, forgets: bool) -> None:
 @pytest.mark.parametrize(("accumulates", "forgets"), [(False, False), (True, False), (True, True)])
 def test_a_backward_of_fsdp2_inside_is_refused_at_the_end_unless_it_has_been_forgotten(gloo, accumulates, forgets):
     gloo.run(2, fsdp2_backward_inside, accumulates, forgets)
+
+
+def tensor_parallel_backward_inside() -> None:
+    model = new_model(FP32)
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"2": ColwiseParallel(output_layouts=Replicate())})
+    opt = Lion(model.parameters(), **settings("fp32"))
+    backward(model, 0)
+    opt.step()
+    opt.zero_grad()
+    with opt.averaged_parameters(model), pytest.raises(RuntimeError, match=BACKWARD_INSIDE):
+        model[2](torch.ones(1, 37)).sum().backward()
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_a_backward_into_tensor_parallel_parameters_is_refused_inside(gloo):
+    gloo.run(2, tensor_parallel_backward_inside)
 
 
 @pytest.mark.parametrize("policy", ["fp32", "none, bf16 average"])
