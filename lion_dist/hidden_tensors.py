@@ -50,10 +50,11 @@ def refuse_hidden(
 
 
 def _refuse_tensors(option: str, group: Mapping, given: Container[int]) -> None:
-    names = group.get("param_names", [f"parameter {i} of the group" for i in range(len(group["params"]))])
     needed, flat_does = NEEDS[option]
-    for name, param in zip(names, group["params"], strict=False):  # who replaces parameters leaves their names
+    names = group.get("param_names", ())
+    for i, param in enumerate(group["params"]):
         if LocalShard.of(param).is_flat:
+            name = names[i] if i < len(names) else f"parameter {i} of the group"  # who replaces some leaves the names
             raise ValueError(
                 f"{option} needs {needed}, but {name} is part of FSDP1's flat parameter, which {flat_does}. "
                 f"Use fully_shard (FSDP2), or leave {option} out."

@@ -55,6 +55,13 @@ def test_a_flat_copy_in_the_place_of_parameters_is_refused_and_nothing_is_change
     assert torch.equal(part, before) and not opt.state
 
 
+def test_every_tensor_is_looked_at_where_there_are_more_of_them_than_names():
+    opt = Lion([("weight", nn.Parameter(torch.ones(4)))], ema_decay=0.9)
+    opt.param_groups[0]["params"].append(torch.ones(2, requires_grad=True))
+    with pytest.raises(ValueError, match=r"ema_decay needs .*shape \(2,\)"):
+        step(opt)
+
+
 @options
 def test_a_flat_copy_that_comes_after_some_steps_is_refused(option):
     opt = Lion(mlp(4, 6, 3).parameters(), **OPTIONS[option])
