@@ -22,21 +22,19 @@ gradients are NaN there, and the model does not compile.
 """
 
 import argparse
-import json
-import math
+import functools
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from comparison.evaluation import held_out_windows
-from comparison.study import T_95
-from train import Transformer, global_batch, lr_factor, read_corpus, rotate
+from comparison import study
+from train import Transformer, global_batch, lr_factor, rotate
 
 BETAS = (0.9, 0.99)
 
@@ -73,30 +71,17 @@ ARMS = [
     *(Arm(steps=10), Arm(steps=100), Arm(workers=2), Arm(workers=8), Arm(workers=1, momentum="kept")),
     *(Arm(workers=count, steps=1, momentum="kept", alone=True) for count in (4, 8)),
 ]
+BASELINES = dict.fromkeys(map(str, ARMS), str(BASELINE)) | {str(BASELINE): None}
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/rounds"))
-    add("--report", action="store_true", help="read the results in --out instead of training")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    return study.parse_arguments(__doc__.split("\n")[0], "runs/rounds", _add_arguments)
+
+
+def _add_arguments(add: Callable) -> None:
     add("--arms", type=int, nargs="+", default=range(len(ARMS)), help="which, by their place in ARMS")
-    add("--data", help="as launch/train.py's")
-    add("--layers", type=int, default=8)
-    add("--dim", type=int, default=512)
-    add("--heads", type=int, default=8)
-    add("--seq-len", type=int, default=512)
-    add("--batch-size", type=int, default=32, help="windows a step over all workers")
-    add("--steps", type=int, default=2000)
-    add("--lr", type=float, default=3e-4)
-    add("--weight-decay", type=float, default=0.3)
-    add("--warmup", type=int, default=100)
     add("--outer-lr", type=float, default=0.7, help="of Nesterov's outer step")
     add("--outer-momentum", type=float, default=0.9, help="of Nesterov's outer step")
-    add("--held-out", type=int, default=1024, help="windows that the final loss is measured on")
-    add("--no-compile", action="store_true")
-    return parser.parse_args()
 
 
 def losses_of_all(params: dict[str, Tensor], windows: Tensor, layers: int, heads: int) -> Tensor:
@@ -200,7 +185,7 @@ class Workers:
         return self.args.outer_lr * (mean + self.args.outer_momentum * velocity)
 
 
-def run(args: argparse.Namespace, text: tuple[Tensor, Tensor], seed: int, arm: Arm, device: torch.device) -> dict:
+def run(args: argparse.Namespace, text: tuple[Tensor, Tensor], device: torch.device, seed: int, arm: Arm) -> dict:
     torch.manual_seed(seed)
     model = Transformer(args.layers, args.dim, args.heads).to(device, torch.bfloat16)
     workers, losses, started = Workers(model, arm, args), [], time.perf_counter()
@@ -217,87 +202,22 @@ def run(args: argparse.Namespace, text: tuple[Tensor, Tensor], seed: int, arm: A
         if in_round == arm.steps or step == args.steps - 1:
             workers.end_round(lr, in_round)
             in_round = 0
-        if step % 20 == 0:
+        if step % study.EVERY == 0:
             losses.append(loss)
     if not workers.grads_are_finite:
         raise FloatingPointError(f"seed {seed}, {arm}: a gradient was not finite, and the run measures nothing.")
-    final = held_out_loss(args, workers, text[1], device)
-    return {
-        "held_out": final,
-        "losses": torch.stack(losses).tolist(),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-
-
-@torch.no_grad()
-def held_out_loss(args: argparse.Namespace, workers: Workers, text: Tensor, device: torch.device) -> float:
     params = {name: p.bfloat16() for name, p in workers.start.items()}
-    windows = held_out_windows(text, args.held_out, args.seq_len).to(device)
-    parts = [functional_call(workers.model, params, (part,)) for part in windows.split(args.batch_size)]
-    return torch.stack(parts).double().mean().item()
+    return study.result_of(args, lambda part: functional_call(model, params, (part,)), text, losses, device, started)
 
 
 def train(args: argparse.Namespace) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text = read_corpus(args.data, args.seq_len)
-    numel = sum(p.numel() for p in Transformer(args.layers, args.dim, args.heads).parameters())
-    print(f"{numel / 1e6:.1f} M parameters, {text[0].numel() / 1e6:.1f} MB of text, seeds {args.seeds}")
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "report", "seeds", "arms")}
-    path = args.out / f"seeds-{'-'.join(map(str, args.seeds))}.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    with path.open("a") as file:
-        for seed in args.seeds:
-            for arm in (ARMS[i] for i in args.arms):
-                if any((row["seed"], row["arm"]) == (seed, str(arm)) for row in done):
-                    continue
-                result = run(args, text, seed, arm, device)
-                row = {"arm": str(arm), "seed": seed, "numel": numel, "torch": torch.__version__, "machine": machine}
-                file.write(json.dumps(row | settings | result) + "\n")
-                file.flush()
-                print(f"seed {seed}  {result['held_out']:.4f}  {result['seconds']:5.1f} s  {arm}", flush=True)
-
-
-def summarize(rows: list[dict]) -> list[dict]:
-    """Per arm: the mean held-out loss, and the mean paired difference to synchronous Lion with its 95% interval."""
-    table = []
-    baseline = {row["seed"]: row["held_out"] for row in rows if row["arm"] == str(BASELINE)}
-    for arm in map(str, ARMS):
-        results = {row["seed"]: row["held_out"] for row in rows if row["arm"] == arm}
-        differences = [loss - baseline[seed] for seed, loss in results.items() if seed in baseline]
-        if not results:
-            continue
-        row = {"arm": arm, "runs": len(results), "held_out": statistics.mean(results.values())}
-        if arm != str(BASELINE) and differences:
-            row["difference"] = statistics.mean(differences)
-            if len(differences) > 1:
-                spread = statistics.stdev(differences) / math.sqrt(len(differences))
-                row["half_interval"] = T_95[len(differences) - 1] * spread
-        table.append(row)
-    return table
-
-
-def report(args: argparse.Namespace) -> None:
-    rows = [json.loads(line) for path in sorted(args.out.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    first, table = rows[0], summarize(rows)
-    print(
-        f"{first['numel'] / 1e6:.1f} M parameters in bf16, {first['steps']} steps of "
-        f"{first['batch_size'] * first['seq_len']:,} bytes over all workers, {first['machine']}, "
-        f"torch {first['torch']}\n"
-    )
-    print(
-        "| | runs | held-out loss, nats per byte | paired difference to synchronous, 95% interval |\n|---|---|---|---|"
-    )
-    for row in table:
-        change = "" if "difference" not in row else f"{row['difference']:+.4f}"
-        change += f" ± {row['half_interval']:.4f}" if "half_interval" in row else ""
-        print(f"| {row['arm']} | {row['runs']} | {row['held_out']:.4f} | {change} |")
+    arms = {str(ARMS[i]): ARMS[i] for i in args.arms}
+    study.train(args, arms, lambda *given: functools.partial(run, *given))
 
 
 def main() -> None:
     args = parse_arguments()
-    report(args) if args.report else train(args)
+    study.report(args, BASELINES, "rounds-study.png") if args.report else train(args)
 
 
 if __name__ == "__main__":

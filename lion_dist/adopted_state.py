@@ -29,7 +29,7 @@ FOREIGN_KEYS = frozenset(
     "tolerance_change tolerance_grad".split()
 )
 OF_THE_WHOLE_OPTIMIZER = tuple(
-    "precision cautious use_triton metrics_every corrected_weight_decay maximize ema_decay".split()
+    "precision cautious use_triton metrics_every corrected_weight_decay maximize ema_decay skip_spikes".split()
 )
 SEED_KEYS = ("cautious_factor", "cautious_wd")  # in param groups of lion-pytorch's cautious class; the optimizer's here
 

@@ -1,4 +1,4 @@
-"""What ``Lion`` needs of whole tensors: the learning rates of cautious steps, and which engines hide what they need."""
+"""The learning rates of ``Lion``'s cautious steps, which need counts over whole tensors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ from lion_dist.kernels.update import count_aligned_elements
 from lion_dist.local_shard import LocalShard
 from lion_dist.sharding import collectives
 from lion_dist.update_batch import UpdateBatch
-
-
-def refuse_hidden_boundaries(param: Tensor, name: str) -> None:
-    """Raise ValueError where the engine does not tell which elements belong to one tensor."""
-    if LocalShard.of(param).is_flat:
-        raise ValueError(
-            f"cautious=True needs a statistic over each whole tensor, but {name} is part of FSDP1's flat parameter, "
-            "which hides where tensors begin. Use fully_shard (FSDP2), or cautious=False."
-        )
 
 
 def cautious_lrs_of_whole_tensors(
@@ -52,12 +43,3 @@ def sum_over_shards_(counts: Tensor, params: Sequence[Tensor]) -> None:
             part = counts[index]
             collectives.all_reduce(part, mesh.get_group(axis))
             counts[index] = part
-
-
-def refuse_hidden_ranks(param: Tensor, name: str) -> None:
-    """Raise ValueError where the engine does not tell among which ranks a tensor is cut."""
-    if LocalShard.of(param).is_flat:
-        raise ValueError(
-            f"skip_spikes needs the norm over all ranks' gradients, but {name} is part of FSDP1's flat parameter, "
-            "which does not say among which ranks it is cut. Use fully_shard (FSDP2), or skip_spikes=None."
-        )

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from lion_dist import values
 from lion_dist.adopted_state import adopt_state, adopting, check_group
 from lion_dist.averages import KIND as AVERAGE
-from lion_dist.averages import WeightSwap, init_average, not_averaged, refuse_flat_params, with_average
-from lion_dist.cautious import cautious_lrs_of_whole_tensors, refuse_hidden_boundaries, refuse_hidden_ranks
+from lion_dist.averages import WeightSwap, init_average, not_averaged, with_average
+from lion_dist.cautious import cautious_lrs_of_whole_tensors
 from lion_dist.config import PrecisionPolicy, check_interval, check_policy
 from lion_dist.hyperparameters import (
     HyperparameterWatch,
@@ -134,7 +134,7 @@ class Lion(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         # Present when load_state_dict() calls this; absent in a copy.
-        fresh = {"_batches": LionBatches(self), "_step_metrics": NO_METRICS}
+        fresh = {"_batches": LionBatches(self, state["param_groups"]), "_step_metrics": NO_METRICS}
         fresh |= {"_no_gradients": NoGradientWarning(), "weight_swap": WeightSwap()}
         for name, value in fresh.items():
             self.__dict__.setdefault(name, value)
@@ -155,12 +155,7 @@ class Lion(Optimizer):
             for name, param in zip(names, group["params"], strict=True):
                 check_param(param, name)
                 self.precision.main_params_for(param.dtype)
-                if self.rule.is_cautious:
-                    refuse_hidden_boundaries(param, name)
-                if self.skip_spikes is not None:
-                    refuse_hidden_ranks(param, name)
-                if self.rule.ema_decay is not None:
-                    refuse_flat_params(param, name)
+            self._batches.given.add(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -230,8 +225,8 @@ class Lion(Optimizer):
         """A context in which the parameters hold the average of the weights (``ema_decay``), for evaluation or to save
         the model's ``state_dict()``. Afterwards they have the bits that they had before, also after an exception.
 
-        Inside, :meth:`step` and this optimizer's state dicts are refused, and one copy of this rank's parameters is
-        kept. A parameter without optimizer state stays as it is.
+        Inside, :meth:`step`, this optimizer's state dicts and a backward pass are refused (FSDP2's at the end), and one
+        copy of this rank's parameters is kept. A parameter without optimizer state stays as it is.
 
         Args:
             module: the model, where its parameters are DTensors (FSDP2); all ranks enter and leave together then.
@@ -239,7 +234,9 @@ class Lion(Optimizer):
         if self.rule.ema_decay is None:
             raise not_averaged()
         params = [p for group in self.param_groups for p in group["params"] if AVERAGE in self.state.get(p, {})]
-        with self.weight_swap.of_local_shards({p: self.state[p][AVERAGE] for p in params}, module):
+        from lion_dist.weight_swap import swap_local_shards
+
+        with swap_local_shards(self.weight_swap, {p: self.state[p][AVERAGE] for p in params}, module):
             yield
 
     def _scalars(self, group: dict) -> StepScalars:

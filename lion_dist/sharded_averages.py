@@ -29,18 +29,19 @@ class HoldsAverages:
         parameters are narrower. Afterwards parameters have the bits that they had before, also after an exception, and
         nothing is sent.
 
-        Inside, what needs the weights is refused: :meth:`step`, state dicts of this optimizer, checkpoints. Gradients
-        of a backward pass there are those of the averages: :meth:`zero_grad` forgets them. One copy of all parameters
-        is kept meanwhile.
+        Inside, what needs the weights is refused: :meth:`step`, state dicts of this optimizer, checkpoints, a backward
+        pass into parameters. One copy of all parameters is kept meanwhile.
         """
         if self._builder.ema_decay is None:
             raise not_averaged()
+        from lion_dist.weight_swap import swapped
+
         self.weight_swap.refuse("averaged_parameters()")
         self._full_params.finish_sync()
         self._full_params.follow_outside_writes(self.shards)
         buckets = [shard.bucket for shard in self.shards]
         params = [param for bucket in buckets for param in bucket.params]
-        with self.weight_swap.swapped(params, [bucket.flat_params for bucket in buckets], self._gather_averages):
+        with swapped(self.weight_swap, params, [bucket.flat_params for bucket in buckets], self._gather_averages):
             yield
 
     def _gather_averages(self) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import lion_dist.checkpoint
 from lion_dist import Lion, PrecisionPolicy
 from lion_dist.kernels.reference import random_bits, update_average
 
@@ -165,7 +166,7 @@ def test_a_graph_does_not_cross_the_border():
     outside = model(x).sum()
     with opt.averaged_parameters():
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            outside.backward()
+            torch.autograd.grad(outside, x)
         inside = model(x).sum()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         inside.backward()
@@ -184,6 +185,72 @@ def test_what_needs_the_weights_is_refused_inside(what):
             else:
                 getattr(opt, what)(*([saved] if what == "load_state_dict" else []))
     assert same(bits_of(model), before)
+
+
+INSIDE = r"a backward pass inside averaged_parameters\(\).*Leave the context first"
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_backward_inside_is_refused_before_it_leaves_a_gradient(accumulates):
+    model, opt = make("fp32")
+    train(model, opt, range(2))
+    if accumulates:
+        backward(model, 2)
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    with opt.averaged_parameters():
+        with pytest.raises(RuntimeError, match=INSIDE):
+            backward(model, 3)
+    for param, grad in zip(model.parameters(), before, strict=True):
+        assert param.grad is grad is None or torch.equal(param.grad, grad)
+    train(model, opt, range(2, 4))
+
+
+def test_a_backward_of_a_graph_from_before_is_refused_inside_even_where_autograd_does_not_notice():
+    """The gradient of a first layer needs no weights."""
+    model, opt = make("fp32")
+    train(model, opt, range(2))
+    outside = model[0](torch.ones(1, 6)).sum()
+    with opt.averaged_parameters():
+        with pytest.raises(RuntimeError, match=INSIDE):
+            outside.backward()
+    assert model[0].weight.grad is None
+
+
+def test_gradients_that_are_only_asked_for_are_those_of_the_average():
+    model, opt = make("fp32")
+    train(model, opt, range(2))
+    other = mlp()
+    with torch.no_grad():
+        for param, average in zip(other.parameters(), averages(opt), strict=True):
+            param.copy_(average)
+    x, same_x = torch.ones(1, 6, requires_grad=True), torch.ones(1, 6, requires_grad=True)
+    with opt.averaged_parameters():
+        found = torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
+        model(x).sum().backward(inputs=[x])
+    assert same(found, torch.autograd.grad(other(same_x).sum(), [same_x, *other.parameters()]))
+    assert torch.equal(x.grad, found[0]) and all(p.grad is None for p in model.parameters())
+
+
+def test_the_context_may_be_entered_in_inference_mode():
+    model, opt = make("fp32")
+    train(model, opt, range(2))
+    before = bits_of(model)
+    with torch.inference_mode(), opt.averaged_parameters():
+        assert all(map(torch.equal, model.parameters(), averages(opt)))
+    assert same(bits_of(model), before)
+    train(model, opt, range(2, 3))
+
+
+@pytest.mark.parametrize("how", ["save", "load"])
+def test_checkpoints_are_refused_inside(tmp_path, how):
+    model, opt = make("split")
+    train(model, opt, range(2))
+    lion_dist.checkpoint.save(tmp_path / "a", model=model, optimizer=opt)
+    before = bits_of(model)
+    call = {"save": lion_dist.checkpoint.save, "load": lion_dist.checkpoint.load}[how]
+    with opt.averaged_parameters(), pytest.raises(RuntimeError, match=r"inside averaged_parameters\(\), "):
+        call(tmp_path / ("a" if how == "load" else "b"), model=model, optimizer=opt)
+    assert same(bits_of(model), before) and not (tmp_path / "b").exists()
 
 
 def test_a_skipped_step_leaves_the_average_as_it_was():

@@ -147,6 +147,7 @@ def test_key_that_a_file_lacks_is_taken_from_the_groups_own():
         ({"lr": float("nan")}, "lr must be finite"),
         ({"betas": (0.9, 1.5)}, "betas must be two numbers"),
         ({"cautious": True}, "cautious=True, which is a setting of the whole optimizer"),
+        ({"skip_spikes": True}, "skip_spikes=True, which is a setting of the whole optimizer"),
         ({"precision": "fp32"}, "precision='fp32', which is a setting of the whole optimizer"),
     ],
 )

@@ -1,5 +1,6 @@
 """``ema_decay`` of ``ShardedLion``: averages lie in shards, and the context puts them into every rank's model."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import lion_dist.checkpoint
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
@@ -22,6 +25,7 @@ POLICIES = {
     "split, bf16 average": (BF16, PrecisionPolicy("split", ema_dtype=BF16)),
     "none, bf16 average": (BF16, PrecisionPolicy("none", momentum_rounding="stochastic", ema_dtype=BF16, seed=3)),
 }
+BACKWARD_INSIDE = r"a backward pass inside averaged_parameters\(\).*Leave the context first"
 SHARDINGS = {
     "stage 2": {},
     "stage 1": {"zero_stage": 1},
@@ -199,6 +203,8 @@ def refuse_inside(tmp_path) -> None:
         "resync": opt.resync_params,
         "refresh": opt.refresh_main_params,
         "save": lambda: lion_dist.checkpoint.save(tmp_path / "c", model=model, optimizer=opt),
+        "save_async": lambda: lion_dist.checkpoint.save_async(tmp_path / "c", model=model, optimizer=opt),
+        "replay": opt.before_replay,  # of a captured step
         "again": lambda: opt.averaged_parameters().__enter__(),
     }
     for name, call in calls.items():
@@ -212,6 +218,31 @@ def refuse_inside(tmp_path) -> None:
 
 def test_what_needs_the_weights_is_refused_inside(gloo, tmp_path):
     gloo.run(2, refuse_inside, tmp_path)
+
+
+def backward_inside(sharding: dict) -> None:
+    (model, opt), (other, untouched) = make("fp32", sharding), make("fp32", sharding)
+    train([(model, opt), (other, untouched)], range(2))
+    for pair in ((model, opt), (other, untouched)):
+        backward(pair[0], 2)
+        if pair[1] is opt and "update_in_backward" not in sharding:
+            before = [shard.bucket.grad_state for shard in opt.shards]
+        if pair[1] is opt:
+            with opt.averaged_parameters(), pytest.raises(RuntimeError, match=BACKWARD_INSIDE):
+                backward(model, 7)
+            if "update_in_backward" not in sharding:
+                assert [shard.bucket.grad_state for shard in opt.shards] == before
+        pair[1].step()
+        pair[1].zero_grad()
+    train([(model, opt), (other, untouched)], range(3, 5))
+    opt.finish_param_sync()
+    untouched.finish_param_sync()
+    assert same(bits_of(model), bits_of(other))
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_a_backward_inside_is_refused_and_the_step_goes_on_as_if_nobody_had_tried(gloo, sharding):
+    gloo.run(2, backward_inside, SHARDINGS[sharding])
 
 
 def load_model_after_construction() -> None:
@@ -363,6 +394,50 @@ def train_fully_sharded(policy: str) -> None:
     ):
         with opt.averaged_parameters():
             pass
+
+
+def fsdp2_backward_inside(accumulates: bool, forgets: bool) -> None:
+    mesh, model = init_device_mesh("cpu", (2,)), new_model(FP32)
+    for layer in (*model, model):
+        fully_shard(layer, mesh=mesh)
+    opt = Lion(model.parameters(), **settings("fp32"))
+    train([(model, opt)], range(2))
+    if accumulates:
+        backward(model, 2)
+    before = [p.to_local().clone() for p in model.parameters()]
+    said = contextlib.nullcontext() if forgets else pytest.raises(RuntimeError, match=BACKWARD_INSIDE + ".*zero_grad")
+    with said, opt.averaged_parameters(model):
+        backward(model, 3)
+        if forgets:
+            opt.zero_grad()
+    assert all(map(torch.equal, [p.to_local() for p in model.parameters()], before))
+    with opt.averaged_parameters(model), pytest.raises(KeyError):  # of the evaluation, and not another one
+        raise KeyError
+    with opt.averaged_parameters(model):
+        for call in (opt.step, opt.state_dict):
+            with pytest.raises(RuntimeError, match=r"inside averaged_parameters\(\), "):
+                call()
+
+
+@pytest.mark.parametrize(("accumulates", "forgets"), [(False, False), (True, False), (True, True)])
+def test_a_backward_of_fsdp2_inside_is_refused_at_the_end_unless_it_has_been_forgotten(gloo, accumulates, forgets):
+    gloo.run(2, fsdp2_backward_inside, accumulates, forgets)
+
+
+def tensor_parallel_backward_inside() -> None:
+    model = new_model(FP32)
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"2": ColwiseParallel(output_layouts=Replicate())})
+    opt = Lion(model.parameters(), **settings("fp32"))
+    backward(model, 0)
+    opt.step()
+    opt.zero_grad()
+    with opt.averaged_parameters(model), pytest.raises(RuntimeError, match=BACKWARD_INSIDE):
+        model[2](torch.ones(1, 37)).sum().backward()
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_a_backward_into_tensor_parallel_parameters_is_refused_inside(gloo):
+    gloo.run(2, tensor_parallel_backward_inside)
 
 
 @pytest.mark.parametrize("policy", ["fp32", "none, bf16 average"])

@@ -1,4 +1,4 @@
-"""A study of the optimizer: the same runs under several settings, paired by seed, and what they differ by.
+"""A study: the same runs in several arms, paired by seed, and what they differ by.
 
 Every arm of a seed starts from the same weights and sees the same batches, so that differences are paired. The model
 may be compiled; the update is not, because Inductor elides bf16 round trips and would fake what is studied.
@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +37,8 @@ class Arm:
     poison_every: int = 0
 
 
-def parse_arguments(description: str, out: str) -> argparse.Namespace:
+def parse_arguments(description: str, out: str, more: Callable[[Callable], None] | None = None) -> argparse.Namespace:
+    """``more``: adds what the study has beside, by the parser's ``add_argument``."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--out", type=Path, default=Path(out))
@@ -48,13 +49,15 @@ def parse_arguments(description: str, out: str) -> argparse.Namespace:
     add("--dim", type=int, default=512)
     add("--heads", type=int, default=8)
     add("--seq-len", type=int, default=512)
-    add("--batch-size", type=int, default=32)
+    add("--batch-size", type=int, default=32, help="windows a step")
     add("--steps", type=int, default=2000)
     add("--lr", type=float, default=3e-4)
     add("--weight-decay", type=float, default=0.3)
     add("--warmup", type=int, default=100)
     add("--held-out", type=int, default=1024, help="windows that the final loss is measured on")
     add("--no-compile", action="store_true")
+    if more is not None:
+        more(add)
     return parser.parse_args()
 
 
@@ -64,6 +67,13 @@ def batch(args, arm: Arm, text: torch.Tensor, seed: int, step: int) -> torch.Ten
         generator = torch.Generator().manual_seed(seed * args.steps + step)
         return torch.randint(256, windows.shape, generator=generator, dtype=windows.dtype)
     return windows
+
+
+def begin_optimizers(args, text, device) -> Callable[[int, Arm], dict]:
+    """What runs an arm of a study of ``Lion``: one model for all, compiled once."""
+    model = Transformer(args.layers, args.dim, args.heads).to(device, torch.bfloat16)
+    forward = model if args.no_compile else torch.compile(model)
+    return lambda seed, arm: run(args, model, forward, text, seed, arm, device)
 
 
 def run(args, model, forward, text, seed: int, arm: Arm, device) -> dict:
@@ -86,36 +96,43 @@ def run(args, model, forward, text, seed: int, arm: Arm, device) -> dict:
         optimizer.step()
         if step % EVERY == 0:
             losses.append(loss.detach())
-    with torch.no_grad():
-        held_out = held_out_windows(text[1], args.held_out, args.seq_len).to(device)
-        final = [forward(part) for part in held_out.split(args.batch_size)]
-    final = torch.stack(final).double().mean().item()
-    losses = torch.stack(losses).tolist()
-    result = {"held_out": final, "losses": losses, "seconds": round(time.perf_counter() - started, 1)}
+    result = result_of(args, forward, text, losses, device, started)
     if optimizer.skip_spikes is not None:
         result["spikes"] = int(optimizer.spike_window[-2])
     return result
 
 
-def train(args, arms: Mapping[str, Arm]) -> None:
-    """Run what is not in --out yet: a study that was cut off goes on where it stopped."""
+@torch.no_grad()
+def result_of(args, forward: Callable, text, losses: list[torch.Tensor], device, started: float) -> dict:
+    """Of one run: its held-out loss, by ``forward`` of a part of the windows, and what it took."""
+    windows = held_out_windows(text[1], args.held_out, args.seq_len).to(device)
+    final = torch.stack([forward(part) for part in windows.split(args.batch_size)]).double().mean().item()
+    losses = torch.stack(losses).tolist()
+    return {"held_out": final, "losses": losses, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def train(args, arms: Mapping[str, object], begin: Callable = begin_optimizers) -> None:
+    """Run what is not in --out yet: a study that was cut off goes on where it stopped.
+
+    Args:
+        begin: called once with (args, text, device), it returns what runs (seed, arm) and tells the result.
+    """
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = read_corpus(args.data, args.seq_len)
-    model = Transformer(args.layers, args.dim, args.heads).to(device, torch.bfloat16)
-    forward = model if args.no_compile else torch.compile(model)
-    numel = sum(p.numel() for p in model.parameters())
+    numel = sum(p.numel() for p in Transformer(args.layers, args.dim, args.heads).parameters())
     print(f"{numel / 1e6:.1f} M parameters, {text[0].numel() / 1e6:.1f} MB of text, seeds {args.seeds}")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "report", "seeds")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "report", "seeds", "arms")}
     path = args.out / f"seeds-{'-'.join(map(str, args.seeds))}.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    run_arm = begin(args, text, device)
     with path.open("a") as file:
         for seed in args.seeds:
             for name, arm in arms.items():
                 if any((row["seed"], row["arm"]) == (seed, name) for row in done):
                     continue
-                result = run(args, model, forward, text, seed, arm, device)
+                result = run_arm(seed, arm)
                 row = {"arm": name, "seed": seed, "numel": numel, "torch": torch.__version__, "machine": machine}
                 file.write(json.dumps(row | settings | result) + "\n")
                 file.flush()
@@ -137,9 +154,11 @@ def summarize(rows: list[dict], baselines: Mapping[str, str | None]) -> list[dic
         row = {"arm": arm, "runs": len(results), "held_out": statistics.mean(results.values()), "against": baseline}
         others = {} if baseline is None else by_arm[baseline]
         differences = [loss - others[seed] for seed, loss in results.items() if seed in others]
+        if differences:
+            row["difference"] = statistics.mean(differences)
         if len(differences) > 1:
             spread = statistics.stdev(differences) / math.sqrt(len(differences))
-            row |= {"difference": statistics.mean(differences), "half_interval": T_95[len(differences) - 1] * spread}
+            row["half_interval"] = T_95[len(differences) - 1] * spread
         table.append(row)
     return table
 
@@ -155,10 +174,12 @@ def report(args, baselines: Mapping[str, str | None], picture: str) -> None:
         f"{first['batch_size'] * first['seq_len']:,} bytes, {first['machine']}, torch {first['torch']}; "
         f"{len({row['seed'] for row in rows})} seeds\n"
     )
-    print("| | held-out loss, nats per byte | paired difference, 95% interval | against |\n|---|---|---|---|")
+    print("| | runs | held-out loss, nats per byte | paired difference, 95% interval | against |")
+    print("|---|---|---|---|---|")
     for row in table:
-        change = "" if "difference" not in row else f"{row['difference']:+.4f} ± {row['half_interval']:.4f}"
-        print(f"| {row['arm']} | {row['held_out']:.4f} | {change} | {row['against'] or ''} |")
+        change = "" if "difference" not in row else f"{row['difference']:+.4f}"
+        change += "" if "half_interval" not in row else f" ± {row['half_interval']:.4f}"
+        print(f"| {row['arm']} | {row['runs']} | {row['held_out']:.4f} | {change} | {row['against'] or ''} |")
     draw(table, rows, args.out / picture)
 
 
@@ -174,13 +195,13 @@ def draw(table: list[dict], rows: list[dict], path: Path) -> None:
             left.plot(torch.arange(len(mean)) * EVERY, mean, linewidth=0.8, label=row["arm"])
             left.set(xlabel="step", ylabel="training loss, nats per byte", ylim=(None, mean[early].item()))
         left.legend(fontsize=6)
-        arms = [row for row in table if "difference" in row]
+        arms = [row for row in table if "half_interval" in row]
         right.axvline(0.0, color="grey", linewidth=0.8)
         right.errorbar(
             [row["difference"] for row in arms], range(len(arms)), xerr=[row["half_interval"] for row in arms], fmt="o"
         )
         right.set_yticks(range(len(arms)), [f"{row['arm']}\nagainst {row['against']}" for row in arms], fontsize=8)
-        right.set(xlabel="held-out loss minus the other arm's, 95% interval", ylim=(len(arms) - 0.5, -0.5))
+        right.set(xlabel="held-out loss minus the other arm's, 95% interval", ylim=(max(len(arms), 1) - 0.5, -0.5))
 
 
 def main(name: str, doc: str, arms: Mapping[str, Arm], baselines: Mapping[str, str | None]) -> None:

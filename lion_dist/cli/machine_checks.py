@@ -25,10 +25,13 @@ OLDEST_PYTHON, OLDEST_TORCH, FIRST_UNTESTED_TORCH = (3, 11), (2, 11), (2, 15)
 OLDEST_TRITON, FIRST_UNTESTED_TRITON = (3, 6), (3, 9)
 OLDEST_CAPABILITY_WITH_BF16 = (8, 0)
 KERNEL_NUMELS = (1, 63, 4096, 70_001)  # shorter than a vector, than a block, aligned, and neither
-KERNEL_STORAGES = {  # name: (param dtype, main dtype or None)
-    "fp32": (torch.float32, None),
-    "bf16 split": (torch.bfloat16, torch.int16),
-    "bf16 none": (torch.bfloat16, None),
+KERNEL_STORAGES = {  # name: (param dtype, main dtype or None, dtype of the average of the weights or None)
+    "fp32": (torch.float32, None, None),
+    "bf16 split": (torch.bfloat16, torch.int16, None),
+    "bf16 none": (torch.bfloat16, None, None),
+    "fp32 with an average": (torch.float32, None, torch.float32),
+    "bf16 split with an average": (torch.bfloat16, torch.int16, torch.float32),
+    "bf16 none with an average": (torch.bfloat16, None, torch.bfloat16),
 }
 
 
@@ -221,13 +224,15 @@ def _differs_from_reference(storage: str, backend: str, device: torch.device, up
 
 
 def _small_case(storage: str, device: torch.device) -> LionTensors:
-    dtype, main = KERNEL_STORAGES[storage]
+    dtype, main, average = KERNEL_STORAGES[storage]
     generator = torch.Generator().manual_seed(7)
     params = [torch.randn(n, generator=generator).to(device, dtype) for n in KERNEL_NUMELS]
     return LionTensors(
         params=params,
         exp_avgs=[torch.zeros_like(p) for p in params],
         mains=None if main is None else [torch.zeros_like(p, dtype=main) for p in params],
+        averages=None if average is None else [p.to(average, copy=True) for p in params],
+        ema_decay=None if average is None else 0.9,
         index_starts=[sum(KERNEL_NUMELS[:i]) for i in range(len(params))],
         steps=torch.zeros(len(params), dtype=torch.int64, device=device),
         stochastic_momentum=dtype == torch.bfloat16,
@@ -235,7 +240,7 @@ def _small_case(storage: str, device: torch.device) -> LionTensors:
 
 
 def _all_tensors(tensors: LionTensors) -> list[torch.Tensor]:
-    return [*tensors.params, *tensors.exp_avgs, *(tensors.mains or [])]
+    return [*tensors.params, *tensors.exp_avgs, *(tensors.mains or []), *(tensors.averages or [])]
 
 
 CHECKS = (python_and_torch, triton, deepspeed, optional_packages, gpus, shared_memory, peer_memory, c_compiler, kernels)

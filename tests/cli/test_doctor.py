@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.machinery
+import itertools
 import os
 import subprocess
 import sys
@@ -115,6 +116,22 @@ def test_a_kernel_that_differs_by_one_bit_is_broken(no_ranks, monkeypatch, capsy
     assert code == 1
     assert "differs from the reference implementation in bf16 split" in printed
     assert "do not train on this machine" in printed
+
+
+@pytest.mark.parametrize("storage", ["fp32 with an average", "bf16 split with an average", "bf16 none with an average"])
+def test_a_kernel_of_the_average_that_differs_by_one_bit_is_broken(storage):
+    dtype, main, _ = machine_checks.KERNEL_STORAGES[storage]
+    place = itertools.count()  # another one in each step, or the second flip might undo the first
+
+    def wrong(tensors, grads, scalars, *, backend):
+        lion_update_(tensors, grads, scalars, backend=backend)
+        is_meant = tensors.averages is not None and tensors.params[0].dtype == dtype
+        if is_meant and (tensors.mains is None) == (main is None):
+            tensors.averages[-1].view(torch.int16)[2 * next(place)] ^= 1  # of fp32 the lower half
+
+    found = machine_checks.kernels(wrong)[0]
+    assert found.state == BROKEN
+    assert found.fact.endswith(f"differs from the reference implementation in {storage}")
 
 
 def test_a_kernel_that_fails_is_broken():

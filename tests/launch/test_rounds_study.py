@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import rounds_study
+from comparison import study
 from lion_dist import Lion, PrecisionPolicy
-from rounds_study import Arm, Workers, summarize
+from rounds_study import Arm, Workers
 from train import Transformer
 
 FLAGS = "--layers 1 --dim 16 --heads 2 --seq-len 8 --batch-size 8 --steps 6 --held-out 4 --no-compile --lr 1e-2".split()
@@ -110,7 +111,7 @@ def test_a_study_that_was_cut_off_goes_on_and_reports(args, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "seeds-0.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows] == [str(rounds_study.ARMS[0]), str(rounds_study.ARMS[1])]
     capsys.readouterr()
-    rounds_study.report(args)
+    study.report(args, rounds_study.BASELINES, "rounds.png")
     assert f"| {rounds_study.ARMS[1]} | 1 |" in capsys.readouterr().out
 
 
@@ -118,5 +119,5 @@ def test_differences_are_paired_by_seed_and_have_an_interval():
     arm = str(rounds_study.ARMS[1])
     rows = [{"arm": str(rounds_study.BASELINE), "seed": seed, "held_out": 1.0 + seed} for seed in range(3)]
     rows += [{"arm": arm, "seed": seed, "held_out": 1.1 + seed + 0.01 * seed} for seed in range(3)]
-    (row,) = [row for row in summarize(rows) if row["arm"] == arm]
+    (row,) = [row for row in study.summarize(rows, rounds_study.BASELINES) if row["arm"] == arm]
     assert row["difference"] == pytest.approx(0.11) and row["half_interval"] == pytest.approx(4.303 * 0.01 / 3**0.5)

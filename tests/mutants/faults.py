@@ -97,13 +97,27 @@ ARITHMETIC = [
     ),
     Fault(
         "averages: the exchange counts as somebody else's write",
-        "lion_dist/averages.py",
-        "with torch.autograd._unsafe_preserve_version_counter(tuple(params)):",
-        "with contextlib.nullcontext():",
+        "lion_dist/weight_swap.py",
+        "with torch.autograd._unsafe_preserve_version_counter(tuple(params)), _no_backward_into(params):",
+        "with _no_backward_into(params):",
         (
             "tests/test_averages.py::"
             "test_fp32_main_params_that_differ_from_their_parameter_are_not_taken_for_an_outside_write",
         ),
+    ),
+    Fault(
+        "averages: gradients of averages are left for the next step",
+        "lion_dist/weight_swap.py",
+        "handles = [node.register_prehook(_refuse_backward) for node in nodes]",
+        "handles = []",
+        ("tests/test_averages.py::test_a_backward_inside_is_refused_before_it_leaves_a_gradient",),
+    ),
+    Fault(
+        "averages: an engine's flat copy is taken for the model's parameter",
+        "lion_dist/hidden_tensors.py",
+        "if id(param) not in given and not isinstance(param, Parameter):",
+        "if id(param) not in given and False:",
+        ("tests/test_hidden_tensors.py::test_a_flat_copy_that_comes_after_some_steps_is_refused",),
     ),
 ]
 
