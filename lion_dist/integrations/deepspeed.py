@@ -75,8 +75,9 @@ class DeepSpeedLion(Lion):
             if param.grad is not None:
                 self._adopt_restored_state(param)
         batches = super()._batches_of(group)
-        for batch, _ in batches:  # whose step counts may have become views of one tensor: still our own
-            self._own_state.update(zip(batch.params, map(dict, batch.states), strict=True))
+        for batch, _ in batches:
+            if "step" in batch.states[0]:  # counts that may have become views of one tensor: still our own
+                self._own_state.update(zip(batch.params, map(dict, batch.states), strict=True))
         return batches
 
     def _adopt_restored_state(self, param: Tensor) -> None:
