@@ -65,9 +65,10 @@ def _squares_kernel(
 
 @dataclass(frozen=True)
 class _Tables:
-    """The kernel's first arguments, on the device."""
+    """The kernel's first arguments, on the device. They belong to one stream, in whose order the caching allocator
+    recycles them."""
 
-    key: tuple  # of all but the addresses
+    stream: int | None
     where: list[int]
     addresses: Tensor
     sizes: tuple[Tensor, ...]
@@ -75,10 +76,15 @@ class _Tables:
 
 
 class SumOfSquares:
-    """A callable that remembers where its last tensors were, so that the same ones cost one launch."""
+    """A callable that remembers where its last tensors were, so that the same ones cost one launch.
+
+    A step may ask for several lists: of each group of ranks, of what the model-parallel ranks share and do not.
+    """
+
+    LISTS = 16  # that are remembered; of gradients that come and go there is no end
 
     def __init__(self):
-        self._tables: dict[torch.dtype, _Tables] = {}
+        self._tables: dict[tuple, _Tables] = {}  # by the tensors' dtype, device, block and sizes
         self._captured: list[Tensor] = []  # what captured graphs read
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -111,25 +117,28 @@ class SumOfSquares:
         return sums
 
     def _tables_of(self, tensors: list[Tensor], block: int) -> _Tables:
-        """They belong to one stream, in whose order the caching allocator recycles them."""
-        dtype, device = tensors[0].dtype, tensors[0].device
-        where, numels = [tensor.data_ptr() for tensor in tensors], [tensor.numel() for tensor in tensors]
+        device, where = tensors[0].device, [tensor.data_ptr() for tensor in tensors]
+        numels = tuple(tensor.numel() for tensor in tensors)
+        key = (tensors[0].dtype, device, block, numels)
         stream = current_stream(tensors[0]) if device.type == "cuda" else None
-        known = self._tables.get(dtype)
+        known = self._tables.get(key)
         if stream is not None and torch.cuda.is_current_stream_capturing():
-            return self._tables_for_capture(known, where, numels, block, device)
-        key = (stream, block, numels)
-        if known is None or known.key != key:
-            first_blocks, search_table, num_blocks = blocks_of(torch.tensor(numels), block)
-            sizes = [upload(column, device) for column in (torch.tensor(numels), first_blocks, search_table)]
-            known = _Tables(key, [], torch.empty(0), tuple(sizes), num_blocks)
+            return self._tables_for_capture(known, where, device)
+        if known is None or known.stream != stream:
+            column = torch.tensor(numels)
+            first_blocks, search_table, num_blocks = blocks_of(column, block)
+            sizes = [upload(column, device) for column in (column, first_blocks, search_table)]
+            known = _Tables(stream, [], torch.empty(0), tuple(sizes), num_blocks)
         if known.where != where:
             addresses = upload(torch.frombuffer(array("q", where), dtype=torch.int64), device)
-            known = self._tables[dtype] = replace(known, where=where, addresses=addresses)
+            known = replace(known, where=where, addresses=addresses)
+            if key not in self._tables and len(self._tables) >= self.LISTS:
+                self._tables.clear()
+            self._tables[key] = known
         return known
 
-    def _tables_for_capture(self, known: _Tables | None, where: list[int], numels: list[int], block: int, device):
-        if known is None or known.key[1:] != (block, numels):
+    def _tables_for_capture(self, known: _Tables | None, where: list[int], device: torch.device) -> _Tables:
+        if known is None:
             raise RuntimeError(
                 "a CUDA graph is captured over gradients of sizes that no step has seen: their "
                 "table cannot be uploaded now. Run a step before the capture."

@@ -3,6 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lion_dist.kernels.squares_triton import BLOCK, SumOfSquares
 
@@ -54,6 +55,35 @@ def test_remembered_addresses_are_not_trusted_when_tensors_change():
     assert squares([second]) == 800 and squares([first, second]) == 900
     first.fill_(3.0)
     assert squares([first, second]) == 1700
+
+
+class Searches(TorchDispatchMode):
+    """How often sizes were laid out in blocks: what a list of tensors costs when it is new."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.searchsorted.Tensor
+        return func(*args, **(kwargs or {}))
+
+
+def test_lists_that_take_turns_are_each_laid_out_once():
+    """As those of several groups of ranks do in each step. A CUDA graph cannot be captured over a new upload."""
+    squares = SumOfSquares()
+    lists = [[torch.full((numel,), 2.0, device=DEVICE)] for numel in (100, 200, 300)]
+    with Searches() as searches:
+        for _ in range(3):
+            assert [squares(tensors).item() for tensors in lists] == [400, 800, 1200]
+    assert searches.count == 3
+
+
+def test_lists_without_end_are_not_all_remembered():
+    squares = SumOfSquares()
+    for numel in range(1, 3 * SumOfSquares.LISTS):
+        assert squares([torch.ones(numel, device=DEVICE)]) == numel
+        assert len(squares._tables) <= SumOfSquares.LISTS
 
 
 def test_the_same_from_run_to_run():
