@@ -21,8 +21,8 @@ from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
 
 # As docs/guarantees.md says under Versions, and pyproject.toml.
-OLDEST_PYTHON, OLDEST_TORCH, FIRST_UNTESTED_TORCH = (3, 11), (2, 11), (2, 15)
-OLDEST_TRITON, FIRST_UNTESTED_TRITON = (3, 6), (3, 9)
+OLDEST_PYTHON, OLDEST_TORCH, FIRST_UNTESTED_TORCH = (3, 11), (2, 11), (2, 16)
+OLDEST_TRITON, FIRST_UNTESTED_TRITON = (3, 6), (3, 10)
 OLDEST_CAPABILITY_WITH_BF16 = (8, 0)
 KERNEL_NUMELS = (1, 63, 4096, 70_001)  # shorter than a vector, than a block, aligned, and neither
 KERNEL_STORAGES = {  # name: (param dtype, main dtype or None, dtype of the average of the weights or None)
@@ -58,7 +58,7 @@ def python_and_torch() -> list[Finding]:
     if _version(torch.__version__) < OLDEST_TORCH:
         findings.append(Finding("torch", BROKEN, torch.__version__, "torch 2.11 or newer is needed"))
     elif _version(torch.__version__) >= FIRST_UNTESTED_TORCH:
-        findings.append(Finding("torch", NOTE, f"{torch.__version__}, not tested here", "tested: 2.11 to 2.14"))
+        findings.append(Finding("torch", NOTE, f"{torch.__version__}, not tested here", "tested: 2.11 to 2.15"))
     else:
         findings.append(Finding("torch", OK, torch.__version__))
     return findings
@@ -72,7 +72,7 @@ def triton() -> list[Finding]:
         remedy = "several times slower without it: pip install 'lion-dist[triton]'"
         return [Finding("triton", NOTE, "not installed", remedy)]
     if not OLDEST_TRITON <= _version(found) < FIRST_UNTESTED_TRITON:
-        return [Finding("triton", NOTE, f"{found}, not tested here", "tested: 3.6 to 3.8, what torch itself pins")]
+        return [Finding("triton", NOTE, f"{found}, not tested here", "tested: 3.6 to 3.9, what torch itself pins")]
     return [Finding("triton", OK, found)]
 
 

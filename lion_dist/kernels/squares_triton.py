@@ -65,8 +65,7 @@ def _squares_kernel(
 
 @dataclass(frozen=True)
 class _Tables:
-    """The kernel's first arguments, on the device. They belong to one stream, in whose order the caching allocator
-    recycles them."""
+    """The kernel's first arguments. They are of one stream, in whose order the caching allocator recycles them."""
 
     stream: int | None
     where: list[int]
@@ -76,12 +75,9 @@ class _Tables:
 
 
 class SumOfSquares:
-    """A callable that remembers where its last tensors were, so that the same ones cost one launch.
+    """A callable that remembers where the tensors of its last lists were, so that the same ones cost one launch."""
 
-    A step may ask for several lists: of each group of ranks, of what the model-parallel ranks share and do not.
-    """
-
-    LISTS = 16  # that are remembered; of gradients that come and go there is no end
+    LISTS = 16  # one for each group of ranks and each dtype; of gradients that come and go there is no end
 
     def __init__(self):
         self._tables: dict[tuple, _Tables] = {}  # by the tensors' dtype, device, block and sizes
@@ -118,20 +114,18 @@ class SumOfSquares:
 
     def _tables_of(self, tensors: list[Tensor], block: int) -> _Tables:
         device, where = tensors[0].device, [tensor.data_ptr() for tensor in tensors]
-        numels = tuple(tensor.numel() for tensor in tensors)
-        key = (tensors[0].dtype, device, block, numels)
+        key = (tensors[0].dtype, device, block, numels := tuple(tensor.numel() for tensor in tensors))
         stream = current_stream(tensors[0]) if device.type == "cuda" else None
         known = self._tables.get(key)
         if stream is not None and torch.cuda.is_current_stream_capturing():
             return self._tables_for_capture(known, where, device)
         if known is None or known.stream != stream:
-            column = torch.tensor(numels)
-            first_blocks, search_table, num_blocks = blocks_of(column, block)
-            sizes = [upload(column, device) for column in (column, first_blocks, search_table)]
+            first_blocks, search_table, num_blocks = blocks_of(torch.tensor(numels), block)
+            sizes = [upload(column, device) for column in (torch.tensor(numels), first_blocks, search_table)]
             known = _Tables(stream, [], torch.empty(0), tuple(sizes), num_blocks)
         if known.where != where:
-            addresses = upload(torch.frombuffer(array("q", where), dtype=torch.int64), device)
-            known = replace(known, where=where, addresses=addresses)
+            table = torch.frombuffer(array("q", where), dtype=torch.int64)
+            known = replace(known, where=where, addresses=upload(table, device))
             if key not in self._tables and len(self._tables) >= self.LISTS:
                 self._tables.clear()
             self._tables[key] = known
@@ -139,10 +133,7 @@ class SumOfSquares:
 
     def _tables_for_capture(self, known: _Tables | None, where: list[int], device: torch.device) -> _Tables:
         if known is None:
-            raise RuntimeError(
-                "a CUDA graph is captured over gradients of sizes that no step has seen: their "
-                "table cannot be uploaded now. Run a step before the capture."
-            )
+            raise RuntimeError("a CUDA graph is captured over gradients of new sizes. Run a step before the capture.")
         addresses = addresses_in_capture(where, device)
         self._captured += [addresses, *known.sizes]
         return replace(known, where=where, addresses=addresses)

@@ -165,8 +165,7 @@ class AddressTable:
         if not self.capture_staging:
             raise RuntimeError(
                 "a CUDA graph is captured over gradients at addresses that no step has seen, and no pinned memory is "
-                "left for their table. Run a step over these gradients before the capture, as torch.cuda.graph's "
-                "warm-up does anyway."
+                "left for their table. Run a step over these gradients before the capture, as a warm-up does."
             )
         staging = self.capture_staging.pop().copy_(torch.tensor(addresses))
         table = staging.to(self.rows.device, non_blocking=True)
@@ -246,8 +245,7 @@ def address_table(tensors, block: int) -> AddressTable:
     if table is None:
         if tensors.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "a CUDA graph is captured over parameters that no step has seen: their table of addresses cannot be "
-                "uploaded now. Run a step before the capture, as torch.cuda.graph's warm-up does anyway."
+                "a CUDA graph is captured over parameters that no step has seen. Run a step before the capture."
             )
         table = tensors.launch_cache[block] = AddressTable.build(tensors, block)
     return table

@@ -97,7 +97,7 @@ def _ordered_sum_kernel(
         total = _sum_block(output, own, others, row_numel, start, done, None, None, RANK, RANKS, ADDS_UP, BLOCK)
     else:
         mask = tl.arange(0, BLOCK) < left
-        has_own = mask & (address != 0)
+        has_own = tl.arange(0, BLOCK) < tl.where(address != 0, left, 0)  # (Triton 3.9 interprets no mask & scalar)
         total = _sum_block(output, own, others, row_numel, start, done, mask, has_own, RANK, RANKS, ADDS_UP, BLOCK)
     tl.store(squares + block, total)
 

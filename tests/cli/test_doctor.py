@@ -85,13 +85,13 @@ def test_an_old_torch_is_broken(monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("version", "state"), [("2.11.0+cu130", OK), ("2.14.1", OK), ("2.15.0", NOTE)])
+@pytest.mark.parametrize(("version", "state"), [("2.11.0+cu130", OK), ("2.15.0", OK), ("2.16.0", NOTE)])
 def test_a_torch_that_was_not_tested_is_noted(version, state, monkeypatch):
     monkeypatch.setattr(machine_checks.torch, "__version__", version)
     assert machine_checks.python_and_torch()[1].state == state
 
 
-@pytest.mark.parametrize(("version", "state"), [("3.6.0", OK), ("3.8.0", OK), ("3.9.0", NOTE), ("2.3.1", NOTE)])
+@pytest.mark.parametrize(("version", "state"), [("3.6.0", OK), ("3.9.0", OK), ("3.10.0", NOTE), ("2.3.1", NOTE)])
 def test_triton_versions_that_torch_does_not_pin_are_noted(version, state, monkeypatch):
     monkeypatch.setattr(machine_checks, "_installed", lambda package: version)
     assert machine_checks.triton()[0].state == state
