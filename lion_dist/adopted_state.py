@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lion_dist.averages import KIND as AVERAGE
+from lion_dist.boxes import IS_NO_OPERAND, BoxedTensor
 from lion_dist.hyperparameters import check_hyperparameters
 from lion_dist.local_shard import LocalShard, local_tensor, part_of
 from lion_dist.main_params import main_param_as
@@ -127,6 +128,8 @@ def warn_of_lost_average() -> None:
 
 def _local_part(key: str, value: Tensor, target: Tensor, param: Tensor) -> Tensor:
     """Return what belongs of a saved ``value`` to the local ``target``."""
+    if isinstance(value, BoxedTensor):
+        raise NotImplementedError(f"load_state_dict of {key} {IS_NO_OPERAND}")
     local = part_of(value, target)
     if local is None:
         raise ValueError(

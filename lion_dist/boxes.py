@@ -28,6 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 # torch.distributed.checkpoint takes 0.6 s to import, so it is imported by those who call it.
 
+IS_NO_OPERAND = """on a BoxedTensor: it is a place for checkpoints, not an operand. For whole tensors call \
+optimizer.consolidate_state_dict() on all ranks."""
 PIECE_BYTES = 8 << 20  # what a save or load holds beside the state; torch.save is slower above (caches) and below
 
 
@@ -226,10 +228,7 @@ class BoxedTensor(torch.Tensor):
         aten = torch.ops.aten
         if func in (aten.detach.default, aten.clone.default, aten._to_copy.default) or func.overloadpacket is aten.to:
             return args[0].of_each_box(func, *args[1:], **kwargs or {})
-        raise NotImplementedError(
-            f"{func} on a BoxedTensor: it is a place for checkpoints, not an operand. For whole tensors call "
-            "optimizer.consolidate_state_dict() on all ranks."
-        )
+        raise NotImplementedError(f"{func} {IS_NO_OPERAND}")
 
     # What torch.distributed.checkpoint asks of a tensor that is spread over ranks.
 
