@@ -32,11 +32,23 @@ def forget() -> None:
     compiled_library._warn_uncached.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory) -> str:
+    """``cc``, which takes seconds for a source and compiles each once for all tests here."""
+    folder = tmp_path_factory.mktemp("compiler")
+    asked = 'for arg in "$@"; do [ "$arg" = "$out" ] || { [ -f "$arg" ] && cat "$arg" || echo "$arg"; }; done'
+    text = f"""kept={folder}/$({{ {asked}; }} | cksum | tr ' ' -).so
+[ -f "$kept" ] || {{ cc "$@" && cp "$out" "$kept"; exit; }}
+cp "$kept" "$out"
+"""
+    return compiler_that(folder, LAST_IS_OUTPUT + text)
+
+
 @pytest.fixture
-def cache(monkeypatch, tmp_path):
+def cache(monkeypatch, tmp_path, compiler):
     """An empty cache; the folder is made by the library."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("CC", compiler)
     forget()
     yield tmp_path / "cache" / "lion_dist"
     forget()
