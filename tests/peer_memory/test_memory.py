@@ -402,3 +402,51 @@ def test_what_keeps_gpus_of_one_host_apart_is_logged_or_raised(theirs, settings,
     assert reason in caplog.text and "Collectives run by NCCL" in caplog.text
     with pytest.raises(RuntimeError, match=reason):
         Ranks(monkeypatch, theirs, **settings).connect(wanted=True)
+
+
+# ---- allocation
+
+
+class InAPool:
+    """A handle of torch 2.13 and newer: tensors come from a pool and begin somewhere in a larger allocation."""
+
+    START = 24
+
+    def __init__(self, ranks: int):
+        self.allocations = [torch.ones(100) for _ in range(ranks)]
+
+    def get_remote_tensor(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self.allocations[rank][self.START : self.START + sizes[0]]
+
+    def barrier(self, channel: int) -> None:
+        pass
+
+
+class WithoutPlaces(InAPool):
+    """It tells where allocations begin, and not where the tensor lies in them."""
+
+    get_remote_tensor = property()  # there is no such attribute
+
+    def get_buffer(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self.allocations[rank][: sizes[0]]
+
+
+def allocating(handle: InAPool) -> PeerMemory:
+    memory = object.__new__(PeerMemory)
+    memory.rank, memory.world_size, memory._handle = 0, len(handle.allocations), handle
+    memory._rendezvous = lambda numel, dtype: (InAPool.get_remote_tensor(handle, 0, (numel,), dtype), handle)
+    return memory
+
+
+def test_a_buffer_in_a_pool_is_found_where_it_lies():
+    handle = InAPool(ranks=2)
+    buffer = allocating(handle).allocate(16, torch.float32)
+    for peer, allocation in zip(buffer.peers, handle.allocations, strict=True):
+        assert peer.data_ptr() == allocation[InAPool.START :].data_ptr()
+    assert buffer.flat.count_nonzero() == 0
+    assert handle.allocations[0].sum() == 100 - 16  # nothing around it was written
+
+
+def test_a_handle_that_knows_no_place_in_a_pool_is_refused():
+    with pytest.raises(RuntimeError, match="mapped elsewhere"):
+        allocating(WithoutPlaces(ranks=2)).allocate(16, torch.float32)
