@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from lion_dist.boxes import this_ranks_part
 from lion_dist.config import PrecisionPolicy, ShardingConfig
-from lion_dist.grad_scaler import GradScaler
 from lion_dist.lion import Lion
 from lion_dist.sharded_lion import ShardedLion
 from lion_dist.step_rule import SpikeGuard
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from lion_dist.captured_step import CapturedStep
     from lion_dist.composed.clip import clip_grad_norm_
     from lion_dist.composed.model_parallel import ModelParallel
+    from lion_dist.grad_scaler import GradScaler
     from lion_dist.replica_check import ReplicaError
     from lion_dist.two_levels.levels import TwoLevels
 
@@ -35,6 +35,7 @@ __all__ = [
 
 _IN_ROOMS = {
     "CapturedStep": "lion_dist.captured_step",
+    "GradScaler": "lion_dist.grad_scaler",
     "ModelParallel": "lion_dist.composed.model_parallel",
     "ReplicaError": "lion_dist.replica_check",
     "TwoLevels": "lion_dist.two_levels.levels",

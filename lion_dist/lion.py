@@ -28,7 +28,7 @@ from lion_dist.hyperparameters import (
     effective_weight_decay,
     warn_if_decay_vanishes,
 )
-from lion_dist.kernels import update
+from lion_dist.kernels import backends, update
 from lion_dist.kernels.reference import StepScalars, skip_unusable
 from lion_dist.lion_batches import LionBatches
 from lion_dist.local_shard import LocalShard, local_tensor, share_axes
@@ -179,7 +179,7 @@ class Lion(Optimizer):
         self._batches.follow_moved_params()
         # Whatever may be refused is refused here, before anything is changed.
         found = [(group, *batch) for group in self.param_groups for batch in self._batches_of(group)]
-        backends = [update.choose_backend(batch.tensors.device, self.use_triton) for _, batch, _ in found]
+        chosen = [backends.choose_backend(batch.tensors.device, self.use_triton) for _, batch, _ in found]
         scalars = [self._scalars(group) for group, _, _ in found]
         skip = skip_unusable(skip, scalars)
         if self.skip_spikes is not None:
@@ -191,7 +191,7 @@ class Lion(Optimizer):
         self._make_step_metrics()
         self._step_metrics.begin_step()
         with self._step_metrics.clock.phase("update"):
-            for (_, batch, grads), backend, of_group in zip(found, backends, scalars, strict=True):
+            for (_, batch, grads), backend, of_group in zip(found, chosen, scalars, strict=True):
                 self._update(batch, grads, of_group, backend, grad_scale, skip)
         self._step_metrics.end_step(skip)
         return loss
@@ -217,7 +217,7 @@ class Lion(Optimizer):
             from lion_dist.spike_guard.watch import SpikeWatch
 
             device = local_tensor(next(p for group in self.param_groups for p in group["params"])).device
-            self._spikes = SpikeWatch(self.skip_spikes, device, update.choose_backend(device, self.use_triton))
+            self._spikes = SpikeWatch(self.skip_spikes, device, backends.choose_backend(device, self.use_triton))
         return self._spikes
 
     @contextlib.contextmanager

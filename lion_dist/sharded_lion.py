@@ -23,13 +23,12 @@ from torch.nn import Parameter
 
 from lion_dist import values
 from lion_dist.averages import with_average
-from lion_dist.backward_step import BackwardStep
 from lion_dist.cautious_steps import cautious_lrs_of_slices
 from lion_dist.config import PrecisionPolicy, ShardingConfig, check_interval, check_policy, check_sharding
 from lion_dist.full_params import FullParams
 from lion_dist.hyperparameters import check_hyperparameters, decoupling_lr
+from lion_dist.kernels.backends import choose_backend
 from lion_dist.kernels.reference import skip_unusable
-from lion_dist.kernels.update import choose_backend
 from lion_dist.observers import StepObservers, copies_of, watch_of
 from lion_dist.param_sync import GatherParams
 from lion_dist.shard_builder import ShardBuilder
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from lion_dist.composed.axes import ModelAxes
     from lion_dist.composed.model_parallel import ModelParallel
     from lion_dist.two_levels.levels import TwoLevels
+    from lion_dist.update_in_backward.step import BackwardStep
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,8 @@ class ShardedLion(ShardedOptimizer):
         )
         self._in_backward: BackwardStep | None = None
         if sharding.update_in_backward:
+            from lion_dist.update_in_backward.step import BackwardStep
+
             self._in_backward = BackwardStep(
                 *(self._params, self._full_params, self._gradients, self.grad_scheduler, stream, self._order),
                 *(self._terms, self._update, self._send),

@@ -185,6 +185,6 @@ def choose_sum_of_squares(backend: str) -> SumOfSquares:
     """Choose how gradient shards are summed, by the backend of the update."""
     if backend != "triton":
         return sum_of_squares
-    from lion_dist.kernels import squares_triton
+    from lion_dist.triton_backend import squares
 
-    return squares_triton.SumOfSquares()
+    return squares.SumOfSquares()

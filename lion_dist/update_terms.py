@@ -49,7 +49,7 @@ class UpdateTerms:
         grad_scale: [] fp32, the one factor of all gradients.
         skip: [] fp32, not 0 where the step is skipped; None: it is not.
         seed: of the random bits.
-        backend: of the update (``kernels.update.choose_backend``).
+        backend: of the update (``kernels.backends.choose_backend``).
         rule: which variant of Lion the step is.
         lrs: [slices, 2] fp32 of each batch, of a cautious step; else empty.
     """

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lion_dist import compiled_library
 from lion_dist.coded_sync import codes_native
 from lion_dist.coded_sync.shard_codec import CodedSlice, ShardCodec
-from lion_dist.kernels import cpu_native
-from lion_dist.kernels.update import choose_backend
+from lion_dist.cpu_backend import compiled_library, native
+from lion_dist.kernels.backends import choose_backend
 
 CPU = torch.device("cpu")
 LAST_IS_OUTPUT = 'for out in "$@"; do :; done\n'  # in a script, the last argument
@@ -27,7 +26,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files
 
 def forget() -> None:
     """As a new process."""
-    cpu_native.library.cache_clear()
+    native.library.cache_clear()
     codes_native.library.cache_clear()
     compiled_library._warn_uncached.cache_clear()
 
@@ -112,7 +111,7 @@ def test_a_damaged_library_is_never_opened(cache, monkeypatch):
     opened = []
     monkeypatch.setattr(compiled_library.ctypes, "CDLL", lambda path: opened.append(path))
     with pytest.raises(compiled_library.NoLibraryError):
-        compiled_library.load(cpu_native.SOURCE, symbols=["lion_update"])
+        compiled_library.load(native.SOURCE, symbols=["lion_update"])
     assert all("building-" in path for path in opened)
 
 
@@ -151,8 +150,8 @@ def test_an_unreadable_home_does_not_matter_where_the_cache_is_named(cache, monk
 def test_a_user_without_a_home_has_the_compiled_step_and_is_told():
     """In a process of a uid that the password database does not know, with nothing in its environment."""
     program = (
-        "import os, torch\n"  # before: the interpreter's own files may be root's alone
-        "from lion_dist.kernels.update import choose_backend\n"
+        "import os, torch, lion_dist.cpu_backend\n"  # before: the interpreter's own files may be root's alone
+        "from lion_dist.kernels.backends import choose_backend\n"
         "os.setgid(54321); os.setuid(54321)\n"
         "print(choose_backend(torch.device('cpu'), None))\n"
     )
@@ -301,7 +300,7 @@ def test_codes_that_cannot_be_compiled_are_made_by_pytorch_and_said_once(cache, 
     monkeypatch.setenv("CC", compiler_that(tmp_path, "echo no room >&2; exit 1"))
     monkeypatch.setattr(compiled_library, "_key", lambda compiler, *sources: "0" * 24)
     library = next(cache.iterdir())
-    shutil.copy(library, cache / compiled_library._name("cpu_native-" + "0" * 24, library))
+    shutil.copy(library, cache / compiled_library._name("native-" + "0" * 24, library))
     forget()
     with pytest.warns(UserWarning, match="odd-cc did not compile it .no room., so update codes are made") as caught:
         assert torch.equal(*coded_messages())

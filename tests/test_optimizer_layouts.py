@@ -75,7 +75,7 @@ def test_strided_parameter_gives_the_bits_of_a_contiguous_one(name, policy):
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "cpu_native", "triton", "chunked_reference"])
 def test_strided_parameter_on_every_backend(name, cautious, backend, monkeypatch):
-    monkeypatch.setattr("lion_dist.kernels.update.choose_backend", lambda *_: backend)
+    monkeypatch.setattr("lion_dist.kernels.backends.choose_backend", lambda *_: backend)
     param, _ = make(name, torch.bfloat16)
     twin = nn.Parameter(param.detach().clone(memory_format=torch.contiguous_format))
     opt, plain = (Lion([p], 1e-2, weight_decay=0.1, cautious=cautious, metrics_every=2) for p in (param, twin))

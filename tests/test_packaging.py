@@ -17,12 +17,12 @@ PUBLISHED += ["LICENSE", "Makefile", "CHANGELOG.md", "CONTRIBUTING.md", "constra
 
 TRAIN = """
 import torch, lion_dist
-from lion_dist.kernels import cpu_native
+from lion_dist.cpu_backend import native
 model = torch.nn.Linear(64, 64).bfloat16()
 opt = lion_dist.ShardedLion(model.parameters(), module=model)
 model(torch.ones(2, 64, dtype=torch.bfloat16)).sum().backward()
 opt.step()
-print(lion_dist.__file__, opt.taken_steps(), cpu_native.library() is not None)
+print(lion_dist.__file__, opt.taken_steps(), native.library() is not None)
 """
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import lion_dist.checkpoint
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
-from lion_dist.kernels import triton_blocks
+from lion_dist.triton_backend import blocks
 from tests.oracle import assert_same_on_all_ranks
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -118,7 +118,7 @@ def test_averages_are_those_of_lion_and_leave_the_training_as_it_was(gloo, polic
 
 def test_codes_follow_an_update_with_averages_by_the_kernels_that_gpus_run(gloo):
     """Codes come from a launch of their own then: the fused one knows no averages."""
-    if not triton_blocks.INTERPRETED.value:
+    if not blocks.INTERPRETED.value:
         pytest.skip("the kernels are compiled here")
     gloo.run(2, average_and_go_on, "split, bf16 average", SHARDINGS["coded"], True)
 

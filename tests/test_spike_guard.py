@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import lion_dist.checkpoint
 from lion_dist import GradScaler, Lion, ShardedLion, ShardingConfig, SpikeGuard
 from lion_dist.integrations.deepspeed_config import read_params
-from lion_dist.kernels import triton_blocks
 from lion_dist.spike_guard.watch import SpikeWatch
+from lion_dist.triton_backend import blocks
 
 GUARD = SpikeGuard(window=8, sigmas=6.0)
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request):
-    if request.param == "triton" and not triton_blocks.INTERPRETED.value:
+    if request.param == "triton" and not blocks.INTERPRETED.value:
         pytest.skip("the kernels are compiled here")
     return request.param
 
@@ -89,7 +89,7 @@ def test_norm_and_loss_have_windows_of_their_own(backend):
 
 
 def test_both_backends_hold_the_same_window():
-    if not triton_blocks.INTERPRETED.value:
+    if not blocks.INTERPRETED.value:
         pytest.skip("the kernels are compiled here")
     numbers = [1.0, 1.1, 0.9, 1.0, 1.05, 50.0, 1.0, 0.95, 1.0, 1.1, 30.0]
     windows = [verdicts(numbers, backend=name)[1].state for name in ("cpu", "triton")]

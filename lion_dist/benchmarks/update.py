@@ -28,8 +28,9 @@ from lion_dist.benchmarks.timing import (
     time_on_cpu,
     time_on_gpu,
 )
+from lion_dist.kernels.backends import choose_backend
 from lion_dist.kernels.reference import StepScalars, lion_step
-from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
+from lion_dist.kernels.update import LionTensors, lion_update_
 from lion_dist.main_params import init_main_param
 from lion_dist.reporting import aligned, figure_into
 
@@ -435,7 +436,7 @@ def run_on_cpu(args, device: torch.device) -> Iterator[dict]:
 
 def sweep(device: torch.device, repeats: int, wanted: str, numel: int = 2**29) -> None:
     """Launch shapes of the flat kernel, GB/s of each provider whose name and precision contain ``wanted``."""
-    from lion_dist.kernels.triton_launch import LAUNCH_SHAPES, LaunchShape
+    from lion_dist.triton_backend.launch import LAUNCH_SHAPES, LaunchShape
 
     shapes = [(512, 2), (512, 4), (1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)]
     candidates = [LaunchShape(block, warps, vector) for vector in (4, 8) for block, warps in shapes]

@@ -15,10 +15,11 @@ from collections.abc import Callable
 import torch
 
 from lion_dist.cli.findings import BROKEN, NOTE, OK, Finding
+from lion_dist.cpu_backend import native
 from lion_dist.integrations.deepspeed import check_version
-from lion_dist.kernels import cpu_native
+from lion_dist.kernels.backends import choose_backend
 from lion_dist.kernels.reference import StepScalars
-from lion_dist.kernels.update import LionTensors, choose_backend, lion_update_
+from lion_dist.kernels.update import LionTensors, lion_update_
 
 # As docs/guarantees.md says under Versions, and pyproject.toml.
 OLDEST_PYTHON, OLDEST_TORCH, FIRST_UNTESTED_TORCH = (3, 11), (2, 11), (2, 16)
@@ -158,7 +159,7 @@ def c_compiler() -> list[Finding]:
     """Of the CPU's step; Triton needs one as well, to build its launchers."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        library = cpu_native.library()
+        library = native.library()
     said = [str(warning.message).removeprefix("lion_dist: ").split(", so ")[0] for warning in caught]
     if library is not None and said:
         return [Finding("CPU step", NOTE, f"compiled C, again in every process: {said[0]}", "set XDG_CACHE_HOME")]

@@ -1,5 +1,5 @@
 /* The update codes of codes.py on one thread, the same bits. Compiled by codes_native.py with -ffp-contract=off. */
-#include "../kernels/cpu_native.c"
+#include "../cpu_backend/native.c"
 
 typedef struct {
   float lr, decay, other_decay; /* other_decay: where the step does not go towards zero; 1 under cautious weight decay */

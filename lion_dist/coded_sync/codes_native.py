@@ -1,4 +1,4 @@
-"""The update codes on the CPU in C: ``codes_native.c``, compiled as ``cpu_native.c`` is and called the same way."""
+"""The update codes on the CPU in C: ``codes_native.c``, compiled as ``native.c`` is and called the same way."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lion_dist import compiled_library
-from lion_dist.kernels import cpu_native
+from lion_dist.cpu_backend import compiled_library, native
 from lion_dist.kernels.reference import random_keys_int
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -30,7 +29,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled codes, or None, said once, where they cannot be made. Asked for where the compiled step is used."""
     try:
         symbols = ["lion_encode", "lion_replay"]
-        loaded = compiled_library.load(SOURCE, cpu_native.SOURCE, symbols=symbols)
+        loaded = compiled_library.load(SOURCE, native.SOURCE, symbols=symbols)
     except compiled_library.NoLibraryError as problem:
         warnings.warn(
             f"lion_dist: {problem}, so update codes are made by PyTorch operations, with the same bits and more "
@@ -58,7 +57,7 @@ class _PieceMaker:
 
     def make(self, piece) -> _Piece:
         codec = self.codec
-        kind = (cpu_native.TYPES[codec.dtype], codec.layout.radix, piece.power, codec.draws_bits)
+        kind = (native.TYPES[codec.dtype], codec.layout.radix, piece.power, codec.draws_bits)
         lr, decay = self.rates[piece.row]
         return _Piece(lr, decay, 1.0 if codec.cautious_wd else decay, *kind, *self.keys[piece.row])
 
@@ -86,8 +85,8 @@ def replay(codec, params: Tensor, messages: Tensor) -> None:
             where = (first + piece.start * size, packed + piece.byte)
             calls.append((*where, ctypes.byref(struct), piece.index_start, piece.stop - piece.start))
     replay_piece = library().lion_replay
-    if params.numel() <= cpu_native.THREAD_NUMEL or torch.get_num_threads() == 1:
+    if params.numel() <= native.THREAD_NUMEL or torch.get_num_threads() == 1:
         for call in calls:
             replay_piece(*call)
     else:
-        list(cpu_native.threads(torch.get_num_threads()).map(lambda call: replay_piece(*call), calls))
+        list(native.threads(torch.get_num_threads()).map(lambda call: replay_piece(*call), calls))

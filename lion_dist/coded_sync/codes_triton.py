@@ -17,8 +17,8 @@ from torch import Tensor
 from lion_dist.coded_sync import codes
 from lion_dist.coded_sync.codes import INTEGER
 from lion_dist.kernels.reference import as_int32, seed_key_int
-from lion_dist.kernels.triton_blocks import INTERPRETED, _quiet_bits, _random_bits, _random_keys
-from lion_dist.kernels.triton_launch import INTERPRETER_BLOCK, launch_on
+from lion_dist.triton_backend.blocks import INTERPRETED, _quiet_bits, _random_bits, _random_keys
+from lion_dist.triton_backend.launch import INTERPRETER_BLOCK, launch_on
 
 GROUP = tl.constexpr(codes.GROUP)
 FP32, BF16, FP16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -62,7 +62,7 @@ class ShardCodec:
         slices: of every shard, in the order of the ranks.
         shard: which of them is this rank's.
         seed: of the random bits.
-        backend: as ``kernels.update.choose_backend`` says.
+        backend: as ``kernels.backends.choose_backend`` says.
         cautious_wd: an element decays only where its step has its sign.
 
     One step: ``begin``; the update (or ``update_and_encode`` in its place); ``encode``; ``message`` when all ranks have

@@ -1,6 +1,6 @@
 """The fused update that also writes its codes: every byte of the shard read once and written once, and the digits.
 
-The update of ``triton_kernels.py`` in the order of ``codes_triton.py``: a program works on GROUPS x GROUP bytes of
+The update of ``kernels.py`` in the order of ``codes_triton.py``: a program works on GROUPS x GROUP bytes of
 digits and on as many elements in each of their streams. Where the encoder runs by itself, after the update, a shard is
 copied before, and its old and new parameters are read again: 8 bytes a bf16 parameter beside the 14 of the update.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 from lion_dist.coded_sync import codes_triton
 from lion_dist.coded_sync.codes_triton import GROUP, _encode, _rates_and_bits, _write_escapes
 from lion_dist.kernels.reference import StepScalars
-from lion_dist.kernels.triton_blocks import _read_block, _step_block, _store_exp_avg, _store_param
-from lion_dist.kernels.triton_kernels import _read_scalars
-from lion_dist.kernels.triton_launch import launch_on
+from lion_dist.triton_backend.blocks import _read_block, _step_block, _store_exp_avg, _store_param
+from lion_dist.triton_backend.kernels import _read_scalars
+from lion_dist.triton_backend.launch import launch_on
 
 
 @triton.jit

@@ -1,16 +1,7 @@
-"""``lion_update_``: one Lion step on the tensors of one homogeneous group, in place, by the backend that fits.
-
-Backends are translations of ``reference.py`` and take the same arguments: ``cpu_native.py`` (C), ``cpu.py`` (PyTorch
-operations, cache-blocked, where there is no C compiler), ``triton_launch.py`` (one launch for the whole list) and the
-reference itself in chunks, for a GPU without Triton.
-"""
+"""``lion_update_``: one Lion step on the tensors of one homogeneous group, in place, by the backend that is named."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,10 +9,8 @@ import torch
 from torch import Tensor
 
 from lion_dist.config import PARAM_DTYPES
-from lion_dist.kernels import cpu, cpu_native
-from lion_dist.kernels.reference import StepScalars, count_aligned, lion_step, random_bits, update_average
-
-REFERENCE_CHUNK = 1 << 24  # elements; bounds the reference's temporaries to about 0.5 GB on a GPU without Triton
+from lion_dist.kernels.backends import backend_of
+from lion_dist.kernels.reference import StepScalars
 
 
 @dataclass(eq=False)
@@ -115,41 +104,6 @@ class LionTensors:
         return self.stochastic_param or self.stochastic_momentum or self.stochastic_average
 
 
-@functools.cache
-def triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _warn_no_triton() -> None:
-    warnings.warn(
-        "lion_dist: triton is not installed, so CUDA tensors are updated by plain PyTorch operations, several times "
-        "slower. Install it with: pip install 'lion-dist[triton]', or pass use_triton=False to silence this.",
-        stacklevel=3,
-    )
-
-
-def choose_backend(device: torch.device, use_triton: bool | None) -> str:
-    """``use_triton``: None chooses, True insists, False forbids."""
-    can_launch = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    if use_triton:
-        if not triton_is_installed():
-            raise RuntimeError("use_triton=True, but triton is not installed: pip install 'lion-dist[triton]'")
-        if not can_launch:
-            raise RuntimeError(
-                f"use_triton=True, but the parameters are on {device}. Move the model to a GPU, leave use_triton=None, "
-                "or set TRITON_INTERPRET=1 before importing triton to run the kernels in its interpreter (slow)."
-            )
-        return "triton"
-    if device.type == "cuda" and use_triton is None:
-        if triton_is_installed():
-            return "triton"
-        _warn_no_triton()
-    if device.type != "cpu":
-        return "chunked_reference"
-    return "cpu" if cpu_native.library() is None else "cpu_native"
-
-
 @torch.no_grad()
 def lion_update_(
     tensors: LionTensors,
@@ -162,7 +116,7 @@ def lion_update_(
     seed: int = 0,
     cautious_lrs: Tensor | None = None,  # [T, 2] fp32 on the device, reference.cautious_lrs(): the cautious step
     cautious_wd: bool = False,  # decay only where step and parameter have the same sign
-    backend: str = "cpu",
+    backend: str = "cpu",  # backends.choose_backend(): see there
     check: bool = True,  # False: the caller has asked tensors.accept(grads), which takes host time
 ) -> None:
     """One Lion step on every tensor of the group, in place. Nothing here waits for a GPU.
@@ -172,13 +126,7 @@ def lion_update_(
     """
     if check:
         tensors.check_grads(grads)
-    if backend == "triton":
-        from lion_dist.kernels import triton_launch
-
-        update = triton_launch.update
-    else:
-        update = UPDATES[backend]
-    update(
+    backend_of(backend).update(
         tensors,
         grads,
         scalars,
@@ -219,58 +167,4 @@ def count_aligned_elements(
     """
     if check:
         tensors.check_grads(grads)
-    if backend == "triton":
-        from lion_dist.kernels import cautious_triton
-
-        return cautious_triton.count_aligned(tensors, grads, scalars, grad_scale=grad_scale)
-    if backend == "cpu_native":
-        return torch.tensor(cpu_native.count_aligned(tensors, grads, scalars, grad_scale=grad_scale))
-    chunk = cpu.CHUNK if backend == "cpu" else REFERENCE_CHUNK
-    counts = []
-    for exp_avg, grad in zip(tensors.exp_avgs, grads, strict=True):
-        parts = zip(exp_avg.split(chunk), grad.reshape(-1).split(chunk), strict=True)
-        counts.append(sum(count_aligned(m, g, scalars, grad_scale) for m, g in parts))
-    return torch.stack(counts)
-
-
-def _update_by_reference(
-    tensors, grads, scalars, *, grad_scale, skip, active, seed, cautious_lrs=None, cautious_wd=False
-) -> None:
-    """The definition itself, in chunks that bound its temporaries; on any device, without waiting for it."""
-    for i, (param, exp_avg) in enumerate(zip(tensors.params, tensors.exp_avgs, strict=True)):
-        main = None if tensors.mains is None else tensors.mains[i]
-        takes_part = torch.ones((), dtype=torch.bool, device=param.device)
-        if skip is not None:
-            takes_part &= (skip == 0).reshape(())
-        if active is not None:
-            takes_part &= active[i] != 0
-        for start in range(0, param.numel(), REFERENCE_CHUNK):
-            part = slice(start, min(start + REFERENCE_CHUNK, param.numel()))
-            old = param[part], None if main is None else main[part], exp_avg[part]
-            bits = None
-            if tensors.is_stochastic:
-                first = tensors.index_starts[i]
-                index = torch.arange(first + part.start, first + part.stop, device=param.device)
-                bits = random_bits(index, seed, tensors.steps[i])
-            new = lion_step(
-                *old,
-                grads[i].reshape(-1)[part],
-                scalars,
-                grad_scale=grad_scale,
-                bits=bits,
-                stochastic_momentum=tensors.stochastic_momentum,
-                cautious_lrs=None if cautious_lrs is None else cautious_lrs[i],
-                cautious_wd=cautious_wd,
-            )
-            if tensors.averages is not None:
-                average, grad = tensors.averages[i][part], grads[i].reshape(-1)[part]
-                new_average = update_average(
-                    average, *new[:2], grad, tensors.ema_decay, grad_scale=grad_scale, bits=bits
-                )
-                old, new = (*old, average), (*new, new_average)
-            for old_tensor, new_tensor in zip(old, new, strict=True):
-                if old_tensor is not None:
-                    old_tensor.copy_(torch.where(takes_part, new_tensor, old_tensor))
-
-
-UPDATES = {"cpu": cpu.update, "cpu_native": cpu_native.update, "chunked_reference": _update_by_reference}
+    return backend_of(backend).count_aligned(tensors, grads, scalars, grad_scale=grad_scale)

@@ -1,6 +1,6 @@
 """``statistics.py`` on a GPU: one launch for a whole list of tensors, each byte read once, nothing written but sums.
 
-Tensors are found through the update's address table (``triton_launch.py``). Each program goes over BLOCK elements in
+Tensors are found through the update's address table (``launch.py``). Each program goes over BLOCK elements in
 pieces, keeps one running sum a lane and column, and writes one row of sums; the rows are added up in a fixed order, so
 the result is the same from run to run. Squares are exact in fp64; only the order of their sum differs from the
 definition's.
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_dist.kernels import triton_launch
 from lion_dist.kernels.reference import StepScalars, as_int32, seed_key_int
-from lion_dist.kernels.triton_blocks import (
+from lion_dist.triton_backend import launch
+from lion_dist.triton_backend.blocks import (
     INTERPRETED,
     _bits,
     _from_bf16,
@@ -29,7 +29,7 @@ from lion_dist.kernels.triton_blocks import (
     _step_param,
     _upper_half,
 )
-from lion_dist.kernels.triton_kernels import (
+from lion_dist.triton_backend.kernels import (
     EXP_AVG,
     INDEX_START,
     MAIN,
@@ -42,7 +42,7 @@ from lion_dist.kernels.triton_kernels import (
     _read_scalars,
     _takes_part,
 )
-from lion_dist.kernels.triton_launch import TL_DTYPES, AddressTable, launch_on
+from lion_dist.triton_backend.launch import TL_DTYPES, AddressTable, launch_on
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _opposite_or_same(x, y):
 @triton.jit
 def _add_piece(
     sums,  # of grad, param, update, exp_avg [PIECE] fp64; flipped, agreement, zero, lost [PIECE] int32
-    param,  # pointers, as in triton_blocks._update_block
+    param,  # pointers, as in blocks._update_block
     main,
     exp_avg,
     grad,
@@ -86,7 +86,7 @@ def _add_piece(
     if main is not None:
         main = _pointers(main, start, offsets, ALIGNED)
 
-    # Update, as in triton_blocks._step_block.
+    # Update, as in blocks._step_block.
     p, m, g = _read_block(param, main, exp_avg, grad, mask, grad_scale)
     finite = tl.abs(g) < float("inf")
     c = m * beta1 + g * one_minus_beta1
@@ -123,7 +123,7 @@ def _add_piece(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _statistics_kernel(
-    rows,  # these and what follows: as triton_kernels._list_kernel's
+    rows,  # these and what follows: as kernels._list_kernel's
     grads,
     first_blocks,
     search_table,
@@ -188,7 +188,7 @@ def _statistics_kernel(
 def _launch_shape(tensors) -> LaunchShape:
     if INTERPRETED.value:  # which pays per block, not per element
         largest = triton.next_power_of_2(max(tensors.numels))
-        return LaunchShape(*2 * (min(triton_launch.INTERPRETER_BLOCK, largest),), num_warps=4)
+        return LaunchShape(*2 * (min(launch.INTERPRETER_BLOCK, largest),), num_warps=4)
     return LAUNCH_SHAPE
 
 
@@ -222,7 +222,7 @@ def measure(tensors, grads, scalars: StepScalars, *, grad_scale, active, seed) -
             EXP_AVG_DTYPE=TL_DTYPES[tensors.exp_avgs[0].dtype],
             GRAD_DTYPE=TL_DTYPES[grads[0].dtype],
             SCALARS_ON_DEVICE=isinstance(scalars.lr, Tensor),
-            STRIDE=triton_launch.SEARCH_STRIDE,
+            STRIDE=launch.SEARCH_STRIDE,
             BLOCK=shape.block,
             PIECE=shape.piece,
             num_warps=shape.num_warps,

@@ -3,7 +3,7 @@
 This rank's own addend is read where it lies, piece by piece, by a table of addresses; the others' have been received
 one after another. A program sums a block of one piece; padding between pieces is neither read nor written.
 
-Sums of squares are taken here of what is stored, in fp64 as everywhere (``kernels/squares_triton.py``): to read the
+Sums of squares are taken here of what is stored, in fp64 as everywhere (``triton_backend/squares.py``): to read the
 shards again for them would take 0.45 ms of a step (676 M bf16 elements, H100) that nothing else can hide.
 """
 

@@ -22,7 +22,7 @@ SumOfSquares = Callable[[Sequence[Tensor]], Tensor]  # [] fp64, of all elements,
 
 
 def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
-    """[] fp64, accumulated in fp64 in one pass. (On a GPU ``kernels/squares_triton.py`` is faster.)"""
+    """[] fp64, accumulated in fp64 in one pass. (On a GPU ``triton_backend/squares.py`` is faster.)"""
     return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64)).square().sum()
 
 

@@ -32,7 +32,7 @@ class SpikeWatch:
             brings the norm of a spike down to the limit, and is 1 in other steps. None without.
 
     Args:
-        backend: as ``kernels.update.choose_backend`` says. A window depends in last bits on the kind of device.
+        backend: as ``kernels.backends.choose_backend`` says. A window depends in last bits on the kind of device.
     """
 
     def __init__(self, guard: SpikeGuard, device: torch.device, backend: str):

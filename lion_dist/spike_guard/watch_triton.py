@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_dist.kernels.triton_launch import launch_on
+from lion_dist.triton_backend.launch import launch_on
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import torch
 from lion_dist import cli
 from lion_dist.cli import collective_check, machine_checks
 from lion_dist.cli.findings import BROKEN, NOTE, OK, Finding, report
-from lion_dist.kernels import cpu_native
+from lion_dist.cpu_backend import native
 from lion_dist.kernels.update import lion_update_
 
 SOUND = Finding("collectives", OK, "as they should be")
@@ -32,9 +32,9 @@ def no_ranks(monkeypatch):
 @pytest.fixture
 def no_compiler(monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
-    cpu_native.library.cache_clear()
+    native.library.cache_clear()
     yield
-    cpu_native.library.cache_clear()
+    native.library.cache_clear()
 
 
 def fake_deepspeed(monkeypatch, version: str) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lion_dist import cli, compiled_library
+from lion_dist import cli
 from lion_dist.cli import collective_check
 from lion_dist.cli.findings import OK, Finding
-from lion_dist.kernels import cpu_native
+from lion_dist.cpu_backend import compiled_library, native
 from tests.seeds import fuzz_seed
 from tests.test_compiled_library import put_in_place_of
 
@@ -211,7 +211,7 @@ def doctor(monkeypatch, tmp_path):
 
 
 def forget() -> None:
-    cpu_native.library.cache_clear()
+    native.library.cache_clear()
     compiled_library._warn_uncached.cache_clear()
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-import lion_dist.kernels.update
 from lion_dist import GradScaler, Lion
+from lion_dist.cpu_backend import eager, native
 from tests.integrations.fsdp_ranks import (
     BF16,
     FP32,
@@ -284,10 +284,9 @@ def count_launches(groups: int) -> list[int]:
     model, _, _ = make("split")
     params = list(model.parameters())
     opt = Lion([{"params": params[i::groups]} for i in range(groups)], **SETTINGS)
-    calls, updates = [], lion_dist.kernels.update.UPDATES
-    original = dict(updates)
-    for name, update in original.items():
-        updates[name] = lambda *args, update=update, **kwargs: (calls.append(1), update(*args, **kwargs))
+    calls, original = [], {backend: backend.update for backend in (eager, native)}
+    for backend, update in original.items():
+        backend.update = lambda *args, update=update, **kwargs: (calls.append(1), update(*args, **kwargs))
     try:
         counts = []
         for step in range(3):
@@ -296,7 +295,8 @@ def count_launches(groups: int) -> list[int]:
             opt.step()
             counts.append(len(calls))
     finally:
-        updates.update(original)
+        for backend, update in original.items():
+            backend.update = update
     return counts
 
 

@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lion_dist.kernels import cautious_triton, triton_kernels, triton_launch
-from lion_dist.kernels.triton_launch import TL_DTYPES, LaunchShape
+from lion_dist.triton_backend import cautious, kernels, launch
+from lion_dist.triton_backend.launch import TL_DTYPES, LaunchShape
 from tests.kernels.cases import BF16, FP16, FP32, INT16, Storage
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -48,7 +48,7 @@ AVERAGED = {
 def launch_shape(storage: Storage, grad_dtype: torch.dtype) -> LaunchShape:
     others = (storage.main or storage.param, storage.average or storage.param)
     dtypes = [storage.param, storage.exp_avg, grad_dtype, *others]
-    return triton_launch.LAUNCH_SHAPES[max(dtype.itemsize for dtype in dtypes), storage.is_stochastic]
+    return launch.LAUNCH_SHAPES[max(dtype.itemsize for dtype in dtypes), storage.is_stochastic]
 
 
 RULES = {"plain": (False, False), "cautious": (True, False), "cautious decay": (False, True), "both": (True, True)}
@@ -65,7 +65,7 @@ def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype, rule:
         "STOCHASTIC_MOMENTUM": storage.stochastic_momentum,
         "STOCHASTIC_AVERAGE": storage.average == BF16,
         "BLOCK": shape.block,
-        "MASKED_BLOCK": triton_launch.masked_block(shape),
+        "MASKED_BLOCK": launch.masked_block(shape),
         "VECTOR": shape.vector,
     }
     tl_types = {
@@ -77,27 +77,27 @@ def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype, rule:
     }
     types |= {} if storage.average is None else dict.fromkeys(("ema_decay", "one_minus_ema_decay"), "fp32")
     if kernel == "flat":
-        function = triton_kernels._flat_kernel
+        function = kernels._flat_kernel
         types |= {name.lower(): f"*{ty}".replace("int", "i") for name, ty in tl_types.items() if ty is not None}
         types |= {"numel": "i64", "index_start": "i64"} | ({"step": "*i64"} if storage.is_stochastic else {})
     else:
-        function = triton_kernels._list_kernel
+        function = kernels._list_kernel
         types |= {"rows": "*i64", "grads": "*i64", "first_blocks": "*i32", "search_table": "*i32"}
         types |= dict.fromkeys(["lr", "decay", "grad_scale", "skip", "active"], "*fp32")
         constants |= {f"{name}_DTYPE": ty for name, ty in tl_types.items()}
-        constants["STRIDE"] = triton_launch.SEARCH_STRIDE
+        constants["STRIDE"] = launch.SEARCH_STRIDE
     return compile_for_hopper(function, types, constants, shape.num_warps)
 
 
 def compile_count(storage: Storage, grad_dtype: torch.dtype):
     """The kernel that counts for a cautious step, with all arguments that it can have."""
     shape = launch_shape(storage, grad_dtype)
-    block, piece = cautious_triton.count_shape(shape)
+    block, piece = cautious.count_shape(shape)
     types = {"rows": "*i64", "grads": "*i64", "first_blocks": "*i32", "search_table": "*i32", "counts": "*i64"}
     types |= {"beta1": "fp32", "one_minus_beta1": "fp32", "grad_scale": "*fp32"}
     constants = {"EXP_AVG_DTYPE": TL_DTYPES[storage.exp_avg], "GRAD_DTYPE": TL_DTYPES[grad_dtype]}
-    constants |= {"STRIDE": triton_launch.SEARCH_STRIDE, "BLOCK": block, "PIECE": piece, "VECTOR": shape.vector}
-    return compile_for_hopper(cautious_triton._count_kernel, types, constants, shape.num_warps)
+    constants |= {"STRIDE": launch.SEARCH_STRIDE, "BLOCK": block, "PIECE": piece, "VECTOR": shape.vector}
+    return compile_for_hopper(cautious._count_kernel, types, constants, shape.num_warps)
 
 
 def compile_for_hopper(function, types: dict[str, str], constants: dict, num_warps: int, aligned: Sequence[str] = ()):

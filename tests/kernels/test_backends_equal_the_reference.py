@@ -7,9 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lion_dist.kernels import cpu, triton_blocks, triton_launch, update
+from lion_dist.cpu_backend import eager
+from lion_dist.kernels import chunked_reference
 from lion_dist.kernels.reference import StepScalars, join_main, split_main
 from lion_dist.kernels.update import LionTensors, count_aligned_elements, lion_update_
+from lion_dist.triton_backend import blocks, launch
 from tests.kernels.cases import AVERAGED, BF16, FP16, FP32, GRAD_DTYPES, INT16, STORAGES, Case, Storage, assert_same
 from tests.kernels.strategies import cases
 
@@ -19,12 +21,12 @@ BACKENDS = ["cpu", "cpu_native", "chunked_reference", "triton"]
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    if request.param == "triton" and not triton_blocks.INTERPRETED.value:
+    if request.param == "triton" and not blocks.INTERPRETED.value:
         pytest.skip("the kernels are compiled here: test_gpu.py compares them")
-    monkeypatch.setattr(triton_launch, "INTERPRETER_BLOCK", BLOCK)
-    monkeypatch.setattr(triton_launch, "SEARCH_STRIDE", 2)
-    monkeypatch.setattr(cpu, "CHUNK", BLOCK)
-    monkeypatch.setattr(update, "REFERENCE_CHUNK", BLOCK)
+    monkeypatch.setattr(launch, "INTERPRETER_BLOCK", BLOCK)
+    monkeypatch.setattr(launch, "SEARCH_STRIDE", 2)
+    monkeypatch.setattr(eager, "CHUNK", BLOCK)
+    monkeypatch.setattr(chunked_reference, "CHUNK", BLOCK)
     return request.param
 
 

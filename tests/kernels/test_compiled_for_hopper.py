@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from lion_dist.kernels.cautious_triton import PIECES
+from lion_dist.triton_backend.cautious import PIECES
 from tests.kernels.compile_ahead import AVERAGED, COUNTED, RULED, VARIANTS, launch_shape
 
 KINDS = VARIANTS | AVERAGED

@@ -5,8 +5,9 @@ import subprocess
 import pytest
 import torch
 
-from lion_dist.kernels import cpu_native
-from lion_dist.kernels.update import choose_backend, lion_update_
+from lion_dist.cpu_backend import native
+from lion_dist.kernels.backends import choose_backend
+from lion_dist.kernels.update import lion_update_
 from tests.kernels.cases import BF16, FP32, INT16, Case, Storage, assert_same
 
 CPU = torch.device("cpu")
@@ -17,9 +18,9 @@ def fresh_library(monkeypatch, tmp_path):
     """As in a new process of a user with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    cpu_native.library.cache_clear()
+    native.library.cache_clear()
     yield tmp_path
-    cpu_native.library.cache_clear()
+    native.library.cache_clear()
 
 
 def test_it_is_compiled_once_and_kept(fresh_library, monkeypatch):
@@ -28,19 +29,19 @@ def test_it_is_compiled_once_and_kept(fresh_library, monkeypatch):
     commands = []
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **more: commands.append(command) or start(command, **more))
-    cpu_native.library.cache_clear()
+    native.library.cache_clear()
     assert choose_backend(CPU, None) == "cpu_native"
     assert [command[1:] for command in commands] == [["--version"]]
     assert list((fresh_library / "lion_dist").iterdir()) == [kept]
 
 
 def test_another_source_is_another_binary(fresh_library, monkeypatch, tmp_path):
-    assert cpu_native.library() is not None
-    changed = tmp_path / "cpu_native.c"
-    changed.write_text(cpu_native.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(cpu_native, "SOURCE", changed)
-    cpu_native.library.cache_clear()
-    assert cpu_native.library() is not None
+    assert native.library() is not None
+    changed = tmp_path / "native.c"
+    changed.write_text(native.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(native, "SOURCE", changed)
+    native.library.cache_clear()
+    assert native.library() is not None
     assert len(list((fresh_library / "lion_dist").iterdir())) == 2
 
 
@@ -63,7 +64,7 @@ def test_a_compiler_that_fails_is_named(fresh_library, monkeypatch):
 @pytest.mark.parametrize("storage", [Storage(FP32, None, FP32), Storage(BF16, INT16, BF16, True)], ids=str)
 def test_threads_share_the_elements(monkeypatch, storage):
     """Pieces begin within blocks and within tensors; random bits go by the element, not by the piece."""
-    monkeypatch.setattr(cpu_native, "THREAD_NUMEL", 1000)
+    monkeypatch.setattr(native, "THREAD_NUMEL", 1000)
     before = torch.get_num_threads()
     case = Case.make(storage, storage.param, [7001, 0, 13, 2999], index_start=2**32 - 3000, step=3, seed=7)
     tensors = case.tensors()

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lion_dist.kernels import triton_launch
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.kernels.update import LionTensors, count_aligned_elements, lion_update_
+from lion_dist.triton_backend import launch
 from tests.kernels.cases import AVERAGED, BF16, FP32, GRAD_DTYPES, INT16, STORAGES, Case, Storage, assert_same
 from tests.kernels.strategies import cases
 
@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
-BLOCK = max(shape.block for shape in triton_launch.LAUNCH_SHAPES.values())
+BLOCK = max(shape.block for shape in launch.LAUNCH_SHAPES.values())
 NUMELS = [3 * BLOCK + 5, 0, 1, BLOCK, 100_003]
 STOCHASTIC = Storage(BF16, None, BF16, True)
 

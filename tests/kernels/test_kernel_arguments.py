@@ -10,17 +10,17 @@ pytest.importorskip("triton")
 
 from lion_dist.coded_sync import codes_triton
 from lion_dist.coded_sync import update_triton as coded_update_triton
-from lion_dist.kernels import cautious_triton, triton_kernels, triton_launch
 from lion_dist.kernels.reference import StepScalars
 from lion_dist.metrics import statistics_triton
 from lion_dist.spike_guard import watch_triton
+from lion_dist.triton_backend import cautious, kernels, launch
 from tests.kernels.cases import BF16, INT16, Case, Storage
 
 KERNELS = {
     name: function.fn
     for module in (
-        triton_kernels,
-        cautious_triton,
+        kernels,
+        cautious,
         statistics_triton,
         codes_triton,
         coded_update_triton,
@@ -65,8 +65,8 @@ class Kernel:
 @pytest.mark.parametrize("average", [None, BF16])
 @pytest.mark.parametrize("name, numels", [("_flat_kernel", [5000]), ("_list_kernel", [5000, 0, 70])])
 def test_a_compiled_kernel_is_launched_with_the_arguments_that_it_was_compiled_for(monkeypatch, name, numels, average):
-    kernel = Kernel(getattr(triton_kernels, name).arg_names)
-    monkeypatch.setattr(triton_launch, name, kernel)
+    kernel = Kernel(getattr(kernels, name).arg_names)
+    monkeypatch.setattr(launch, name, kernel)
     case = Case.make(Storage(BF16, INT16, BF16, average=average), BF16, numels)
     tensors, one, active = case.tensors(), torch.ones(()), torch.ones(len(numels))
     kinds = [{}, {"grad_scale": one}, {"skip": one}, {"active": active}, {"grad_scale": one, "skip": one}]
@@ -74,7 +74,7 @@ def test_a_compiled_kernel_is_launched_with_the_arguments_that_it_was_compiled_f
     kinds += [{"scalars": StepScalars.from_group(one, (0.9, 0.99), 0.1)}]
     kinds += [{"cautious_lrs": torch.ones(len(numels), 2)}, {"cautious_wd": True}]
     for kind in kinds * 2:
-        triton_launch.update(tensors, **(case.arguments() | kind))
+        launch.update(tensors, **(case.arguments() | kind))
     assert len(kernel.compiled) == len(kinds)
     for first, second in (compiled.launches for compiled in kernel.compiled):
         assert first[0] == second[0] and first[1].keys() == second[1].keys()
@@ -84,13 +84,13 @@ def test_a_compiled_kernel_is_launched_with_the_arguments_that_it_was_compiled_f
 
 
 def test_all_tensors_are_counted_in_one_launch_by_the_arguments_that_it_was_compiled_for(monkeypatch):
-    kernel = Kernel(cautious_triton._count_kernel.arg_names)
-    monkeypatch.setattr(cautious_triton, "_count_kernel", kernel)
+    kernel = Kernel(cautious._count_kernel.arg_names)
+    monkeypatch.setattr(cautious, "_count_kernel", kernel)
     case = Case.make(Storage(BF16, INT16, BF16), BF16, [5000, 0, 70])
     tensors, one = case.tensors(), torch.ones(())
     kinds = [{"grad_scale": None}, {"grad_scale": one}, {"grad_scale": one, "grads": [g.float() for g in case.grads]}]
     for kind in kinds * 2:
-        cautious_triton.count_aligned(tensors, **({"grads": case.grads, "scalars": case.scalars} | kind))
+        cautious.count_aligned(tensors, **({"grads": case.grads, "scalars": case.scalars} | kind))
     assert len(kernel.compiled) == len(kinds)
     for first, second in (compiled.launches for compiled in kernel.compiled):
         assert first[0] == second[0] and first[1].keys() == second[1].keys()

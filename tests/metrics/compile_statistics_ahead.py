@@ -9,9 +9,9 @@ import json
 
 import torch
 
-from lion_dist.kernels import triton_launch
-from lion_dist.kernels.triton_launch import TL_DTYPES
 from lion_dist.metrics import statistics_triton
+from lion_dist.triton_backend import launch
+from lion_dist.triton_backend.launch import TL_DTYPES
 from tests.kernels.cases import Storage
 from tests.kernels.compile_ahead import SCALARS, VARIANTS, compile_for_hopper, count_instructions
 
@@ -29,7 +29,7 @@ def compile_kernel(storage: Storage, grad_dtype: torch.dtype, all_arguments: boo
         "EXP_AVG_DTYPE": TL_DTYPES[storage.exp_avg],
         "GRAD_DTYPE": TL_DTYPES[grad_dtype],
         "SCALARS_ON_DEVICE": all_arguments,
-        "STRIDE": triton_launch.SEARCH_STRIDE,
+        "STRIDE": launch.SEARCH_STRIDE,
         "BLOCK": shape.block,
         "PIECE": shape.piece,
     }

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lion_dist.kernels import triton_blocks, triton_launch
 from lion_dist.kernels.reference import StepScalars, read_main
 from lion_dist.metrics import statistics
 from lion_dist.metrics.statistics import COLUMNS, measure
+from lion_dist.triton_backend import blocks, launch
 from tests.kernels.cases import BF16, FP32, STORAGES, Case, Storage
 from tests.kernels.strategies import cases
 
@@ -24,10 +24,10 @@ COUNTS = ("numel", "flipped", "agreement", "zero", "lost")
 
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request, monkeypatch):
-    if request.param == "triton" and not triton_blocks.INTERPRETED.value:
+    if request.param == "triton" and not blocks.INTERPRETED.value:
         pytest.skip("the kernels are compiled here: test_statistics_gpu.py compares them")
-    monkeypatch.setattr(triton_launch, "INTERPRETER_BLOCK", BLOCK)
-    monkeypatch.setattr(triton_launch, "SEARCH_STRIDE", 2)
+    monkeypatch.setattr(launch, "INTERPRETER_BLOCK", BLOCK)
+    monkeypatch.setattr(launch, "SEARCH_STRIDE", 2)
     monkeypatch.setattr(statistics, "CPU_CHUNK", BLOCK)
     return request.param
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 
-from lion_dist.kernels import squares_triton, triton_launch
-from lion_dist.kernels.triton_launch import TL_DTYPES
 from lion_dist.peer_memory import ordered_sum_triton
+from lion_dist.triton_backend import launch, squares
+from lion_dist.triton_backend.launch import TL_DTYPES
 from tests.kernels.cases import BF16, FP32
 from tests.kernels.compile_ahead import compile_for_hopper, count_instructions
 
@@ -19,12 +19,12 @@ TABLES = {"addresses": "*i64", "numels": "*i64", "first_blocks": "*i32", "search
 def compile_squares(dtype):
     constants = {
         "DTYPE": TL_DTYPES[dtype],
-        "STRIDE": triton_launch.SEARCH_STRIDE,
-        "BLOCK": squares_triton.BLOCK,
-        "PIECE": squares_triton.PIECE,
+        "STRIDE": launch.SEARCH_STRIDE,
+        "BLOCK": squares.BLOCK,
+        "PIECE": squares.PIECE,
     }
     types = TABLES | {"sums_of_blocks": "*fp64"}
-    return compile_for_hopper(squares_triton._squares_kernel, types, constants, squares_triton.NUM_WARPS)
+    return compile_for_hopper(squares._squares_kernel, types, constants, squares.NUM_WARPS)
 
 
 def compile_ordered_sum(dtype):

@@ -1,7 +1,7 @@
 """What Triton programs do with one block of one tensor: the arithmetic of ``reference.py``, with the same bits.
 
 The same three stages (read, update, store), no fused multiply-add (``enable_fp_fusion=False``), and rounding and random
-bits by integer arithmetic. ``triton_kernels.py`` brings blocks and tensors together.
+bits by integer arithmetic. ``kernels.py`` brings blocks and tensors together.
 """
 
 from __future__ import annotations

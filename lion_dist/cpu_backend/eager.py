@@ -13,6 +13,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from lion_dist.kernels.chunked_reference import count_in_chunks
 from lion_dist.kernels.reference import StepScalars, join_main, lion_step, random_bits, update_average
 
 # Elements of a chunk for each of torch's threads, which share an operation's chunk. 5 fp32 streams of it are 1.25 MiB.
@@ -76,6 +77,11 @@ def update(
             if average is not None:
                 scaled = grad if scale is None else grad.float() * scale
                 average.copy_(update_average(average, part, main, scaled, tensors.ema_decay, bits=bits))
+
+
+def count_aligned(tensors, grads, scalars: StepScalars, *, grad_scale: Tensor | None) -> Tensor:
+    """Arguments as ``count_aligned_elements``'s."""
+    return count_in_chunks(tensors, grads, scalars, grad_scale, CHUNK)
 
 
 def _update_chunk(param, main, exp_avg, grad, scalars, factors, scale, bits, stochastic_momentum, scratch) -> None:

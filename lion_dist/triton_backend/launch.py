@@ -1,4 +1,4 @@
-"""Launching the fused update of ``triton_kernels.py``: its shapes, and the table of addresses that a list is found by.
+"""Launching the fused update of ``kernels.py``: its shapes, and the table of addresses that a list is found by.
 
 Never autotune these kernels: autotuning runs a kernel several times, and each run would be a step on live state.
 The launch shapes were chosen by a sweep (``python -m lion_dist.benchmarks.update --sweep``).
@@ -17,8 +17,8 @@ from triton.runtime import driver
 
 from lion_dist.kernels import reference
 from lion_dist.kernels.reference import StepScalars
-from lion_dist.kernels.triton_blocks import INTERPRETED
-from lion_dist.kernels.triton_kernels import (
+from lion_dist.triton_backend.blocks import INTERPRETED
+from lion_dist.triton_backend.kernels import (
     AVERAGE,
     EXP_AVG,
     INDEX_START,

@@ -1,6 +1,6 @@
-"""The step on the CPU in C: ``cpu_native.c``, compiled at the first step (``compiled_library.py``) and kept.
+"""The step on the CPU in C: ``native.c``, compiled at the first step (``compiled_library.py``) and kept.
 
-PyTorch operations cannot fuse: in cache-sized chunks (``cpu.py``, used where there is no compiler) they take about
+PyTorch operations cannot fuse: in cache-sized chunks (``eager.py``, used where there is no compiler) they take about
 twice the time, and each of their OpenMP barriers waits for the slowest thread. Here every thread runs through its own
 range of elements once, called through ctypes, which lets go of the interpreter lock.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lion_dist import compiled_library
+from lion_dist.cpu_backend import compiled_library
 from lion_dist.kernels.reference import StepScalars, random_keys_int
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -101,8 +101,8 @@ def update(
     _call(library().lion_update, calls, sum(tensors.numels))
 
 
-def count_aligned(tensors, grads, scalars: StepScalars, *, grad_scale) -> list[int]:
-    """``reference.count_aligned`` of every tensor; arguments as ``lion_update_``'s."""
+def count_aligned(tensors, grads, scalars: StepScalars, *, grad_scale) -> torch.Tensor:
+    """Arguments as ``count_aligned_elements``'s, on the CPU; ``library()`` is not None."""
     struct = ctypes.byref(_scalars(scalars, grad_scale, 0))
     columns = (tensors.exp_avgs, grads)
     types = [TYPES[column[0].dtype] for column in columns]
@@ -116,7 +116,7 @@ def count_aligned(tensors, grads, scalars: StepScalars, *, grad_scale) -> list[i
     counts = [0] * len(tensors.numels)
     for i, count in zip(owners, _call(library().lion_count_aligned, calls, sum(tensors.numels)), strict=True):
         counts[i] += count
-    return counts
+    return torch.tensor(counts)
 
 
 def _piece_numel(tensors) -> int:

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_dist.kernels import triton_launch
 from lion_dist.kernels.reference import StepScalars
-from lion_dist.kernels.triton_blocks import INTERPRETED, _have_same_sign, _load_fp32, _pointers
-from lion_dist.kernels.triton_kernels import EXP_AVG, NUMEL, ROW, _find_tensor
-from lion_dist.kernels.triton_launch import (
+from lion_dist.triton_backend import launch
+from lion_dist.triton_backend.blocks import INTERPRETED, _have_same_sign, _load_fp32, _pointers
+from lion_dist.triton_backend.kernels import EXP_AVG, NUMEL, ROW, _find_tensor
+from lion_dist.triton_backend.launch import (
     TL_DTYPES,
     LaunchShape,
     address_table,
@@ -40,7 +40,7 @@ def _aligned(exp_avg, grad, mask, beta1, one_minus_beta1, grad_scale):
 
 @triton.jit(do_not_specialize=["rows", "grads", "first_blocks", "search_table", "grad_scale", "counts"])
 def _count_kernel(
-    rows,  # [T, ROW] int64, this and the next three: as triton_kernels._list_kernel's
+    rows,  # [T, ROW] int64, this and the next three: as kernels._list_kernel's
     grads,
     first_blocks,
     search_table,
@@ -102,7 +102,7 @@ def count_aligned(tensors, grads, scalars: StepScalars, *, grad_scale: Tensor | 
         "counts": counts,
         "EXP_AVG_DTYPE": TL_DTYPES[tensors.exp_avgs[0].dtype],
         "GRAD_DTYPE": TL_DTYPES[grads[0].dtype],
-        "STRIDE": triton_launch.SEARCH_STRIDE,  # what the table was built with
+        "STRIDE": launch.SEARCH_STRIDE,  # what the table was built with
         "BLOCK": block,
         "PIECE": piece,
         "VECTOR": shape.vector,

@@ -1,4 +1,4 @@
-/* The Lion step of reference.py on one thread, the same bits. Compiled by cpu_native.py with -ffp-contract=off.
+/* The Lion step of reference.py on one thread, the same bits. Compiled by native.py with -ffp-contract=off.
  *
  * Blocks of BLOCK elements pass through three stages in the L1 cache: read to fp32, update, store. Each stage is one
  * plain loop per storage type, which the compiler vectorizes; memory is read once and written once.

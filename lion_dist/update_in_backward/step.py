@@ -11,13 +11,13 @@ from torch import Tensor
 from lion_dist.full_params import FullParams
 from lion_dist.shard_state import ShardBatch, UpdateOrder
 from lion_dist.sharded_params import ShardedParams
-from lion_dist.sharding.backward_updates import BackwardUpdates
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.foreign_wrappers import refuse_late_grads
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.step_gradients import StepGradients
 from lion_dist.unused_params import NoGradientWarning
+from lion_dist.update_in_backward.updates import BackwardUpdates
 from lion_dist.update_terms import UpdateTerms
 
 _requires_grad = operator.attrgetter("requires_grad")

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_dist.kernels import triton_launch
-from lion_dist.kernels.triton_blocks import INTERPRETED, _load_fp32, _pointers
-from lion_dist.kernels.triton_kernels import _find_tensor
-from lion_dist.kernels.triton_launch import (
+from lion_dist.triton_backend import launch
+from lion_dist.triton_backend.blocks import INTERPRETED, _load_fp32, _pointers
+from lion_dist.triton_backend.kernels import _find_tensor
+from lion_dist.triton_backend.launch import (
     INTERPRETER_BLOCK,
     TL_DTYPES,
     addresses_in_capture,
@@ -35,7 +35,7 @@ BLOCK, PIECE, NUM_WARPS = 8192, 2048, 4  # elements a program, of them at a time
 def _squares_kernel(
     addresses,  # [T] int64
     numels,  # [T] int64
-    first_blocks,  # these two: as triton_kernels._list_kernel's
+    first_blocks,  # these two: as kernels._list_kernel's
     search_table,
     sums_of_blocks,  # [blocks] fp64
     DTYPE: tl.constexpr,
@@ -105,7 +105,7 @@ class SumOfSquares:
                     *tables.sizes,
                     sums,
                     DTYPE=TL_DTYPES[dtype],
-                    STRIDE=triton_launch.SEARCH_STRIDE,
+                    STRIDE=launch.SEARCH_STRIDE,
                     BLOCK=block,
                     PIECE=piece,
                     num_warps=NUM_WARPS,  # (fused multiply-add changes nothing: the square of an fp32 is exact in fp64)

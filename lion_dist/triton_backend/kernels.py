@@ -1,13 +1,13 @@
 """The fused update: one launch for a whole shard, or for a whole list of tensors.
 
-Each byte is read once and written once; what is done with a block of elements is in ``triton_blocks.py``.
+Each byte is read once and written once; what is done with a block of elements is in ``blocks.py``.
 
 Two kernels share one body. ``_flat_kernel`` takes one tensor's pointers as arguments, so that nothing has to be on
 the device before it starts. ``_list_kernel`` takes T tensors by a table of their addresses; a program finds its tensor
 by a binary search over the tensors' first blocks. A block of BLOCK elements takes the fast path (no masks, 128-bit
 accesses) when it is full and its tensors are aligned to 16 bytes; what is left, tails and unaligned views, takes masks.
 
-Here is what runs on the GPU; ``triton_launch.py`` is the host's side.
+Here is what runs on the GPU; ``launch.py`` is the host's side.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lion_dist.kernels.triton_blocks import _random_bits, _random_keys, _update_block
+from lion_dist.triton_backend.blocks import _random_bits, _random_keys, _update_block
 
 # Columns of the address table: one row of int64 a tensor.
 PARAM, MAIN, EXP_AVG, NUMEL, INDEX_START, STEP, AVERAGE = (tl.constexpr(column) for column in range(7))
