@@ -1,6 +1,9 @@
+import fcntl
 import gc
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,18 +35,41 @@ def gloo():
     pool.stop()
 
 
-@pytest.fixture(scope="module")
-def compiled_by(tmp_path_factory) -> Callable[[str], dict[str, dict[str, int]]]:
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable:
+    """``once(name, make)``: what ``make(folder)`` returns, for all processes of pytest that run side by side.
+
+    The first that asks makes it, in a folder that stays; it travels by pickle. Where it fails, the next one tries.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def ask(name: str, make: Callable[[Path], object]) -> object:
+        made, answer = folder / f"once-{name}", folder / f"once-{name}.pickle"
+        with (folder / f"once-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not answer.exists():
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir()
+                answer.write_bytes(pickle.dumps(make(made)))
+        return pickle.loads(answer.read_bytes())
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def compiled_by(once) -> Callable[[str], dict[str, dict[str, int]]]:
     """``compiled_by("tests.kernels.compile_ahead")`` is what ``python -m tests.kernels.compile_ahead`` prints: for each
     kernel its instructions, and how many of each. No GPU is needed."""
 
-    def run(module: str) -> dict[str, dict[str, int]]:
+    def run(module: str, cache: Path) -> dict[str, dict[str, int]]:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+        environment["TRITON_CACHE_DIR"] = str(cache)
         command = [sys.executable, "-m", module]
         root = Path(__file__).parents[1]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    return run
+    return lambda module: once(module, lambda folder: run(module, folder))

@@ -32,12 +32,15 @@ def forget() -> None:
 
 
 @pytest.fixture(scope="module")
-def compiler(tmp_path_factory) -> str:
+def compiler(once) -> str:
     """``cc``, which takes seconds for a source and compiles each once for all tests here."""
-    folder = tmp_path_factory.mktemp("compiler")
+    return once("compiler", compiler_that_keeps)
+
+
+def compiler_that_keeps(folder: Path) -> str:
     asked = 'for arg in "$@"; do [ "$arg" = "$out" ] || { [ -f "$arg" ] && cat "$arg" || echo "$arg"; }; done'
     text = f"""kept={folder}/$({{ {asked}; }} | cksum | tr ' ' -).so
-[ -f "$kept" ] || {{ cc "$@" && cp "$out" "$kept"; exit; }}
+[ -f "$kept" ] || {{ cc "$@" && cp "$out" "$kept.$$" && mv "$kept.$$" "$kept"; exit; }}
 cp "$kept" "$out"
 """
     return compiler_that(folder, LAST_IS_OUTPUT + text)

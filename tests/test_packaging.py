@@ -73,9 +73,12 @@ def run(command: list[object], cwd: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
+def built(once) -> Path:
     """A folder with the wheel and the source distribution, built from a copy of the project."""
-    folder = tmp_path_factory.mktemp("built")
+    return once("built", build)
+
+
+def build(folder: Path) -> Path:
     source = folder / "source"
     source.mkdir()
     for name in PUBLISHED:

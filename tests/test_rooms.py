@@ -68,8 +68,11 @@ def without(name: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("rooms")
+def said(once) -> str:
+    return once("rooms", train_without_each)
+
+
+def train_without_each(folder: Path) -> str:
     copies = [str(without(name, folder)) for name in ("nothing", *ROOMS)]
     command = [sys.executable, "-c", STEPS + EACH_IN_A_FORK, *copies]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def alone(text, tmp_path_factory):
-    return trained(text, tmp_path_factory.mktemp("alone"), 1)
+def alone(text, once):
+    return once("composed-alone", lambda folder: trained(text, folder, 1))
 
 
 @pytest.mark.parametrize("axis", ["--tensor-parallel", "--pipeline-parallel"])

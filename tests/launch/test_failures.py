@@ -16,14 +16,17 @@ KILLED = [(1, "backward", 5), (0, "reduce-scatter", 6), (1, "step", 7), (0, "all
 
 
 @pytest.fixture(scope="module")
-def killed(text, tmp_path_factory):
+def killed(text, once):
     """One job of six attempts: in five of them a rank is killed, each time in another phase."""
-    out = tmp_path_factory.mktemp("killed")
-    drills = ",".join(f"{phase}:{rank}:{step}" for rank, phase, step in KILLED)
-    flags = ["--data", text, "--steps", 12, "--checkpoint-every", 2, "--log-every", 1, "--resume", "auto", "--out", out]
-    command = jobs.torchrun(2, jobs.DRILL, drills, *jobs.TINY, *flags)
-    command.insert(command.index(str(jobs.DRILL)), f"--max-restarts={len(KILLED)}")
-    return out, jobs.run(command)
+
+    def run(out):
+        drills = ",".join(f"{phase}:{rank}:{step}" for rank, phase, step in KILLED)
+        flags = ["--data", text, "--steps", 12, "--checkpoint-every", 2, "--log-every", 1, "--resume", "auto"]
+        command = jobs.torchrun(2, jobs.DRILL, drills, *jobs.TINY, *flags, "--out", out)
+        command.insert(command.index(str(jobs.DRILL)), f"--max-restarts={len(KILLED)}")
+        return out, jobs.run(command)
+
+    return once("killed", run)
 
 
 @pytest.mark.slow
@@ -49,13 +52,16 @@ def test_after_five_kills_the_losses_are_those_of_a_run_that_nothing_befell(kill
 
 
 @pytest.fixture(scope="module")
-def ill(text, tmp_path_factory):
+def ill(text, once):
     """Six steps on two ranks. Rank 1 is slow throughout, and has a NaN gradient in step 3."""
-    out = tmp_path_factory.mktemp("ill")
-    flags = [*jobs.TINY, "--data", text, "--steps", 6, "--metrics-every", 2, "--out", out]
-    result = jobs.run(jobs.torchrun(2, jobs.DRILL, "nan:1:3+slow:1:any", *flags))
-    assert result.returncode == 0, result.stdout
-    return out, result.stdout
+
+    def run(out):
+        flags = [*jobs.TINY, "--data", text, "--steps", 6, "--metrics-every", 2, "--out", out]
+        result = jobs.run(jobs.torchrun(2, jobs.DRILL, "nan:1:3+slow:1:any", *flags))
+        assert result.returncode == 0, result.stdout
+        return out, result.stdout
+
+    return once("ill", run)
 
 
 @pytest.mark.slow

@@ -27,20 +27,12 @@ def train(text: Path, out: Path, *flags: object) -> tuple[list[dict], str]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], done.stdout
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(f"{i} green bottles hanging on the wall\n" for i in range(300)))
-    return path
-
-
 FLAGS = "--log-every 4 --metrics-every 2 --peak-tflops 0.1 --checkpoint-every 3".split()
 
 
 @pytest.fixture(scope="module")
-def first_run(text, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    return out, *train(text, out, "--steps", 7, *FLAGS)
+def first_run(text, once):
+    return once("logged", lambda out: (out, *train(text, out, "--steps", 7, *FLAGS)))
 
 
 def csv_of(out: Path) -> list[dict]:

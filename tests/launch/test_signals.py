@@ -1,6 +1,7 @@
 """SIGTERM saves and ends the run, SIGUSR1 saves and goes on, whichever rank they reach."""
 
 import os
+import shutil
 import signal
 import sys
 
@@ -79,11 +80,14 @@ def test_sigterm_during_start_up_ends_the_process_at_once(text, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def signalled(text, tmp_path_factory):
+def signalled(text, once):
     """Two ranks: SIGUSR1 reaches rank 1 in step 3, SIGTERM rank 0 in step 7; losses are exchanged every 2 steps."""
-    out = tmp_path_factory.mktemp("signalled")
-    flags = [*jobs.TINY, "--data", text, "--steps", 12, "--log-every", 2, "--out", out]
-    return out, jobs.run(jobs.torchrun(2, jobs.DRILL, "SIGUSR1:1:3+SIGTERM:0:7", *flags))
+
+    def run(out):
+        flags = [*jobs.TINY, "--data", text, "--steps", 12, "--log-every", 2, "--out", out]
+        return out, jobs.run(jobs.torchrun(2, jobs.DRILL, "SIGUSR1:1:3+SIGTERM:0:7", *flags))
+
+    return once("signalled", run)
 
 
 def test_signals_of_one_rank_are_acted_on_by_all_after_the_same_step(signalled, sharded):
@@ -94,8 +98,8 @@ def test_signals_of_one_rank_are_acted_on_by_all_after_the_same_step(signalled, 
     assert jobs.losses(out) == jobs.losses(sharded[0])[:8]
 
 
-def test_resumed_after_sigterm_the_losses_are_those_of_a_run_that_nothing_befell(signalled, sharded, text):
-    out, _ = signalled
+def test_resumed_after_sigterm_the_losses_are_those_of_a_run_that_nothing_befell(signalled, sharded, text, tmp_path):
+    out = shutil.copytree(signalled[0], tmp_path / "run")
     flags = [*jobs.TINY, "--data", text, "--steps", 12, "--resume", "auto", "--keep-last", 2, "--out", out]
     result = jobs.run(jobs.torchrun(2, jobs.COMPARE, *flags))
     assert result.returncode == 0, result.stdout

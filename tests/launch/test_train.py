@@ -61,20 +61,25 @@ def init(project, dir, config):
 
 
 @pytest.fixture(scope="module")
-def copied(text, tmp_path_factory):
+def copied(text, once):
     """The file alone in a folder of its own, trained for twelve steps on two ranks: (folder of the run, its output).
 
     With --wandb, and a stand-in for that package (the real one takes seconds: see the slow test below)."""
-    folder = tmp_path_factory.mktemp("copied")
-    program = shutil.copy(jobs.TRAIN, folder / "my_training.py")
-    packages = tmp_path_factory.mktemp("packages")
-    (packages / "wandb.py").write_text(WANDB)
-    path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
-    flags = [*jobs.TINY, "--data", text, "--steps", 12, "--checkpoint-every", 5, "--out", folder / "run"]
-    command = jobs.torchrun(2, program, *flags, "--wandb", "bottles")
-    result = jobs.finish(jobs.start(command, jobs.ENVIRONMENT | {"PYTHONPATH": path}))
-    assert result.returncode == 0, result.stdout
-    return folder / "run", result.stdout
+
+    def run(folder):
+        alone, packages, out = folder / "alone", folder / "packages", folder / "alone" / "run"
+        alone.mkdir()
+        packages.mkdir()
+        program = shutil.copy(jobs.TRAIN, alone / "my_training.py")
+        (packages / "wandb.py").write_text(WANDB)
+        path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
+        flags = [*jobs.TINY, "--data", text, "--steps", 12, "--checkpoint-every", 5, "--out", out]
+        command = jobs.torchrun(2, program, *flags, "--wandb", "bottles")
+        result = jobs.finish(jobs.start(command, jobs.ENVIRONMENT | {"PYTHONPATH": path}))
+        assert result.returncode == 0, result.stdout
+        return out, result.stdout
+
+    return once("copied", run)
 
 
 def test_a_copy_learns_and_leaves_metrics_and_checkpoints(copied):
