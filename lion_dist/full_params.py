@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from torch.nn import Parameter
 
@@ -14,6 +15,9 @@ from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.version_tracker import VersionTracker
 
+if TYPE_CHECKING:
+    from lion_dist.optional_guards import Guards
+
 
 class FullParams:
     """Keeps parameters and main params in step with each other, and replicas with their owners.
@@ -22,11 +26,18 @@ class FullParams:
         shards: of the optimizer; more may come to the list.
         hooks: on the module, which waits for its parameters; None: whoever updates waits itself.
         param_sync: how updated shards reach the other ranks.
+        guards: refuse and warn.
     """
 
-    def __init__(self, shards: Sequence[ShardState], hooks: ForwardHooks | None, param_sync: GatherParams):
+    def __init__(
+        self,
+        shards: Sequence[ShardState],
+        hooks: ForwardHooks | None,
+        param_sync: GatherParams,
+        guards: Guards,
+    ):
         self._shards, self._hooks, self.param_sync = shards, hooks, param_sync
-        self._versions = VersionTracker()
+        self._versions = VersionTracker(guards)
         self.weight_swap = WeightSwap()
         self.averages_move = False  # they have; until then they begin at whatever the parameters become
         self._changed: set[Bucket] = set()  # by somebody else, since the last step

@@ -33,10 +33,10 @@ from lion_dist.kernels.reference import StepScalars, skip_unusable
 from lion_dist.lion_batches import LionBatches
 from lion_dist.local_shard import LocalShard, local_tensor, share_axes
 from lion_dist.main_params import collective_safe_state, init_main_param
+from lion_dist.optional_guards import make_lion_guards
 from lion_dist.optional_metrics import NO_METRICS, make_step_metrics, refuse_unmeasured
 from lion_dist.param_checks import check_param
 from lion_dist.step_rule import SpikeGuard, StepRule, check_guard, check_torch_options, not_guarded, note_max_lr
-from lion_dist.unused_params import NoGradientWarning
 from lion_dist.update_batch import UpdateBatch
 
 
@@ -110,11 +110,11 @@ class Lion(Optimizer):
         self._spikes = None  # until the first step, when parameters are where they will stay
         self.use_triton = values.flag("use_triton", use_triton, optional=True)
         self._decoupled_from = decoupling_lr(lr, decoupled_weight_decay)
-        self._no_gradients = NoGradientWarning()
+        self._guards = make_lion_guards(self)
         self._hyperparameters = HyperparameterWatch(self._decoupled_from, self.rule.corrected_weight_decay)
         self.metrics_every = check_interval("metrics_every", metrics_every)
         self._step_metrics = NO_METRICS  # until the first step, when parameters are where they will stay
-        self._batches = LionBatches(self)
+        self._batches = LionBatches(self, self._guards)
         super().__init__(values.params(params), defaults)
 
     shares_verdict = False  # lion_dist.GradScaler: every rank that holds a shard knows of every other's overflow
@@ -134,8 +134,9 @@ class Lion(Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         # Present when load_state_dict() calls this; absent in a copy.
-        fresh = {"_batches": LionBatches(self, state["param_groups"]), "_step_metrics": NO_METRICS}
-        fresh |= {"_no_gradients": NoGradientWarning(), "weight_swap": WeightSwap()}
+        guards = make_lion_guards(self, state["param_groups"])
+        fresh = {"_guards": guards, "_batches": LionBatches(self, guards)}
+        fresh |= {"_step_metrics": NO_METRICS, "weight_swap": WeightSwap()}
         for name, value in fresh.items():
             self.__dict__.setdefault(name, value)
         super().__setstate__(state)
@@ -155,7 +156,7 @@ class Lion(Optimizer):
             for name, param in zip(names, group["params"], strict=True):
                 check_param(param, name)
                 self.precision.main_params_for(param.dtype)
-            self._batches.given.add(group)
+            self._guards.add_group(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -186,8 +187,7 @@ class Lion(Optimizer):
             from lion_dist.spike_guard.lion import judge_spikes
 
             grad_scale, skip = judge_spikes(self._spike_watch(), found, grad_scale, skip)
-        if self._no_gradients.is_waiting:
-            self._no_gradients.note_step_of(self.param_groups, bool(found))
+        self._guards.note_step(bool(found))
         self._make_step_metrics()
         self._step_metrics.begin_step()
         with self._step_metrics.clock.phase("update"):

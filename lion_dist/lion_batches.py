@@ -13,11 +13,12 @@ from lion_dist.adopted_state import fits
 from lion_dist.averages import KIND as AVERAGE
 from lion_dist.kernels.update import LionTensors
 from lion_dist.local_shard import check_memory, flat, local_tensor
-from lion_dist.param_checks import GivenParams, check_grad, check_no_overlap
+from lion_dist.param_checks import check_grad, check_no_overlap
 from lion_dist.update_batch import STATE_KEYS, GlobalIndex, KnownBatches, OwnWrites, UpdateBatch
 
 if TYPE_CHECKING:
     from lion_dist.lion import Lion
+    from lion_dist.optional_guards import GuardsOfLion
 
 _grad = operator.attrgetter("grad")
 
@@ -27,11 +28,10 @@ class LionBatches:
 
     Attributes:
         own_writes: which writes of parameters were the optimizer's.
-        given: the parameters that it was given; to begin with those of ``groups``.
     """
 
-    def __init__(self, optimizer: Lion, groups: Sequence[dict] = ()):
-        self._optimizer, self.given = optimizer, GivenParams(optimizer, groups)
+    def __init__(self, optimizer: Lion, guards: GuardsOfLion):
+        self._optimizer, self._guards = optimizer, guards
         self.own_writes = OwnWrites()
         self._known: dict[int, KnownBatches] = {}  # by id of the param group, from the last step
         self._index: GlobalIndex | None = None  # of the known batches; None: no random bits were drawn
@@ -46,7 +46,7 @@ class LionBatches:
             params, grads = [p for p in params if p.grad is not None], [g for g in grads if g is not None]
         known = self._known.get(id(group))
         if known is None or not known.holds(params):
-            self.given.check(group, is_first_step=not self._known)
+            self._guards.check_group(group, is_first_step=not self._known)
             if known is not None:
                 self.own_writes.take_over(known.batches)
             known = KnownBatches(params)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -12,9 +9,6 @@ from torch.nn.parameter import is_lazy
 from lion_dist.config import PARAM_DTYPES
 from lion_dist.local_shard import LocalShard, local_tensor
 from lion_dist.sharding.memory_format import overlaps_itself
-
-if TYPE_CHECKING:
-    from lion_dist.lion import Lion
 
 _DTYPES = ", ".join(map(str, PARAM_DTYPES))
 
@@ -83,28 +77,3 @@ def check_grad(param: Tensor, grad: Tensor) -> None:
             f"a gradient is on {grad.device}, its parameter of shape {tuple(param.shape)} on {local.device}. "
             "Call zero_grad() after moving a model, and run backward again."
         )
-
-
-class GivenParams:
-    """The parameters that ``optimizer`` was given, to tell them from what an engine puts in their place.
-
-    Args:
-        groups: that it has already.
-    """
-
-    def __init__(self, optimizer: Lion, groups: Sequence[dict]):
-        self._optimizer = optimizer
-        self._ids = {id(param) for group in groups for param in group["params"]}
-
-    def add(self, group: dict) -> None:
-        """Note the parameters of a new param group, and :meth:`check` them."""
-        self._ids.update(map(id, group["params"]))
-        self.check(group, is_first_step=False)
-
-    def check(self, group: dict, is_first_step: bool) -> None:
-        """Raise ValueError where an engine hides of a group's parameters what this optimizer needs to know."""
-        rule, guard = self._optimizer.rule, self._optimizer.skip_spikes
-        if rule.is_cautious or rule.ema_decay is not None or guard is not None:
-            from lion_dist.hidden_tensors import refuse_hidden
-
-            refuse_hidden(self._optimizer, group, rule, guard, self._ids, is_first_step)

@@ -30,13 +30,13 @@ from lion_dist.hyperparameters import check_hyperparameters, decoupling_lr
 from lion_dist.kernels.backends import choose_backend
 from lion_dist.kernels.reference import skip_unusable
 from lion_dist.observers import StepObservers, copies_of, watch_of
+from lion_dist.optional_guards import make_guards
 from lion_dist.param_sync import GatherParams
 from lion_dist.shard_builder import ShardBuilder
 from lion_dist.shard_state import ShardBatch, ShardState, UpdateOrder
 from lion_dist.sharded_optimizer import ShardedOptimizer
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.comm_stream import make_comm_stream
-from lion_dist.sharding.foreign_wrappers import refuse_wrapped
 from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.sharding.grad_norm import GradNorm
 from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
@@ -46,7 +46,6 @@ from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.state_dict.access import StateAccess
 from lion_dist.state_dict.full_state import maker_of_parts
 from lion_dist.step_gradients import StepGradients, choose_sum_of_squares
-from lion_dist.step_guard import StepGuard, refuse_bare_capture, refuse_blind_scaler
 from lion_dist.step_rule import SpikeGuard, StepRule, check_guard, check_torch_options, note_max_lr
 from lion_dist.update_terms import GroupScalars, UpdateTerms
 
@@ -139,10 +138,11 @@ class ShardedLion(ShardedOptimizer):
         self._progress = Progress()
         choices = self.sharding, self.precision, self._scalars.decoupled_from, self.rule, skip_spikes, metrics_every
         parts = _model_axes(model_parallel)
-        self._params = ShardedParams(module, resolve_groups(process_group), self.precision, choices, parts)
+        self._params = ShardedParams(module, resolve_groups(process_group), self.precision, parts)
+        self.guards = make_guards(self, self._params, choices)
         self._builder: ShardBuilder | None = None  # until all param groups have been checked
         super().__init__(values.params(params), defaults)
-        self._guard = StepGuard(self._params, taken)
+        self.guards.check_model(taken)
         device = self._params.first_device()
         # All user input has been checked: from here on ranks communicate, and tensors change.
         self.groups = self._meet_ranks()
@@ -161,30 +161,31 @@ class ShardedLion(ShardedOptimizer):
             copies=lambda: copies_of(self._params, self.buckets),
         )
         hooks = None if module is None else ForwardHooks(module)
-        self._full_params = FullParams(self.shards, hooks, self._make_param_sync(backend))
+        self._full_params = FullParams(self.shards, hooks, self._make_param_sync(backend), self.guards)
         self._order = UpdateOrder(device, one_by_one=sharding.update_in_backward)
         self._states = StateAccess(self._settled_state, self.groups, self._params.parts)
-        divisor = self.groups.num_ranks if sharding.average else 1
+        divisor, norm = self.groups.num_ranks if sharding.average else 1, self._make_grad_norm(device, backend)
         self._gradients = StepGradients(
             self._params,
-            lambda: self.param_groups,
             lambda: self._loss_scale,
             self.grad_scheduler,
-            GradientCheck(self._make_grad_norm(device, backend), divisor),
+            GradientCheck(norm, divisor),
             watch_of(skip_spikes, device, backend),
             stream,
             self._observers.clock,
-            before_reducing=self._before_reducing,
+            self.guards,
+            before_reducing=self._full_params.finish_sync,  # a step without a forward since the last
             adopt=self._add_buckets,
             used_in_backward=sharding.update_in_backward,
         )
+        self.guards.watch(self._gradients, norm)
         self._in_backward: BackwardStep | None = None
         if sharding.update_in_backward:
             from lion_dist.update_in_backward.step import BackwardStep
 
             self._in_backward = BackwardStep(
-                *(self._params, self._full_params, self._gradients, self.grad_scheduler, stream, self._order),
-                *(self._terms, self._update, self._send),
+                *(self._params, self.guards, self._full_params, self._gradients, self.grad_scheduler),
+                *(stream, self._order, self._terms, self._update, self._send),
                 may_wait=sharding.wait_in_backward,
             )
         clock, decay = self._observers.clock, self.rule.ema_decay
@@ -201,7 +202,7 @@ class ShardedLion(ShardedOptimizer):
         if self._params.parts is not None:
             self._params.parts.take_own_groups(self._params.own_groups)
         groups = self._params.groups_for({})
-        self._params.check_agreement(self.param_groups)  # before anything is hooked up or changed
+        self.guards.check_agreement(self.param_groups)  # before anything is hooked up or changed
         return groups
 
     @explained("the construction of ShardedLion")
@@ -213,7 +214,7 @@ class ShardedLion(ShardedOptimizer):
         self._params.check_copies(groups)
         if self.groups.is_first:
             logger.info("%s", self._builder.description(self.shards))
-        self._guard.note_params(groups)
+        self.guards.note_params()
 
     def _make_grad_norm(self, device: torch.device, backend: str) -> GradNorm:
         of_parts = GradNorm if self._params.parts is None else self._params.parts.grad_norm
@@ -237,9 +238,7 @@ class ShardedLion(ShardedOptimizer):
                 note_max_lr(group)
             self._params.check(group, next((p for g in self.param_groups for p in g["params"]), None))
             GradScheduler.refuse_others(group["params"], self._params.names_of(group))
-            if is_built:
-                refuse_wrapped(group["params"], None)
-                self._params.check_agreement([group])
+            self.guards.check_group(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -247,7 +246,7 @@ class ShardedLion(ShardedOptimizer):
         if is_built:
             self._add_buckets([(p, group) for p in group["params"]])
             self._params.check_copies([group])
-            self._guard.note_params(self.param_groups)
+            self.guards.note_params()
 
     def _add_buckets(self, params: list[tuple[Parameter, dict]]) -> None:
         """Buckets for ``params`` and their param groups, on all ranks together."""
@@ -280,8 +279,7 @@ class ShardedLion(ShardedOptimizer):
         self._gradients.check()
         checked = self._gradients.checked(skip_unusable(None, scalars.values()))
         self._full_params.note_sync_starts()
-        if self._guard.no_gradients.is_waiting:
-            self._guard.no_gradients.note_step(any(any(bucket.used) for bucket in self.buckets))
+        self.guards.note_step(self.buckets)
         terms = self._terms(checked, scalars)
         self._observers.begin_step()
         self._full_params.follow_outside_writes(self.shards)
@@ -306,15 +304,13 @@ class ShardedLion(ShardedOptimizer):
     def _begin_step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         values.closure(closure)
         self.weight_swap.refuse("step()")
-        refuse_blind_scaler(self)
+        self.guards.before_closure()
         self._states.forget_consolidated()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._counters.is_cuda and self._full_params.param_sync.leaves_gathers:
-            refuse_bare_capture()
-        if self._guard.check_step(self):
+        if self.guards.check_step(self._full_params.param_sync.leaves_gathers):
             self._full_params.look_at_modules()
         self._full_params.refuse_interrupted()
         return loss
@@ -339,7 +335,7 @@ class ShardedLion(ShardedOptimizer):
         self._full_params.param_sync.after_update(buckets)
 
     def _finish_backward_step(self) -> None:
-        self._in_backward.finish(self._loss_scale, self._guard.no_gradients)
+        self._in_backward.finish(self._loss_scale)
         skip = skip_unusable(None, self._scalars.of(self.param_groups).values())
         if skip is None:
             self._counters[0] += 1
@@ -348,7 +344,7 @@ class ShardedLion(ShardedOptimizer):
         self._end_step()
 
     def _end_step(self) -> None:
-        self._gradients.end_step()
+        self.guards.end_step()
         self._progress.step += 1
         self._forget_step()
         self._full_params.finish_step()
@@ -359,10 +355,6 @@ class ShardedLion(ShardedOptimizer):
         if self._in_backward is not None:
             self._in_backward.forget_step()
         self._gradients.gradient_check.forget_step()
-
-    def _before_reducing(self) -> None:
-        self._guard.refuse_new_wrappers()
-        self._full_params.finish_sync()  # a step without a forward since the last
 
 
 def _model_axes(model_parallel: ModelParallel | None) -> ModelAxes | None:

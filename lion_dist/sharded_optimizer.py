@@ -29,12 +29,12 @@ from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.state_dict.access import StateAccess
 from lion_dist.state_dict.live_state import LiveState
 from lion_dist.step_gradients import StepGradients
-from lion_dist.step_guard import StepGuard
 from lion_dist.step_rule import not_guarded
 from lion_dist.update_terms import GroupScalars
 
 if TYPE_CHECKING:
     from lion_dist.composed.axes import ModelAxes
+    from lion_dist.optional_guards import Guards
 
 
 class ShardedOptimizer(HoldsAverages, Optimizer):
@@ -43,11 +43,11 @@ class ShardedOptimizer(HoldsAverages, Optimizer):
     groups: ShardGroups
     shards: list[ShardState]
     grad_scheduler: GradScheduler
+    guards: Guards
     _builder: ShardBuilder
     _counters: Tensor
     _full_params: FullParams
     _gradients: StepGradients
-    _guard: StepGuard
     _observers: StepObservers
     _params: ShardedParams
     _progress: Progress
@@ -214,7 +214,7 @@ class ShardedOptimizer(HoldsAverages, Optimizer):
         self._full_params.close()
         self.grad_scheduler.close()
         self._params.own_groups.give_back()
-        self._guard.close()
+        self.guards.close()
 
     @torch.no_grad()
     @explained("broadcast_buffers()")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +14,6 @@ from lion_dist.config import PrecisionPolicy
 from lion_dist.hyperparameters import check_hyperparameters
 from lion_dist.local_shard import LocalShard, local_tensor
 from lion_dist.param_checks import check_param
-from lion_dist.sharding.agreement import check_ranks_agree
-from lion_dist.sharding.memory_checks import check_memory
-from lion_dist.sharding.memory_format import MemoryFormat
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import ShardGroups, resolve_groups
 
@@ -31,7 +27,6 @@ class ShardedParams:
     Args:
         module: gives parameters their names; None: they are numbered.
         groups: the ranks of parameters whose param group has no ``process_group`` of its own.
-        choices: of the optimizer, which have to be the same on all ranks.
         parts: the ranks that hold other parts of the model; None: there are none.
 
     Attributes:
@@ -47,10 +42,9 @@ class ShardedParams:
         module: nn.Module | None,
         groups: ShardGroups,
         precision: PrecisionPolicy,
-        choices: tuple = (),
         parts: ModelAxes | None = None,
     ):
-        self.groups, self.precision, self._choices, self.parts = groups, precision, choices, parts
+        self.groups, self.precision, self.parts = groups, precision, parts
         self.module_names = {} if module is None else {p: clean_name(n) for n, p in module.named_parameters()}
         self.module = module
         self.names: dict[Parameter, str] = {}
@@ -134,17 +128,6 @@ class ShardedParams:
                     f"parameter {name!r} is a DTensor: it is sharded already. Use lion_dist.Lion, which updates local "
                     "shards in place; or, for tensor parallel, pass model_parallel=ModelParallel(tensor=mesh['tp'])."
                 )
-        self.check_memory({n: p for n, p in zip(names, group["params"], strict=True) if p.requires_grad})
-
-    def check_memory(self, params: dict[str, Parameter]) -> None:
-        """Raise ValueError unless ``params``, which are about to get buckets, can move there."""
-        others = {name: param for param, name in (self.module_names | self.names).items()}
-        if self.module is not None:
-            others |= {f"buffer {clean_name(name)}": buffer for name, buffer in self.module.named_buffers()}
-        for dtype in dict.fromkeys(param.dtype for param in params.values()):
-            alike = {name: local_tensor(param) for name, param in params.items() if param.dtype == dtype}
-            everything = {name: local_tensor(param) for name, param in (others | params).items()}
-            check_memory(alike, everything, row_major=self.precision.is_stochastic(dtype))
 
     def add(self, group: dict) -> None:
         """Name and number the parameters of a checked ``group``."""
@@ -152,7 +135,7 @@ class ShardedParams:
         for name, param in zip(self.names_of(group), group["params"], strict=True):
             self.names[param] = name
             if group.get("process_group") is not None:
-                self._labels[param] = _label(self._num_groups, len(self._labels))
+                self._labels[param] = own_label(self._num_groups, len(self._labels))
             self.index_starts[param], numel = self._numel, param.numel()
             if self.parts is not None:
                 place = self.parts.add(name, param)
@@ -174,55 +157,10 @@ class ShardedParams:
         """A name that is the same on all ranks: experts of several groups of ranks may have names of their own."""
         return self._labels.get(param) or self.names[param]
 
-    def check_agreement(self, groups: list[dict]) -> None:
-        """Raise ValueError on every rank unless ``groups`` and the optimizer's choices are the same on all."""
-        torch_release = torch.__version__.split("+")[0]  # builds for other devices compute alike
-        entries = [("torch", (torch_release,)), ("ShardedLion", tuple(map(str, self._choices)))]
-        described = self._described(groups)
-        for axis in self.groups_for({}).axes:
-            check_ranks_agree(entries + described, axis)
-        if self.parts is not None:
-            self.parts.check_agreement(entries, described)
-        for group in groups:
-            for axis in self.groups_for(group).axes if group.get("process_group") is not None else ():
-                check_ranks_agree(self._described([group], with_names=True), axis)
 
-    def _described(self, groups: list[dict], *, with_names: bool = False) -> list[tuple[str, tuple]]:
-        """What has to be the same on all ranks, as entries for ``check_ranks_agree``.
-
-        ``with_names``: on the ranks of the groups' own ``process_group``, names count there too.
-        """
-        entries = []
-        for i, group in enumerate(groups):
-            settings = [str(_number(group.get(key))) for key in ("lr", "betas", "weight_decay", "max_lr")]
-            entries.append((f"param group {i}: lr, betas, weight_decay, max_lr", tuple(settings)))
-            for j, (name, param) in enumerate(zip(self.names_of(group), group["params"], strict=True)):
-                if group.get("process_group") is not None and not with_names:
-                    name = _label(i, j)
-                dims = MemoryFormat.of(local_tensor(param)).dims  # buffers are sent as they lie in memory
-                order = () if dims is None else (f"in memory by dimensions {dims}",)
-                order += tuple(f"placed {placement}" for placement in LocalShard.of(param).placements)
-                entries.append((name, (tuple(param.shape), str(param.dtype), param.requires_grad, *order)))
-        return entries
-
-
-def refuse_sparse_gradients(names: Mapping[Parameter, str], module: nn.Module | None) -> None:
-    """Raise TypeError when a layer of ``module`` gives one of the parameters sparse gradients."""
-    for layer in [] if module is None else module.modules():
-        weight = layer.weight if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse else None
-        if weight in names and weight.requires_grad:
-            raise TypeError(
-                f"the gradient of {names[weight]!r} is sparse, and Lion has no sparse update. Use "
-                f"nn.{type(layer).__name__}(sparse=False): untouched rows stay where they are without it too."
-            )
-
-
-def _label(group: int, position: int) -> str:
+def own_label(group: int, position: int) -> str:
+    """Label a parameter whose name may differ between ranks."""
     return f"parameter {position} of param group {group}, which has a process_group of its own"
-
-
-def _number(value):
-    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def clean_name(name: str) -> str:

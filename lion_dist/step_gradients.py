@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,28 +14,25 @@ from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding import full_grad
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.comm_stream import CommStream
-from lion_dist.sharding.foreign_wrappers import refuse_late_grads
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
 from lion_dist.sharding.phases import PhaseClock
 from lion_dist.sharding.scheduler import GradScheduler
-from lion_dist.step_choices import Factors, StepChoices
 from lion_dist.step_rule import SpikeGuard
 
 if TYPE_CHECKING:
+    from lion_dist.optional_guards import Guards
     from lion_dist.spike_guard.watch import SpikeWatch
-
-_requires_grad = operator.attrgetter("requires_grad")
 
 
 class StepGradients:
     """What ``clip_grad_norm_``, ``grad_norm``, ``full_grad`` and ``step`` ask of a step's gradients.
 
     Args:
-        param_groups: returns the optimizer's.
         loss_scale: returns that of a GradScaler around ``step()`` that has not unscaled.
         gradient_check: checks the gradients as a whole and keeps the factor that multiplies them.
         spikes: of ``skip_spikes``; None: no step is skipped for one.
+        guards: refuse gradients that would not count.
         before_reducing: called before the gradients that are left are reduced.
         used_in_backward: backward updates with each gradient as it comes, and none is left to ask about.
         adopt: gives buckets to parameters (and their groups) that take gradients now.
@@ -45,25 +41,24 @@ class StepGradients:
     def __init__(
         self,
         params: ShardedParams,
-        param_groups: Callable[[], Sequence[dict]],
         loss_scale: Callable[[], Tensor | None],
         scheduler: GradScheduler,
         gradient_check: GradientCheck,
         spikes: SpikeWatch | None,
         stream: CommStream,
         clock: PhaseClock,
+        guards: Guards,
         before_reducing: Callable[[], None],
         adopt: Callable[[list[tuple[Parameter, dict]]], None],
         *,
         used_in_backward: bool,
     ):
-        self._params, self._param_groups, self._loss_scale = params, param_groups, loss_scale
+        self._params, self.loss_scale, self._guards = params, loss_scale, guards
         self._scheduler, self.gradient_check, self.spikes = scheduler, gradient_check, spikes
         self._stream, self.clock = stream, clock
         self._before_reducing, self._adopt = before_reducing, adopt
         self._used_in_backward = used_in_backward
         self.buckets: list[Bucket] = []
-        self._factors: Factors | None = None  # that the last step has used
 
     # ---- reductions
 
@@ -77,7 +72,7 @@ class StepGradients:
         self.gradient_check.drop_outdated(self._scheduler.version)
         if self.gradient_check.result is None:
             self._reduce_what_is_left()
-        refuse_late_grads(self._params.names, self._params.module)
+        self._guards.refuse_late_grads()
 
     def _reduce_what_is_left(self) -> None:
         if self._scheduler.in_no_sync:
@@ -85,6 +80,7 @@ class StepGradients:
                 "step(), clip_grad_norm_() and grad_norm() inside no_sync() would use gradients that have not been "
                 "reduced. Leave the no_sync() block before the last backward of the step."
             )
+        self._guards.before_reducing()
         self._before_reducing()
         self._scheduler.finish_backward()
         if self._params.unfrozen():
@@ -97,10 +93,8 @@ class StepGradients:
         """Parameters that take gradients now get buckets. Every rank has started the reductions of the others, so that
         ranks with and without a batch come to the new ones' broadcast at the same point; and ranks have compared that
         they are the same ones."""
-        self.gradient_check.agreement.wait()
         unfrozen = self._params.unfrozen()
-        if unfrozen:
-            self._params.check_memory({self._params.names[param]: param for param, _ in unfrozen})
+        self._guards.check_unfrozen([param for param, _ in unfrozen])
         self._adopt(unfrozen)
         for param, _ in unfrozen:
             del self._params.frozen[param]
@@ -120,7 +114,7 @@ class StepGradients:
         if self.spikes is not None:
             with self.clock.phase("norm"):
                 loss = self.spikes.take_mean_loss(self._params.groups_for({}))
-                skip = self.spikes.verdict(self.gradient_check.norm(self._loss_scale()), loss, skip)
+                skip = self.spikes.verdict(self.gradient_check.norm(self.loss_scale()), loss, skip)
             self.gradient_check.clip_by(self.spikes.clip_coefficient)
         return self.gradient_check.skip_unusable(skip)
 
@@ -130,31 +124,15 @@ class StepGradients:
 
     def _run_check(self) -> None:
         with self.clock.phase("norm"):
-            self.gradient_check.run(self.buckets, self._scheduler.version, self.choices)
-
-    def choices(self) -> StepChoices:
-        """What has to be the same on all ranks in every step."""
-        label = self._params.label
-        unfrozen = [label(param) for param, _ in self._params.unfrozen()]
-        partly = [bucket for bucket in self.buckets if not all(map(_requires_grad, bucket.params))]  # 25 ns a parameter
-        frozen = [label(p) for bucket in partly for p in bucket.params if not p.requires_grad]
-        return StepChoices(self._factors_now(), self._factors, unfrozen, frozen)
-
-    def _factors_now(self) -> Factors:
-        check = self.gradient_check
-        loss_scale = self._loss_scale() if check.scaler_scale is None else check.scaler_scale
-        others = check.divisor, loss_scale, check.inverse_loss_scale, check.max_norm
-        return Factors.of(self._param_groups(), *others)
-
-    def end_step(self) -> None:
-        self._factors = self._factors_now()
+            agreement = self._guards.agreement
+            self.gradient_check.run(self.buckets, self._scheduler.version, agreement.begin(), agreement.end)
 
     # ---- one parameter's
 
     def read(self, param: Parameter) -> Tensor:
         """Return what ``ShardedLion.full_grad`` returns."""
         bucket, position = self._place_of(param)
-        return with_local(param, full_grad.read(bucket, position, self.gradient_check.unscaling(self._loss_scale())))
+        return with_local(param, full_grad.read(bucket, position, self.gradient_check.unscaling(self.loss_scale())))
 
     def write(self, param: Parameter, grad: Tensor) -> None:
         """Do what ``ShardedLion.set_full_grad`` does."""
@@ -166,7 +144,7 @@ class StepGradients:
         self.gradient_check.refuse_clipped("set_full_grad()")
         bucket, position = self._place_of(param)
         (local,) = local_grads_like([grad], [param])
-        full_grad.write(bucket, position, local.to(bucket.device), self.gradient_check.unscaling(self._loss_scale()))
+        full_grad.write(bucket, position, local.to(bucket.device), self.gradient_check.unscaling(self.loss_scale()))
         self._scheduler.version += 1
 
     def _place_of(self, param: Parameter) -> tuple[Bucket, int]:

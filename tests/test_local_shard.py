@@ -121,7 +121,7 @@ ANSWERS = {
     "local_shard.py",
     "grad_placement.py",  # whether a gradient lies as its parameter does
     "state_dict/full_state.py",  # a tensor that torch takes for a DTensor
-    "sharding/foreign_wrappers.py",  # names the wrappers that ShardedLion refuses
+    "guards/foreign_wrappers.py",  # names the wrappers that ShardedLion refuses
 }
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lion_dist import GradScaler, ShardedLion, ShardingConfig
+from lion_dist.guards.step_agreement import DisagreementError, hash_on_device
 from lion_dist.sharding.collective_error import CollectiveError
-from lion_dist.sharding.step_agreement import DisagreementError, hash_on_device
 from tests.models import mlp
 
 

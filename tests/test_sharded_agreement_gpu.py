@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lion_dist import ShardedLion, ShardingConfig
-from lion_dist.sharding.step_agreement import DisagreementError
+from lion_dist.guards.step_agreement import DisagreementError
 from tests.models import GivenGradients, mlp
 from tests.test_sharded_gpu import on_all_gpus
 from tests.test_sharded_own_groups import SumOverRanks

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from lion_dist import Lion
-from lion_dist.unused_params import STEPS_BEFORE_WARNING, NoGradientWarning
+from lion_dist.guards.unused_params import STEPS_BEFORE_WARNING, NoGradientWarning
 from tests.models import mlp
 
 MATCH = r"none of the optimizer's parameters had a gradient in its first 3 steps.*fully_shard.*PEFT.*Make the optimizer"
@@ -76,7 +76,7 @@ def test_nothing_is_said_once_a_gradient_was_there():
             opt.step()
 
     assert not warnings_of(late_and_then_never)
-    assert not opt._no_gradients.is_waiting
+    assert not opt._guards._no_gradients.is_waiting
 
 
 def test_one_parameter_with_a_gradient_is_enough():

@@ -21,7 +21,6 @@ from lion_dist.composed.model_parallel import ModelParallel
 from lion_dist.composed.places import ModelPlace, checksum
 from lion_dist.local_shard import LocalShard, local_tensor
 from lion_dist.sharding import collectives
-from lion_dist.sharding.agreement import Entry, check_ranks_agree
 from lion_dist.sharding.grad_norm import GradNorm, SumOfSquares
 from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import ShardGroups, resolve_groups
@@ -187,13 +186,6 @@ class ModelAxes:
         return [(self._names[p], local_tensor(p), groups) for p, place in self._places.items() if not place.is_cut]
 
     # ---- construction
-
-    def check_agreement(self, settings: list[Entry], described: list[Entry]) -> None:
-        """``settings``: equal on all ranks; ``described``: parameters, equal along ``tensor``."""
-        if self.tensor is not None:
-            check_ranks_agree(settings + described, self.tensor)
-        if self.pipeline is not None:
-            check_ranks_agree(settings, self.pipeline)
 
     def number(self, starts: dict[Parameter, int], names: Mapping[Parameter, str], numel: int) -> None:
         """Number the elements of all stages one after another, tied ones once; the first stage that has one counts it.

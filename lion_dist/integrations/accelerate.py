@@ -31,7 +31,6 @@ from torch.optim import Optimizer
 
 from lion_dist.grad_scaler import GradScaler
 from lion_dist.sharded_lion import ShardedLion
-from lion_dist.sharding.foreign_wrappers import find_wrapper
 
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -148,7 +147,7 @@ class ShardedAccelerator(Accelerator):
         if not isinstance(optimizer, ShardedLion):
             return super().prepare_optimizer(optimizer, device_placement)
         self._take(optimizer)
-        wrapper = find_wrapper(_params_of(optimizer), None)
+        wrapper = optimizer.guards.find_wrapper()
         if wrapper is not None:
             raise TypeError(
                 f"the model has been wrapped in {wrapper}, before its ShardedLion was known. Pass both to one call: "

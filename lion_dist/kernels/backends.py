@@ -54,20 +54,20 @@ def choose_backend(device: torch.device, use_triton: bool | None) -> str:
         _warn_no_triton()
     if device.type != "cpu":
         return "chunked_reference"
-    if not _has_room("cpu_backend"):
+    if not has_room("cpu_backend"):
         _warn_no_cpu_backend()
         return "chunked_reference"
     return importlib.import_module("lion_dist.cpu_backend").choose()  # a look-up, in every step
 
 
 @functools.cache
-def _has_room(name: str) -> bool:
+def has_room(name: str) -> bool:
     return importlib.util.find_spec(f"lion_dist.{name}") is not None
 
 
 @functools.cache
 def triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None and _has_room("triton_backend")
+    return importlib.util.find_spec("triton") is not None and has_room("triton_backend")
 
 
 @functools.cache

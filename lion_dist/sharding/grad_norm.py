@@ -1,9 +1,9 @@
 """What the check of a step's gradients finds: their global norm, whether they are finite, which parameters had any.
 
 One message per group of ranks: a vector in fp64 that is summed, ``[sum of squares, uses of parameter 0, ...]``, and
-among all ranks a hash of what they have chosen for this step (``step_agreement.py``). fp64 makes the norm independent
-of how the parameters are partitioned (in fp32, 56 of 200 partitions changed it), and no sum of squares of fp32 numbers
-overflows it: it is finite exactly when every gradient is.
+among all ranks a hash of what they have chosen for this step (``guards/step_agreement.py``). fp64 makes the norm
+independent of how the parameters are partitioned (in fp32, 56 of 200 partitions changed it), and no sum of squares of
+fp32 numbers overflows it: it is finite exactly when every gradient is.
 """
 
 from __future__ import annotations

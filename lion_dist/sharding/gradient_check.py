@@ -12,7 +12,6 @@ from torch import Tensor
 from lion_dist import values
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.grad_norm import GradNorm
-from lion_dist.sharding.step_agreement import Choices, StepAgreement
 
 
 @dataclass
@@ -39,14 +38,12 @@ class GradientCheck:
         self.result: CheckResult | None = None
         self.inverse_loss_scale: Tensor | None = None  # of a GradScaler that has unscaled already
         self.scaler_scale: Tensor | None = None  # its scale
-        self.agreement = StepAgreement(grad_norm.choosing_ranks, device)
         self.divisor: float | Tensor | None = None  # of this step; None: the default
         self.max_norm: float | Tensor | None = None  # that this step is clipped to
         self._grad_norm, self._device, self._default_divisor = grad_norm, device, divisor
         # Made once: small operations on the device cost 10 us of the host each, and a step ends with a row of them.
         self._default_unscaling = torch.full((), divisor, dtype=torch.float64, device=device).reciprocal()
         self._taken_or_skipped = torch.tensor([True, False]).to(device)
-        self._nothing = torch.zeros(0, dtype=torch.float64, device=device)
 
     def forget_step(self) -> None:
         self.result = self.divisor = self.inverse_loss_scale = self.scaler_scale = self.max_norm = None
@@ -62,12 +59,17 @@ class GradientCheck:
             )
         self.result = None
 
-    def run(self, buckets: Sequence[Bucket], grad_version: int, choices: Callable[[], Choices]) -> None:
-        """Ask all ranks, once, about the reduced gradients of ``buckets``, and compare their ``choices``."""
-        also = self.agreement.begin(choices()) if self.agreement.is_on else self._nothing
+    def run(
+        self, buckets: Sequence[Bucket], grad_version: int, also: Tensor, take_sum: Callable[[Tensor], None]
+    ) -> None:
+        """Ask all ranks, once, about the reduced gradients of ``buckets``.
+
+        Args:
+            also: [n] fp64, travels in the same message.
+            take_sum: is called with the sum of ``also`` over ranks; where it raises, there is no result.
+        """
         total, used, sums = self._grad_norm(buckets, also)
-        if self.agreement.is_on:
-            self.agreement.end(sums)
+        take_sum(sums)
         outcome = (total < math.inf) == self._taken_or_skipped  # NaN is not below
         self.result = CheckResult(total, outcome, outcome[1].float(), used, grad_version)
 

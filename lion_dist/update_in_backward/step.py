@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,12 +14,13 @@ from lion_dist.shard_state import ShardBatch, UpdateOrder
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.comm_stream import CommStream
-from lion_dist.sharding.foreign_wrappers import refuse_late_grads
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.step_gradients import StepGradients
-from lion_dist.unused_params import NoGradientWarning
 from lion_dist.update_in_backward.updates import BackwardUpdates
 from lion_dist.update_terms import UpdateTerms
+
+if TYPE_CHECKING:
+    from lion_dist.optional_guards import Guards
 
 _requires_grad = operator.attrgetter("requires_grad")
 
@@ -35,6 +37,7 @@ class BackwardStep:
     def __init__(
         self,
         params: ShardedParams,
+        guards: Guards,
         full_params: FullParams,
         gradients: StepGradients,
         scheduler: GradScheduler,
@@ -46,7 +49,7 @@ class BackwardStep:
         *,
         may_wait: bool,
     ):
-        self._params, self._full_params, self._gradients = params, full_params, gradients
+        self._params, self._guards, self._full_params, self._gradients = params, guards, full_params, gradients
         self._scheduler, self._stream, self._order = scheduler, stream, order
         self._terms, self._update, self._send = terms, update, send
         self._updates = BackwardUpdates(stream, self._update_bucket, may_wait)
@@ -71,7 +74,7 @@ class BackwardStep:
         self._send(batch)
         params.end_updates([bucket])
 
-    def finish(self, loss_scale: Tensor | None, warning: NoGradientWarning) -> None:
+    def finish(self, loss_scale: Tensor | None) -> None:
         """Every bucket has been updated, or its update is queued.
 
         Raises:
@@ -81,13 +84,10 @@ class BackwardStep:
             raise RuntimeError("step() inside no_sync(): the step's last backward pass has to run outside of it")
         if loss_scale is not None:
             raise RuntimeError("a GradScaler judges gradients before the update: use update_in_backward=False with it")
-        begun, agreement = self._updates.begun, self._gradients.gradient_check.agreement
-        refuse_late_grads({p: self._params.names[p] for bucket in begun for p in bucket.params}, self._params.module)
-        if warning.is_waiting:
-            warning.note_step(bool(begun) or any(param.grad is not None for param in self._params.names))
-        self._scheduler.start_all_but(begun)
+        self._guards.check_updated(self._updates.begun)
+        self._scheduler.start_all_but(self._updates.begun)
         with self._stream.fork(), self._gradients.clock.phase("norm"):
-            agreement.exchange(self._gradients.choices)
+            self._guards.agreement.exchange()
             self._stream.record_event(self._last_update)  # it has read a learning rate or divisor on the device, too
         if self._params.unfrozen():
             self._gradients.adopt_unfrozen()

@@ -114,7 +114,7 @@ ARITHMETIC = [
     ),
     Fault(
         "averages: an engine's flat copy is taken for the model's parameter",
-        "lion_dist/hidden_tensors.py",
+        "lion_dist/guards/hidden_tensors.py",
         "if id(param) not in given and not isinstance(param, Parameter):",
         "if id(param) not in given and False:",
         ("tests/test_hidden_tensors.py::test_a_flat_copy_that_comes_after_some_steps_is_refused",),

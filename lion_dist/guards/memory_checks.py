@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lion_dist.local_shard import local_tensor
+from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.memory_format import MemoryFormat, is_dense, overlaps_itself
 
 
@@ -60,6 +62,31 @@ def warn_of_another_format(names: Sequence[str]) -> None:
         "were given another memory format after ShardedLion was made, which keeps the one of then. Convert the model "
         "first (model.to(memory_format=...)), and construct the optimizer after.",
     )
+
+
+def refuse_tied_memory(bucket: Bucket, moved: Sequence[int], buckets: Sequence[Bucket]) -> None:
+    """Raise RuntimeError where one of the parameters ``moved`` of ``bucket`` was given the memory of another."""
+    for i in moved:
+        param, own = bucket.params[i], bucket.place_of(i)
+        address = local_tensor(param).data_ptr()
+        if own.data_ptr() == address:
+            continue  # its own memory, seen with other strides
+        names = [name for other in buckets if (name := other.name_at(address)) is not None]
+        if names:
+            raise RuntimeError(
+                f"parameter {bucket.names[i]!r} was given the memory of {names[0]!r} after ShardedLion was made, "
+                "which keeps each parameter in a place of its own: they would be trained apart. Tie the "
+                "parameters themselves (head.weight = embedding.weight) before constructing the optimizer."
+            )
+
+
+def warn_of_loss(bucket: Bucket, moved: Sequence[int]) -> None:
+    """Values are kept when parameters are taken back; sharing with other processes, or a memory format, is not."""
+    pairs = [(bucket.names[i], local_tensor(bucket.params[i]), bucket.place_of(i)) for i in moved]
+    warn_of_shared_memory([name for name, param, _ in pairs if is_shared_with_processes(param)])
+    alike = [(name, param, place) for name, param, place in pairs if param.shape == place.shape]
+    orders = [(name, MemoryFormat.of(param).dims, MemoryFormat.of(place).dims) for name, param, place in alike]
+    warn_of_another_format([name for name, now, then in orders if now != then])
 
 
 def _warn(names: Sequence[str], what: str) -> None:

@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from lion_dist.guards.agreement import Entry
+from lion_dist.guards.step_choices import RankChoices, StepChoices
 from lion_dist.sharding import collectives
-from lion_dist.sharding.agreement import Entry
 from lion_dist.sharding.process_groups import RankGroups
 
 HASH_BITS = 40
@@ -41,32 +41,23 @@ class DisagreementError(RuntimeError):
     """Ranks multiply with different numbers, or train different parameters; raised on every rank."""
 
 
-class Choices(Protocol):
-    """What has to be the same on all ranks. ``repr()`` says all of it but what lies on the device, and is quick."""
-
-    def entries(self) -> list[Entry]:
-        """Return all values by name, also those on the device; for an error."""
-
-    def tensors(self) -> Sequence[Tensor]:
-        """[] or [1], on the device: what ``repr()`` does not say."""
-
-
 @dataclass(frozen=True)
 class _Message:
     """This rank's part of one message, for as long as nobody has looked at its sum."""
 
     number: int
-    choices: Choices
+    choices: StepChoices
     own: Tensor  # [1] fp64
 
 
 class StepAgreement:
     """Compares what the ranks of ``groups`` have chosen, once a message; all ranks call everything together."""
 
-    def __init__(self, groups: RankGroups, device: torch.device):
-        self._groups, self._device = groups, device
+    def __init__(self, groups: RankGroups, device: torch.device, choices: RankChoices):
+        self._groups, self._device, self._choices = groups, device, choices
         # Ranks that are only pretended send nothing.
-        self.is_on = groups.num_ranks > 1 and all(dist.get_backend(axis) != "fake" for axis in groups.axes)
+        self._is_on = groups.num_ranks > 1 and all(dist.get_backend(axis) != "fake" for axis in groups.axes)
+        self._nothing = torch.zeros(0, dtype=torch.float64, device=device)
         self._bits = min(HASH_BITS, 52 - groups.num_ranks.bit_length())
         self._messages = 0
         self._last: tuple[int, Tensor] | None = None  # the last hash of choices without tensors, and it on the device
@@ -74,23 +65,28 @@ class StepAgreement:
         self._copied: torch.cuda.Event | None = None  # when the outcome of _message is on the host
         self._on_host: Tensor | None = None
 
-    def begin(self, choices: Choices) -> Tensor:
-        """[1] fp64 on the device, to be summed over all ranks and given to :meth:`end`.
+    def begin(self) -> Tensor:
+        """[1] fp64 on the device, to be summed over all ranks and given to :meth:`end`; [0] where nothing is compared.
 
         Raises:
             DisagreementError: the last message has shown a difference, on a GPU.
         """
+        if not self._is_on:
+            return self._nothing
         self.wait()
         self._messages += 1
+        choices = self._choices.now()
         self._message = _Message(self._messages, choices, self._hash(choices))
         return self._message.own
 
     def end(self, total: Tensor) -> None:
-        """``total`` [1] fp64: the sum over ranks.
+        """``total``: the sum over ranks.
 
         Raises:
             DisagreementError: there is a difference, on a CPU.
         """
+        if not self._is_on:
+            return
         differs = torch.sub(total, self._message.own, alpha=self._groups.num_ranks)
         if not differs.is_cuda:
             self._on_host = differs
@@ -117,15 +113,20 @@ class StepAgreement:
         if self._on_host.item():
             raise DisagreementError(_say(self._everybodys(message)))
 
-    def exchange(self, choices: Callable[[], Choices]) -> None:
+    def exchange(self) -> None:
         """:meth:`begin` and :meth:`end`, by a message of its own."""
-        if self.is_on:
-            total = self.begin(choices()).clone()
+        if self._is_on:
+            total = self.begin().clone()
             for axis in self._groups.axes:
                 collectives.all_reduce(total, axis)
             self.end(total)
 
-    def _hash(self, choices: Choices) -> Tensor:
+    def end_step(self) -> None:
+        """The step's updates have been made with what :class:`RankChoices` finds now."""
+        if self._is_on:
+            self._choices.end_step()
+
+    def _hash(self, choices: StepChoices) -> Tensor:
         digest = hashlib.blake2b(repr(choices).encode(), digest_size=8).digest()
         number, tensors = int.from_bytes(digest) >> (64 - self._bits), choices.tensors()
         if tensors:

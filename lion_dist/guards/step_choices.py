@@ -1,14 +1,22 @@
-"""What a step of ``ShardedLion`` multiplies with and trains: ``sharding/step_agreement.py`` compares it over ranks."""
+"""What a step of ``ShardedLion`` multiplies with and trains: ``step_agreement.py`` compares it over ranks."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from lion_dist.sharding.agreement import Entry
+from lion_dist.guards.agreement import Entry
+from lion_dist.sharded_params import ShardedParams
+
+if TYPE_CHECKING:
+    from lion_dist.sharded_lion import ShardedLion
+    from lion_dist.step_gradients import StepGradients
+
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,7 +75,7 @@ class Factors(NamedTuple):
 
 
 class StepChoices(NamedTuple):
-    """``sharding.step_agreement.Choices`` of a step.
+    """What has to be the same on all ranks. ``repr()`` says all of it but what lies on the device, and is quick.
 
     What is set after the step's message (clipping), and what is changed between it and the update, is in the next
     step's ``before``. There only what the host knows is compared: what was on the device may have changed since.
@@ -79,6 +87,7 @@ class StepChoices(NamedTuple):
     frozen: Sequence[str]  # parameters in buckets that take no gradients
 
     def entries(self) -> list[Entry]:
+        """Return all values by name, also those on the device; for an error."""
         before = [] if self.before is None else self.before.entries(when=" in the step before")
         lists = [
             ("the list of parameters that take gradients from now on (requires_grad)", list(self.unfrozen)),
@@ -87,4 +96,30 @@ class StepChoices(NamedTuple):
         return [*lists, *self.now.entries(), *before]
 
     def tensors(self) -> list[Tensor]:
+        """[] or [1], on the device: what ``repr()`` does not say."""
         return self.now.tensors()
+
+
+class RankChoices:
+    """This rank's choices, for the step that ``gradients`` are of."""
+
+    def __init__(self, optimizer: ShardedLion, params: ShardedParams, gradients: StepGradients):
+        self._optimizer, self._params, self._gradients = optimizer, params, gradients
+        self._before: Factors | None = None  # that the last step has used
+
+    def now(self) -> StepChoices:
+        label = self._params.label
+        unfrozen = [label(param) for param, _ in self._params.unfrozen()]
+        buckets = self._gradients.buckets
+        partly = [bucket for bucket in buckets if not all(map(_requires_grad, bucket.params))]  # 25 ns a parameter
+        frozen = [label(p) for bucket in partly for p in bucket.params if not p.requires_grad]
+        return StepChoices(self._factors(), self._before, unfrozen, frozen)
+
+    def end_step(self) -> None:
+        self._before = self._factors()
+
+    def _factors(self) -> Factors:
+        check = self._gradients.gradient_check
+        loss_scale = self._gradients.loss_scale() if check.scaler_scale is None else check.scaler_scale
+        others = check.divisor, loss_scale, check.inverse_loss_scale, check.max_norm
+        return Factors.of(self._optimizer.param_groups, *others)

@@ -7,12 +7,6 @@ replaced after the optimizer was made.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-
-from torch import Tensor
-from torch.nn.parameter import is_lazy
-
-from lion_dist.local_shard import local_tensor
 
 STEPS_BEFORE_WARNING = 3  # a first step without gradients is not unusual: it silences a scheduler's warning
 
@@ -30,14 +24,6 @@ class NoGradientWarning:
     def __init__(self):
         self.is_waiting = True
         self._steps = 0
-
-    def note_step_of(self, param_groups: Sequence[dict], any_gradients: bool) -> None:
-        """:meth:`note_step`, of steps that were to train something: with a learning rate, and parameters here."""
-        if not any(isinstance(group["lr"], Tensor) or group["lr"] for group in param_groups):
-            return  # torch.distributed.checkpoint makes state by such a step, with gradients of its own
-        params = [param for group in param_groups for param in group["params"]]
-        if any_gradients or any(is_lazy(p) or local_tensor(p).numel() for p in params):
-            self.note_step(any_gradients)
 
     def note_step(self, any_gradients: bool) -> None:
         """Count one step, in which ``any_gradients`` of the optimizer's parameters were there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from lion_dist.sharding.agreement import Entry, check_ranks_agree
+from lion_dist.guards.agreement import Entry, check_ranks_agree
 
 
 def compare(entries_by_rank: list[list[Entry]]) -> str | None:
