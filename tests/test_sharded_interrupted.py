@@ -161,6 +161,12 @@ def interrupt_everywhere(name: str, most: int, dtype: torch.dtype = torch.float3
 
 
 @pytest.mark.parametrize("name", SHARDINGS)
+def test_zero_grad_recovers_from_an_exception_at_any_call(gloo, name):
+    print(gloo.run(1, interrupt_everywhere, name, 300))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDINGS)
 def test_zero_grad_recovers_from_an_exception_at_every_call(gloo, name):
     print(gloo.run(1, interrupt_everywhere, name, 10**6))
 

@@ -15,6 +15,7 @@ from lion_dist.benchmarks import fsdp_step
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_rows_carry_ratios_and_versions_and_peers_in_trouble_are_named(tmp_path):
     (tmp_path / "flashoptim.py").write_text("def FlashLion(*_, **__): raise RuntimeError('no shards')")
     (tmp_path / "optimi.py").write_text("raise ImportError('no optimi')")

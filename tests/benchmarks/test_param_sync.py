@@ -10,6 +10,7 @@ import pytest
 SMALL = ["--layers", "1", "--dim", "64", "--vocab", "512", "--seq-len", "8", "--steps", "1", "--burst", "2"]
 
 
+@pytest.mark.slow
 def test_codes_send_less_than_a_gather_and_train_alike(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "lion_dist.benchmarks.param_sync", *SMALL, "--csv", str(tmp_path / "sync.csv")]

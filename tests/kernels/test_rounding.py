@@ -1,5 +1,6 @@
 """The rounding of the reference implementation, on its own: what it must keep, and what it must be on average."""
 
+import pytest
 import torch
 
 from lion_dist.kernels.reference import (
@@ -97,6 +98,7 @@ def test_stochastic_rounding_is_unbiased():
         assert torch.isclose(rounded.mean(), x[0].double(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_20000_steps_of_decay_alone_survive_without_main_params():
     """lr * wd = 1e-5 is far below bf16's 2**-8: rounded to nearest, the weights would stay at 1.0 for ever."""
     numel, lr, weight_decay = 2000, 1e-4, 0.1

@@ -54,6 +54,7 @@ def test_table_shows_each_rank_with_its_share_of_the_momentum(sharded):
     assert max(rank["exp_avg"] for rank in ranks) <= 4 * numel / 2 + 4 * padding
 
 
+@pytest.mark.slow
 def test_resumed_run_repeats_the_losses_of_one_never_stopped(sharded, text, tmp_path):
     """As after a kill at step 7, whose checkpoint of step 5 is the last complete one."""
     out, _ = sharded
@@ -106,6 +107,7 @@ def test_two_ranks_see_the_data_of_one(sharded, text, tmp_path):
     assert rows[-1]["loss"] == pytest.approx(two_ranks[-1]["loss"], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -157,6 +159,7 @@ def test_bad_input_exits_with_2_and_sets_up_nothing(flags, message, tmp_path, mo
     assert not (tmp_path / "run").exists() and not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_bad_data_path_is_said_once_by_two_ranks(tmp_path):
     result = run(2, "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
     assert result.returncode != 0

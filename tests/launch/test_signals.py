@@ -98,6 +98,7 @@ def test_signals_of_one_rank_are_acted_on_by_all_after_the_same_step(signalled, 
     assert jobs.losses(out) == jobs.losses(sharded[0])[:8]
 
 
+@pytest.mark.slow
 def test_resumed_after_sigterm_the_losses_are_those_of_a_run_that_nothing_befell(signalled, sharded, text, tmp_path):
     out = shutil.copytree(signalled[0], tmp_path / "run")
     flags = [*jobs.TINY, "--data", text, "--steps", 12, "--resume", "auto", "--keep-last", 2, "--out", out]

@@ -149,6 +149,7 @@ def test_a_run_that_begins_anew_sets_the_earlier_one_aside(copied, text, tmp_pat
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-000002"]
 
 
+@pytest.mark.slow
 def test_signals_of_one_rank_save_on_all_and_torchrun_starts_again_what_it_may(text, tmp_path):
     """SIGUSR1 saves. SIGTERM to one rank of two saves and ends both; the other one asks torchrun to go on."""
     flags = [*jobs.TINY, "--data", text, "--steps", 400, "--log-every", 1, "--resume", "auto", "--out", tmp_path]
