@@ -1,5 +1,4 @@
 import fcntl
-import gc
 import json
 import os
 import pickle
@@ -20,9 +19,14 @@ torch.set_num_threads(1)  # several ranks share the cores
 hypothesis.settings.load_profile("ci")  # the same examples everywhere, and no deadline: the machine may be busy
 
 
-def pytest_collection_finish(session):
-    gc.collect()
-    gc.freeze()  # what has been imported need not be looked through after every test
+MODULES = pytest.StashKey[int]()
+
+
+def pytest_runtest_setup(item):
+    """What has been imported, by the collection or by a test, need not be looked through in every later test."""
+    from tests.gloo_workers import put_imports_aside
+
+    item.config.stash[MODULES] = put_imports_aside(item.config.stash.get(MODULES, 0))
 
 
 @pytest.fixture(scope="session")

@@ -168,7 +168,7 @@ def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
     faulthandler.register(signal.SIGUSR1, file=stacks_file)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     connection.send_bytes(b"ready")
-    modules = _put_imports_aside(0)
+    modules = put_imports_aside(0)
     while True:
         try:
             task = connection.recv_bytes()
@@ -176,7 +176,7 @@ def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
             return
         try:
             function, args, world_size, number, timeout = pickle.loads(task)
-            modules = _put_imports_aside(modules)
+            modules = put_imports_aside(modules)
             _meet(dist.PrefixStore(f"task{number}", store), rank, world_size, timeout)
             try:
                 answer = pickle.dumps((True, function(*args)))
@@ -185,11 +185,11 @@ def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
-        modules = _put_imports_aside(modules)
+        modules = put_imports_aside(modules)
         gc.collect()  # optimizers are cycles; they keep a process group and its threads, which wake 100 times a second
 
 
-def _put_imports_aside(modules: int) -> int:
+def put_imports_aside(modules: int) -> int:
     """Where more than ``modules`` have been imported, nobody need look through them later: the search for garbage, and
     ``ShardedLion``'s for wrappers, which took nine tenths of a small test. Returns how many have been imported."""
     if len(sys.modules) > modules:
