@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lion_dist.kernels.backends import has_room
+from lion_dist.kernels import backends
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.grad_norm import GradNorm
@@ -115,7 +115,7 @@ class NoGuards:
 
 @functools.cache
 def _has_guards() -> bool:
-    if has_room("guards"):
+    if backends.has_room("guards"):
         return True
     warnings.warn(
         "lion_dist: this copy has no guards/, so a model or a step that cannot train as it says is not refused. "

@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests import triton_interpreter
+
 MAX_RANKS = 4
 TASK_TIMEOUT = 120.0  # seconds; the machine may be busy with other things
 MAX_THREADS = 150  # of a worker: torch's caches of DTensors keep meshes, whose gloo threads wake 100 times a second
@@ -193,6 +195,7 @@ def put_imports_aside(modules: int) -> int:
     """Where more than ``modules`` have been imported, nobody need look through them later: the search for garbage, and
     ``ShardedLion``'s for wrappers, which took nine tenths of a small test. Returns how many have been imported."""
     if len(sys.modules) > modules:
+        triton_interpreter.hasten()
         gc.collect()
         gc.freeze()
     return len(sys.modules)

@@ -15,6 +15,7 @@ from lion_dist import Lion, ShardedLion, ShardingConfig, optional_guards
 from lion_dist.guards.lion_guards import LionGuards
 from lion_dist.guards.sharded_guards import ShardedGuards
 from lion_dist.guards.step_agreement import StepAgreement
+from lion_dist.kernels import backends
 from lion_dist.optional_guards import NoAgreement, NoGuards, NoLionGuards
 from lion_dist.sharding.bucket import ParamState
 from tests.models import make_batch, make_model, mlp
@@ -82,7 +83,7 @@ def test_parameters_that_move_within_the_module_are_waited_for_without_guards():
 
 
 def test_a_copy_without_guards_says_so_once(monkeypatch):
-    monkeypatch.setattr(optional_guards, "has_room", lambda name: name != "guards")
+    monkeypatch.setattr(backends, "has_room", lambda name: name != "guards")
     optional_guards._has_guards.cache_clear()
     weight = nn.Parameter(torch.ones(3))
     try:
