@@ -1,4 +1,4 @@
-"""The update codes on the CPU in C: ``codes_native.c``, compiled as ``native.c`` is and called the same way."""
+"""The update codes on the CPU in C: ``codes_native.c``, compiled and called as ``cpu_backend/native.c`` is."""
 
 from __future__ import annotations
 

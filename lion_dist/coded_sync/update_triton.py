@@ -1,8 +1,8 @@
 """The fused update that also writes its codes: every byte of the shard read once and written once, and the digits.
 
-The update of ``kernels.py`` in the order of ``codes_triton.py``: a program works on GROUPS x GROUP bytes of
-digits and on as many elements in each of their streams. Where the encoder runs by itself, after the update, a shard is
-copied before, and its old and new parameters are read again: 8 bytes a bf16 parameter beside the 14 of the update.
+The update of ``triton_backend/kernels.py`` in the order of ``codes_triton.py``: a program works on GROUPS x GROUP bytes
+of digits and on as many elements in each of their streams. Where the encoder runs by itself, after the update, a shard
+is copied before, and its old and new parameters are read again: 8 bytes a bf16 parameter beside the 14 of the update.
 """
 
 from __future__ import annotations

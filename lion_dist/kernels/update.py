@@ -116,7 +116,7 @@ def lion_update_(
     seed: int = 0,
     cautious_lrs: Tensor | None = None,  # [T, 2] fp32 on the device, reference.cautious_lrs(): the cautious step
     cautious_wd: bool = False,  # decay only where step and parameter have the same sign
-    backend: str = "cpu",  # backends.choose_backend(): see there
+    backend: str = "cpu",  # a name in backends.MODULES, which choose_backend() gives
     check: bool = True,  # False: the caller has asked tensors.accept(grads), which takes host time
 ) -> None:
     """One Lion step on every tensor of the group, in place. Nothing here waits for a GPU.

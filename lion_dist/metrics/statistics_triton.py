@@ -1,9 +1,9 @@
 """``statistics.py`` on a GPU: one launch for a whole list of tensors, each byte read once, nothing written but sums.
 
-Tensors are found through the update's address table (``launch.py``). Each program goes over BLOCK elements in
-pieces, keeps one running sum a lane and column, and writes one row of sums; the rows are added up in a fixed order, so
-the result is the same from run to run. Squares are exact in fp64; only the order of their sum differs from the
-definition's.
+Tensors are found through the update's address table (``triton_backend/launch.py``). Each program goes over BLOCK
+elements in pieces, keeps one running sum a lane and column, and writes one row of sums; the rows are added up in a
+fixed order, so the result is the same from run to run. Squares are exact in fp64; only the order of their sum differs
+from the definition's.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _add_piece(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _statistics_kernel(
-    rows,  # these and what follows: as kernels._list_kernel's
+    rows,  # these and what follows: as triton_backend.kernels._list_kernel's
     grads,
     first_blocks,
     search_table,
