@@ -3,7 +3,6 @@ own. So parity means: equal to ``Lion`` fed that run's reduced gradients and the
 
 import copy
 import os
-import socket
 import time
 
 import pytest
@@ -13,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from lion_dist import Lion, PrecisionPolicy, ShardedLion, ShardingConfig
+from tests.launch.jobs import meeting_place
 from tests.models import GivenGradients
 from tests.reduced_gradients import Sums, check_sums, reduced_gradients
 
@@ -56,14 +56,14 @@ CASES = {
 
 
 def on_all_gpus(function, *args):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(torch.cuda.device_count(), port, function, args), nprocs=torch.cuda.device_count())
+    store, where = meeting_place()
+    ranks = torch.cuda.device_count()
+    mp.spawn(_rank, args=(ranks, where, function, args), nprocs=ranks)
+    del store  # until here: its port is the ranks'
 
 
-def _rank(rank, world_size, port, function, args):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(rank, world_size, where, function, args):
+    os.environ.update(where)
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", rank=rank, world_size=world_size, device_id=device)

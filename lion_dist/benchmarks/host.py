@@ -1,16 +1,19 @@
 """What a step of ``ShardedLion`` costs the host: the time until its calls return, above that of the model alone.
 
-    python -m lion_dist.benchmarks.host                    # a GPU, or a CPU; seconds
+    python -m lion_dist.benchmarks.host                                  # a GPU, or a CPU; seconds
+    torchrun --nproc-per-node 2 -m lion_dist.benchmarks.host             # with real ranks, and peer memory
     python -m lion_dist.benchmarks.host --buckets 14 27
 
-147 parameters of a few hundred elements on four pretended ranks (torch's fake process group), so that what is left is
-the library's own Python, its launches and torch's calls. On a GPU each step begins when the device is idle and the
-host is not waited for; on a CPU the update's arithmetic is part of it. The fake group has no peer memory.
+147 parameters of a few hundred elements, so that what is left is the library's own Python, its launches and torch's
+calls: on four pretended ranks (torch's fake process group), or on those of torchrun. On a GPU each step begins when the
+device is idle and the host is not waited for; on a CPU the update's arithmetic is part of it. A step of the model alone
+and one with the optimizer take turns, for hosts change their speed within seconds; rank 0 prints its own times.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig
 from lion_dist.benchmarks.report import Rows, version_of
+from lion_dist.benchmarks.timing import seconds_of_additions
 
 TENSORS = 147  # of the 1.35 B Llama-shaped model
 BUCKET_NUMEL = 6720  # can be cut into so many equal tensors as a bucket has here
@@ -71,7 +75,8 @@ def step_parts(model: nn.Module, optimizer: ShardedLion | None, x: Tensor) -> It
 
 
 def host_ms(model: nn.Module, optimizer: ShardedLion | None, x: Tensor) -> list[float]:
-    """Of each of PARTS in one step."""
+    """Of each of PARTS in one step, which all ranks begin together."""
+    dist.barrier()
     if x.is_cuda:
         torch.cuda.synchronize()
     times = [time.perf_counter()]
@@ -94,20 +99,37 @@ def measure(buckets: int, device: torch.device, steps: int) -> dict:
     return row | {"alone_ms": round(of_alone, 3), "steps": steps, "version": version_of("lion-dist")}
 
 
+def join() -> torch.device:
+    """This process is one of torchrun's ranks, or the first of four that are pretended; on this device."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if not torch.cuda.is_available():
+        device = torch.device("cpu")
+    else:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    else:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    return device
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--buckets", type=int, nargs="+", default=[14, 27], metavar="N")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    rows = Rows(args.csv, device)
+    device = join()
+    first = dist.get_rank() == 0
+    rows = Rows(args.csv if first else None, device)
     for buckets in args.buckets:
-        row = rows.add(measure(buckets, device, args.steps))
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        row = rows.add(measure(buckets, device, args.steps) | {"additions_s": round(seconds_of_additions(), 2)})
+        if first:
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch import Tensor
 from lion_dist.benchmarks.engines import BASELINE, IN_A_GRAPH, Step, engines, graphs
 from lion_dist.benchmarks.llama import SIZES, make_llama
 from lion_dist.benchmarks.report import Rows
-from lion_dist.benchmarks.timing import free_gpu_memory
+from lion_dist.benchmarks.timing import free_gpu_memory, seconds_of_additions
 from lion_dist.peer_memory import memory as peer_memory
 from lion_dist.reporting import figure_into
 
@@ -89,14 +89,6 @@ def _device_ms(step: Step, batches: list[Tensor], repeats: int = 5) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop))
     return statistics.median(times)
-
-
-def seconds_of_additions() -> float:
-    """How fast the host runs Python: ten million additions."""
-    start, total = time.perf_counter(), 0
-    for i in range(10_000_000):
-        total += i
-    return time.perf_counter() - start
 
 
 def _allocated(by_allocator: int) -> int:

@@ -119,6 +119,14 @@ def time_on_cpu(steps: dict[Key, Callable[[], object]], repeats: int) -> dict[Ke
     return {name: Timing.of(values) for name, values in times.items()}
 
 
+def seconds_of_additions() -> float:
+    """How fast the host runs Python: ten million additions."""
+    start, total = time.perf_counter(), 0
+    for i in range(10_000_000):
+        total += i
+    return time.perf_counter() - start
+
+
 def free_gpu_memory() -> None:
     gc.collect()
     torch.cuda.empty_cache()

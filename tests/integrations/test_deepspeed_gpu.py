@@ -124,6 +124,8 @@ def _rank(rank: int, world_size: int, port: int, path: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.cuda.set_device(rank)
+    # For DeepSpeed's own ops, which are compiled here: it cannot read the 9.0a that some images have in this variable.
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, torch.cuda.get_device_capability(rank)))
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     failures = {}
     for name, (check, *arguments) in CHECKS.items():

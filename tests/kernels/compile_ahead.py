@@ -45,19 +45,20 @@ AVERAGED = {
 }
 
 
-def launch_shape(storage: Storage, grad_dtype: torch.dtype) -> LaunchShape:
-    others = (storage.main or storage.param, storage.average or storage.param)
-    dtypes = [storage.param, storage.exp_avg, grad_dtype, *others]
-    return launch.LAUNCH_SHAPES[max(dtype.itemsize for dtype in dtypes), storage.is_stochastic]
-
-
 RULES = {"plain": (False, False), "cautious": (True, False), "cautious decay": (False, True), "both": (True, True)}
+
+
+def launch_shape(kernel: str, storage: Storage, grad_dtype: torch.dtype, rule: str = "plain") -> LaunchShape:
+    others = (storage.main or storage.param, storage.average or storage.param)
+    widest = max(dtype.itemsize for dtype in (storage.param, storage.exp_avg, grad_dtype, *others))
+    kind = {"random": storage.is_stochastic, "average": storage.average is not None}
+    return launch.shape_for(widest, **kind, is_list=kernel == "list", cautious_wd=RULES[rule][1])
 
 
 def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype, rule: str = "plain"):
     """``kernel``: "flat", with the fewest arguments that a step can have, or "list", with all there are."""
     is_cautious, cautious_wd = RULES[rule]
-    shape = launch_shape(storage, grad_dtype)
+    shape = launch_shape(kernel, storage, grad_dtype, rule)
     types = dict.fromkeys(SCALARS, "fp32") | {"seed_key": "i32"} | ({"cautious_lrs": "*fp32"} if is_cautious else {})
     constants = {
         "SCALARS_ON_DEVICE": kernel == "list",
@@ -91,7 +92,7 @@ def compile_kernel(kernel: str, storage: Storage, grad_dtype: torch.dtype, rule:
 
 def compile_count(storage: Storage, grad_dtype: torch.dtype):
     """The kernel that counts for a cautious step, with all arguments that it can have."""
-    shape = launch_shape(storage, grad_dtype)
+    shape = launch_shape("list", storage, grad_dtype)
     block, piece = cautious.count_shape(shape)
     types = {"rows": "*i64", "grads": "*i64", "first_blocks": "*i32", "search_table": "*i32", "counts": "*i64"}
     types |= {"beta1": "fp32", "one_minus_beta1": "fp32", "grad_scale": "*fp32"}

@@ -70,7 +70,7 @@ class Stream:
     """A double of torch.cuda.Stream: what it waits for, in order."""
 
     def __init__(self, device=None):
-        self.device, self.waited_for = device, []
+        self.device, self.waited_for, self.cuda_stream = device, [], id(self)
 
     def wait_event(self, event) -> None:
         self.waited_for.append(event)
@@ -88,6 +88,8 @@ def program(monkeypatch) -> Stream:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    handle = "_cuda_getCurrentRawStream"  # torch without CUDA has none
+    monkeypatch.setattr(torch._C, handle, lambda _index: current[-1].cuda_stream, raising=False)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.append(stream))
     return current[0]
 
