@@ -4,13 +4,13 @@ over hundreds of steps, where one can."""
 import gc
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 from lion_dist import ShardedLion, ShardingConfig
+from tests import preloaded
 
 CONSTRUCTION = """
 import json, sys, time
@@ -19,6 +19,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from lion_dist import PrecisionPolicy, ShardedLion, sharded_params
 from lion_dist.sharding import memory_format
+
 
 sharded_params.check_param = lambda param, name: None  # nobody trains these, and meta parameters are refused
 memory_format.with_own_storage = lambda view: view  # meta tensors have no memory to share
@@ -37,7 +38,7 @@ print(json.dumps(memory | {"seconds": seconds}))
 
 
 def construct(world_size: int, rank: int) -> dict:
-    command = [sys.executable, "-c", CONSTRUCTION, str(world_size), str(rank)]
+    command = [preloaded.python(), "-c", CONSTRUCTION, str(world_size), str(rank)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
 
 

@@ -2,12 +2,13 @@
 
 import csv
 import subprocess
-import sys
 from pathlib import Path
+
+from tests import preloaded
 
 
 def test_rows_carry_ratios_bytes_and_versions(tmp_path):
-    command = [sys.executable, "-m", "lion_dist.benchmarks.fsdp", "--size", "tiny", "--repeats", "2"]
+    command = [preloaded.python(), "-m", "lion_dist.benchmarks.fsdp", "--size", "tiny", "--repeats", "2"]
     command += ["--providers", "plain", "--csv", str(tmp_path / "fsdp.csv")]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -3,16 +3,17 @@
 import csv
 import os
 import subprocess
-import sys
 
 import pytest
+
+from tests import preloaded
 
 SMALL = ["--layers", "1", "--dim", "64", "--vocab", "512", "--seq-len", "8", "--steps", "1", "--burst", "2"]
 
 
 @pytest.mark.slow
 def test_codes_send_less_than_a_gather_and_train_alike(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [preloaded.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "lion_dist.benchmarks.param_sync", *SMALL, "--csv", str(tmp_path / "sync.csv")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -34,7 +35,7 @@ def test_a_nodes_link_carries_the_bytes_of_the_formula(tmp_path):
         pytest.skip(f"needs network namespaces: {error}")
     subprocess.run(["ip", "netns", "del", "lion-probe"], check=True)
     size = "--layers 1 --dim 128 --vocab 8192 --seq-len 8 --steps 1 --burst 1".split()
-    command = [sys.executable, "-m", "lion_dist.benchmarks.param_sync", "--nodes", "--ranks-per-node", "2", *size]
+    command = [preloaded.python(), "-m", "lion_dist.benchmarks.param_sync", "--nodes", "--ranks-per-node", "2", *size]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command += ["--mbit", "1000", "--csv", str(tmp_path / "levels.csv")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)

@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import nn
 from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint import directory, manifest, storage
 from lion_dist.checkpoint.metadata import read_metadata
+from tests import preloaded
 from tests.checkpoint.engines import engine, train
 from tests.checkpoint.killed import loaded_step, save
 
@@ -28,7 +28,7 @@ save_module = importlib.import_module("lion_dist.checkpoint.save")  # as an attr
 
 
 def run_killed(*args, timeout=600):
-    command = [sys.executable, "-m", "tests.checkpoint.killed", *map(str, args)]
+    command = [preloaded.python(), "-m", "tests.checkpoint.killed", *map(str, args)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from lion_dist import cli
 from lion_dist.cli import collective_check
 from lion_dist.cli.findings import OK, Finding
 from lion_dist.cpu_backend import compiled_library, native
+from tests import preloaded
 from tests.seeds import fuzz_seed
 from tests.test_compiled_library import put_in_place_of
 
@@ -165,7 +165,7 @@ def test_plot_of_a_run_with_an_odd_name(name, tmp_path):
     os.mkdir(folder)
     with open(os.path.join(folder, b"metrics.jsonl"), "w") as file:
         file.write(json.dumps(ROW) + "\n")
-    command = [sys.executable, "-m", "lion_dist.cli", "plot", folder, "--out", tmp_path / "runs.png"]
+    command = [preloaded.python(), "-m", "lion_dist.cli", "plot", folder, "--out", tmp_path / "runs.png"]
     result = subprocess.run(command, capture_output=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
     assert result.returncode == 0 and b"Traceback" not in result.stderr, result.stderr
     assert (tmp_path / "runs.png").stat().st_size > 1000

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
+
+from tests import preloaded
 
 CONSTRUCTION = """
 import json, sys, time
@@ -16,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from lion_dist import ModelParallel, ShardedLion, TwoLevels, sharded_params
 from lion_dist.composed import axes
 from lion_dist.sharding import memory_format
+
 
 sharded_params.check_param = lambda param, name: None  # nobody trains these, and meta parameters are refused
 memory_format.with_own_storage = lambda view: view  # meta tensors have no memory to share
@@ -39,7 +41,7 @@ print(json.dumps(opt.memory_bytes() | {"numel": numel, "seconds": seconds, "buck
 
 @pytest.mark.parametrize("levels", ["one level", "two levels"])
 def test_data_64_x_tensor_8_x_pipeline_8(levels):
-    done = subprocess.run([sys.executable, "-c", CONSTRUCTION, levels], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([preloaded.python(), "-c", CONSTRUCTION, levels], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert made["seconds"] < 10

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import preloaded
+
 pytest.importorskip("deepspeed")
 
 PROGRAMS = Path(__file__).with_name("trainer_programs.py")
@@ -19,6 +21,7 @@ import json, os, sys
 import deepspeed.ops.lion
 import sibling
 from lion_dist.integrations.deepspeed import DeepSpeedLion
+
 
 found = {
     "argv": sys.argv, "name": __name__, "sibling": sibling.VALUE,
@@ -55,7 +58,7 @@ def assert_registered(found: dict, argv: list[str]) -> None:
 
 
 def test_script_runs_registered_with_its_own_arguments(script, tmp_path):
-    done = run([sys.executable, *RUNNER, "--local_rank=0", str(script), "--flag", str(tmp_path)])
+    done = run([preloaded.python(), *RUNNER, "--local_rank=0", str(script), "--flag", str(tmp_path)])
     found = json.loads((tmp_path / "found.json").read_text())
     assert_registered(found, [str(script), "--local_rank=0", "--flag", str(tmp_path)])
     assert "replaced deepspeed.ops.lion.FusedLion by lion_dist.integrations.deepspeed.DeepSpeedLion" in done.stdout
@@ -65,7 +68,7 @@ def test_script_runs_registered_with_its_own_arguments(script, tmp_path):
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_launchers_start_the_runner_on_two_ranks(script, tmp_path, launcher):
     if launcher == "torchrun":
-        command, flags = [sys.executable, *TORCHRUN], [[], []]
+        command, flags = [preloaded.python(), *TORCHRUN], [[], []]
         run([*command, *RUNNER, str(script), str(tmp_path)])
     else:
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--module"]
@@ -77,7 +80,7 @@ def test_launchers_start_the_runner_on_two_ranks(script, tmp_path, launcher):
 
 
 def test_nothing_to_run_is_said():
-    done = subprocess.run([sys.executable, *RUNNER], capture_output=True, text=True)
+    done = subprocess.run([preloaded.python(), *RUNNER], capture_output=True, text=True)
     assert done.returncode != 0 and "usage: python -m lion_dist.integrations.deepspeed SCRIPT.py" in done.stderr
 
 
@@ -92,7 +95,7 @@ CONFIG = {
 def train_by(framework: str, config: dict, tmp_path: Path) -> dict:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
-    run([sys.executable, *TORCHRUN, *RUNNER, str(PROGRAMS), framework, str(path), str(tmp_path)])
+    run([preloaded.python(), *TORCHRUN, *RUNNER, str(PROGRAMS), framework, str(path), str(tmp_path)])
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["optimizer"] == "lion_dist.integrations.deepspeed.DeepSpeedLion"
     assert found["state"] == ["exp_avg torch.bfloat16"]

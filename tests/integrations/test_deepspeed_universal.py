@@ -5,11 +5,11 @@ Between stage 3 and the others there is no way in 0.19.8, for any optimizer: the
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import preloaded
 from tests.integrations.deepspeed_ranks import (
     BF16,
     Slots,
@@ -35,7 +35,7 @@ def train_and_save(config: dict, folder: Path):
 
 
 def convert(folder: Path) -> None:
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [preloaded.python(), "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(folder / "saved"), "--output_folder", str(folder / "universal")]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)

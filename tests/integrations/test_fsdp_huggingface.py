@@ -3,10 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import preloaded
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -18,7 +19,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 def train(program: str, out: Path, *resume: str) -> dict:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *TORCHRUN, "-m", "tests.integrations.fsdp_programs", program, str(out), *resume]
+    command = [preloaded.python(), *TORCHRUN, "-m", "tests.integrations.fsdp_programs", program, str(out), *resume]
     process = subprocess.Popen(
         command, cwd=out, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -4,11 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch.distributed as dist
+
+from tests import preloaded
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
@@ -24,7 +25,7 @@ ENVIRONMENT = os.environ | {
 
 
 def torchrun(ranks: int, *flags: object) -> list[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    start = [preloaded.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*start, *map(str, flags)]
 
 

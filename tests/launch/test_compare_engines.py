@@ -12,12 +12,13 @@ import torch.distributed as dist
 import compare_engines
 import train as program
 from comparison import arguments
+from tests import preloaded
 from tests.launch import jobs
 
 
 def run(ranks: int, *flags: object) -> subprocess.CompletedProcess:
     program = [jobs.COMPARE, *jobs.TINY, *flags]
-    return jobs.run(jobs.torchrun(ranks, *program) if ranks > 1 else [sys.executable, *map(str, program)])
+    return jobs.run(jobs.torchrun(ranks, *program) if ranks > 1 else [preloaded.python(), *map(str, program)])
 
 
 def train(ranks: int, out: Path, *flags: object) -> list[dict]:

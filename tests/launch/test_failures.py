@@ -4,12 +4,12 @@ import json
 import math
 import re
 import statistics
-import sys
 from datetime import timedelta
 
 import pytest
 
 from comparison import journal, ranks
+from tests import preloaded
 from tests.launch import jobs
 
 KILLED = [(1, "backward", 5), (0, "reduce-scatter", 6), (1, "step", 7), (0, "all-gather", 9), (1, "save", 10)]
@@ -103,7 +103,7 @@ def two_ranks():
     def start(flags_of: list[list[object]], program: list[object]) -> list:
         for rank, flags in enumerate(flags_of):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            command = [sys.executable, *map(str, program), *map(str, flags)]
+            command = [preloaded.python(), *map(str, program), *map(str, flags)]
             processes.append(jobs.start(command, jobs.ENVIRONMENT | where | place))
         return processes
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import compare_engines
+from tests import preloaded
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "compare_engines.py"
 TINY = "--engine sharded --layers 1 --dim 16 --heads 2 --seq-len 16 --batch-size 8 --warmup 2 --lr 1e-2".split()
@@ -20,7 +21,7 @@ TINY = "--engine sharded --layers 1 --dim 16 --heads 2 --seq-len 16 --batch-size
 
 def train(text: Path, out: Path, *flags: object) -> tuple[list[dict], str]:
     """On one process; returns the rows of metrics.jsonl, and what was printed."""
-    command = [sys.executable, str(TRAIN), *TINY, "--data", str(text), "--out", str(out), *map(str, flags)]
+    command = [preloaded.python(), str(TRAIN), *TINY, "--data", str(text), "--out", str(out), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,6 +9,7 @@ import pytest
 
 from comparison import preemption
 from comparison.preemption import NOTHING, Request, SignalRequests
+from tests import preloaded
 from tests.launch import jobs
 
 
@@ -62,7 +63,7 @@ sys.exit(compare_engines.main())
 def run_signalled_at_the_first_line(name: str, text, out):
     flags = [*jobs.TINY, "--engine", "plain", "--data", text, "--steps", 4, "--log-every", 2, "--out", out, name]
     environment = jobs.ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(jobs.COMPARE.parent), *sys.path])}
-    command = [sys.executable, "-c", SIGNAL_AT_THE_FIRST_LINE, *map(str, flags)]
+    command = [preloaded.python(), "-c", SIGNAL_AT_THE_FIRST_LINE, *map(str, flags)]
     return jobs.finish(jobs.start(command, environment))
 
 

@@ -2,10 +2,10 @@
 
 import re
 import signal
-import sys
 
 import pytest
 
+from tests import preloaded
 from tests.launch import jobs
 
 SCRIPT = jobs.ROOT / "launch" / "slurm" / "train.sbatch"
@@ -30,7 +30,7 @@ def slurm(tmp_path, text):
         "SLURM_JOB_ID": "4242",
         "SLURM_JOB_NODELIST": "node-[1-1]",
         "SLURM_NNODES": "1",
-        "PYTHON": sys.executable,
+        "PYTHON": preloaded.python(),
         "RANKS_PER_NODE": "2",
         "OUT": str(tmp_path / "run"),
         "PORT": "0",  # torchrun, alone here, takes a free one

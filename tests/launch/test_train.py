@@ -12,6 +12,7 @@ from datetime import timedelta
 import pytest
 
 import train
+from tests import preloaded
 from tests.launch import jobs
 
 
@@ -102,7 +103,7 @@ def test_weights_and_biases_gets_each_step_once(copied):
 @pytest.mark.slow  # wandb starts a service of its own
 def test_weights_and_biases_writes_an_offline_run(text, tmp_path):
     flags = [*jobs.TINY, "--data", text, "--steps", 3, "--out", tmp_path / "run", "--wandb", "bottles"]
-    command = [sys.executable, *map(str, [jobs.TRAIN, *flags])]
+    command = [preloaded.python(), *map(str, [jobs.TRAIN, *flags])]
     result = jobs.finish(jobs.start(command, jobs.ENVIRONMENT | {"WANDB_MODE": "offline"}))
     assert result.returncode == 0, result.stdout
     (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
@@ -141,7 +142,7 @@ def test_a_run_that_begins_anew_sets_the_earlier_one_aside(copied, text, tmp_pat
         shutil.copytree(copied[0] / name, tmp_path / name)
     shutil.copy(copied[0] / "metrics.jsonl", tmp_path)
     flags = [*jobs.TINY, "--data", text, "--steps", 2, "--zero-stage", 1, "--micro-batches", 2, "--precision", "bf16"]
-    result = jobs.run([sys.executable, *map(str, [jobs.TRAIN, *flags, "--out", tmp_path])])
+    result = jobs.run([preloaded.python(), *map(str, [jobs.TRAIN, *flags, "--out", tmp_path])])
     assert result.returncode == 0, result.stdout
     aside = sorted(path.name for path in (tmp_path / "earlier-1").iterdir())
     assert aside == ["metrics.jsonl", "step-000005", "step-000010"]

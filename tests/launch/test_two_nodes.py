@@ -9,13 +9,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import lion_dist.checkpoint
+from tests import preloaded
 from tests.launch import jobs
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
@@ -39,7 +39,7 @@ class Node:
         self.job: subprocess.Popen | None = None
 
     def start(self, port: int, log: Path, flags: list[str]) -> None:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2"]
+        torchrun = [preloaded.python(), "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2"]
         torchrun += ["--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:{port}"]
         conf = f"is_host={self.is_host},join_timeout={jobs.HANG},last_call_timeout=15"
         torchrun += ["--rdzv-id=lion", f"--rdzv-conf={conf}"]
@@ -159,7 +159,7 @@ def test_loss_curve_continues_across_the_changes(story, text, tmp_path):
     """Every step is there once, and each loss is near that of one process that nothing befell: other numbers of ranks
     sum gradients in another order (6e-7 apart when this was written; a sign that flips would make it more)."""
     flags = [*jobs.TINY, "--data", text, "--steps", STEPS, "--engine", "plain", "--out", tmp_path]
-    result = jobs.run([sys.executable, str(jobs.COMPARE), *map(str, flags)])
+    result = jobs.run([preloaded.python(), str(jobs.COMPARE), *map(str, flags)])
     assert result.returncode == 0, result.stdout
     one_process, job = jobs.losses(tmp_path), jobs.losses(story.out)
     assert [row[0] for row in job] == list(range(1, STEPS + 1))
