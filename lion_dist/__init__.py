@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from lion_dist.boxes import this_ranks_part
+from lion_dist.boxed_tensor import this_ranks_part
 from lion_dist.config import PrecisionPolicy, ShardingConfig
 from lion_dist.lion import Lion
 from lion_dist.sharded_lion import ShardedLion

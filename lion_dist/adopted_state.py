@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lion_dist.averages import KIND as AVERAGE
-from lion_dist.boxes import IS_NO_OPERAND, BoxedTensor
+from lion_dist.boxed_tensor import IS_NO_OPERAND, BoxedTensor
 from lion_dist.hyperparameters import check_hyperparameters
 from lion_dist.local_shard import LocalShard, local_tensor, part_of
 from lion_dist.main_params import main_param_as

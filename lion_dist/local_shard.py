@@ -23,7 +23,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from lion_dist.boxes import Box, BoxedTensor, boxes_over
+from lion_dist.boxed_tensor import BoxedTensor
+from lion_dist.boxes import Box, boxes_over
 
 PLAIN = frozenset((Tensor, Parameter))
 

@@ -18,16 +18,19 @@ from lion_dist.kernels import backends
 from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.grad_norm import GradNorm
+from lion_dist.sharding.process_groups import Progress, ShardGroups
 
 if TYPE_CHECKING:
     from lion_dist.ddp_takeover import Takeover
     from lion_dist.guards.lion_guards import LionGuards
+    from lion_dist.guards.own_groups import OwnGroups
     from lion_dist.guards.sharded_guards import ShardedGuards
     from lion_dist.lion import Lion
     from lion_dist.sharded_lion import ShardedLion
     from lion_dist.step_gradients import StepGradients
 
     Guards: TypeAlias = "ShardedGuards | NoGuards"
+    BorrowedGroups: TypeAlias = "OwnGroups | GivenGroups"
     GuardsOfLion: TypeAlias = "LionGuards | NoLionGuards"
 
 
@@ -73,6 +76,15 @@ class NoAgreement:
     def exchange(self) -> None: ...
 
 
+class GivenGroups:
+    """The place of ``OwnGroups``: collectives run in the program's groups, beside whatever else runs there."""
+
+    def like(self, given: ShardGroups) -> ShardGroups:
+        return given
+
+    def give_back(self) -> None: ...
+
+
 class NoGuards:
     """The place of ``ShardedGuards``, which says what each method is for."""
 
@@ -81,6 +93,9 @@ class NoGuards:
     def check_group(self, group: dict) -> None: ...
 
     def check_model(self, taken: Takeover | None) -> None: ...
+
+    def borrow_groups(self, progress: Progress) -> BorrowedGroups:
+        return GivenGroups()
 
     def check_agreement(self, groups: list[dict]) -> None: ...
 

@@ -16,7 +16,7 @@ from lion_dist.sharded_params import ShardedParams
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.layout import choose_bucket_numel, pack_into_buckets
-from lion_dist.sharding.phases import PhaseClock
+from lion_dist.sharding.phases import PhaseLabels
 from lion_dist.sharding.process_groups import ShardGroups, backend_for
 from lion_dist.sharding.transport import Transport
 
@@ -35,7 +35,7 @@ class ShardBuilder:
         precision: PrecisionPolicy,
         sharding: ShardingConfig,
         stream: CommStream,
-        clock: PhaseClock,
+        clock: PhaseLabels,
         backend: str,
         ema_decay: float | None = None,
     ):

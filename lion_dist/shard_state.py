@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from lion_dist.averages import KIND as AVERAGE
 from lion_dist.averages import init_average
-from lion_dist.boxes import BoxedTensor
+from lion_dist.boxed_tensor import BoxedTensor
 from lion_dist.config import PrecisionPolicy
 from lion_dist.kernels.update import LionTensors
 from lion_dist.local_shard import LocalShard

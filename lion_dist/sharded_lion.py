@@ -40,7 +40,6 @@ from lion_dist.sharding.comm_stream import make_comm_stream
 from lion_dist.sharding.forward_hooks import ForwardHooks
 from lion_dist.sharding.grad_norm import GradNorm
 from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
-from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import Progress, ShardGroups, explained, resolve_groups
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.state_dict.access import StateAccess
@@ -198,7 +197,7 @@ class ShardedLion(ShardedOptimizer):
 
     @explained("the construction of ShardedLion")
     def _meet_ranks(self) -> ShardGroups:
-        self._params.own_groups = OwnGroups(self, self._progress)
+        self._params.own_groups = self.guards.borrow_groups(self._progress)
         if self._params.parts is not None:
             self._params.parts.take_own_groups(self._params.own_groups)
         groups = self._params.groups_for({})

@@ -14,11 +14,11 @@ from lion_dist.config import PrecisionPolicy
 from lion_dist.hyperparameters import check_hyperparameters
 from lion_dist.local_shard import LocalShard, local_tensor
 from lion_dist.param_checks import check_param
-from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import ShardGroups, resolve_groups
 
 if TYPE_CHECKING:
     from lion_dist.composed.axes import ModelAxes
+    from lion_dist.optional_guards import BorrowedGroups
 
 
 class ShardedParams:
@@ -33,7 +33,7 @@ class ShardedParams:
         names: of the optimizer's parameters; they need not be the module's.
         module_names: of the module's parameters.
         frozen: parameters that have no bucket yet, and their groups.
-        own_groups: set when ranks begin to communicate; None: the given groups are used as they are.
+        own_groups: set when ranks begin to communicate; None: they have not begun.
         index_starts: the global element index of each parameter's first element (``sharding/layout.py``).
     """
 
@@ -50,7 +50,7 @@ class ShardedParams:
         self.names: dict[Parameter, str] = {}
         self.frozen: dict[Parameter, dict] = {}
         self.index_starts: dict[Parameter, int] = {}
-        self.own_groups: OwnGroups | None = None
+        self.own_groups: BorrowedGroups | None = None
         self._labels: dict[Parameter, str] = {}
         self._numel = self._num_groups = 0
         self._resolved: dict[object, ShardGroups] = {}

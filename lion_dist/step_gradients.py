@@ -16,7 +16,7 @@ from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.grad_norm import SumOfSquares, sum_of_squares
 from lion_dist.sharding.gradient_check import CheckResult, GradientCheck
-from lion_dist.sharding.phases import PhaseClock
+from lion_dist.sharding.phases import PhaseLabels
 from lion_dist.sharding.scheduler import GradScheduler
 from lion_dist.step_rule import SpikeGuard
 
@@ -46,7 +46,7 @@ class StepGradients:
         gradient_check: GradientCheck,
         spikes: SpikeWatch | None,
         stream: CommStream,
-        clock: PhaseClock,
+        clock: PhaseLabels,
         guards: Guards,
         before_reducing: Callable[[], None],
         adopt: Callable[[list[tuple[Parameter, dict]]], None],

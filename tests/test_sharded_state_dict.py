@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lion_dist import Lion, ShardedLion, ShardingConfig, this_ranks_part
-from lion_dist.boxes import BoxedTensor
+from lion_dist.boxed_tensor import BoxedTensor
 from tests.full_states import bits, build, same_params, train, trained
 from tests.models import make_model, mlp
 

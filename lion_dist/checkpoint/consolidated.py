@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lion_dist import values
-from lion_dist.boxes import BoxedTensor
+from lion_dist.boxed_tensor import BoxedTensor
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.checkpoint.fit import STATE_KEYS, wrong_setting, wrong_state

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lion_dist.averages import KIND as AVERAGE
-from lion_dist.boxes import PIECE_BYTES, Box, BoxedTensor
+from lion_dist.boxed_tensor import PIECE_BYTES, BoxedTensor
+from lion_dist.boxes import Box
 from lion_dist.checkpoint.sharded_state import ShardedParamState, ShardedState
 from lion_dist.kernels.reference import join_main, split_main
 from lion_dist.main_params import sync_main_param_

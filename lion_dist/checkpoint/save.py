@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from lion_dist import values
-from lion_dist.boxes import BoxedTensor
+from lion_dist.boxed_tensor import BoxedTensor
 from lion_dist.checkpoint import directory, manifest
 from lion_dist.checkpoint.directory import Partial
 from lion_dist.checkpoint.errors import CheckpointError

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from lion_dist import values
-from lion_dist.boxes import BoxedTensor
+from lion_dist.boxed_tensor import BoxedTensor
 from lion_dist.checkpoint import fsdp1
 from lion_dist.checkpoint.errors import CheckpointError
 from lion_dist.lion import Lion

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,10 @@ from lion_dist.composed.places import ModelPlace, checksum
 from lion_dist.local_shard import LocalShard, local_tensor
 from lion_dist.sharding import collectives
 from lion_dist.sharding.grad_norm import GradNorm, SumOfSquares
-from lion_dist.sharding.own_groups import OwnGroups
 from lion_dist.sharding.process_groups import ShardGroups, resolve_groups
+
+if TYPE_CHECKING:
+    from lion_dist.optional_guards import BorrowedGroups
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class ModelAxes:
     def pipeline(self) -> ProcessGroup | None:
         return self._groups.replicate_group
 
-    def take_own_groups(self, own: OwnGroups) -> None:
+    def take_own_groups(self, own: BorrowedGroups) -> None:
         """All ranks together: of one axis, and of the next."""
         self._groups = own.like(self._groups)
         self._expert = own.like(ShardGroups(self._expert)).shard_group

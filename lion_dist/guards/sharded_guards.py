@@ -13,6 +13,7 @@ from lion_dist.guards.agreement import check_agreement
 from lion_dist.guards.foreign_wrappers import find_wrapper, refuse_late_grads, refuse_sharded_since, refuse_wrapped
 from lion_dist.guards.membership import Membership
 from lion_dist.guards.memory_checks import check_memory, refuse_tied_memory, warn_of_loss
+from lion_dist.guards.own_groups import OwnGroups
 from lion_dist.guards.step_agreement import StepAgreement
 from lion_dist.guards.step_choices import RankChoices
 from lion_dist.guards.unused_params import NoGradientWarning
@@ -20,9 +21,11 @@ from lion_dist.local_shard import local_tensor
 from lion_dist.sharded_params import ShardedParams, clean_name
 from lion_dist.sharding.bucket import Bucket
 from lion_dist.sharding.grad_norm import GradNorm
+from lion_dist.sharding.process_groups import Progress
 
 if TYPE_CHECKING:
     from lion_dist.ddp_takeover import Takeover
+    from lion_dist.optional_guards import BorrowedGroups
     from lion_dist.sharded_lion import ShardedLion
     from lion_dist.step_gradients import StepGradients
 
@@ -64,6 +67,10 @@ class ShardedGuards:
             taken.check(names, self._params.groups.num_ranks)
         refuse_sparse_gradients(names, module)
         self._is_constructed = True
+
+    def borrow_groups(self, progress: Progress) -> BorrowedGroups:
+        """Process groups in which nobody else's collectives run."""
+        return OwnGroups(self._optimizer, progress)
 
     def check_agreement(self, groups: list[dict]) -> None:
         """Raise ValueError on every rank unless ``groups`` and the optimizer's choices are the same on all."""

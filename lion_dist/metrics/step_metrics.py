@@ -16,9 +16,10 @@ from torch.distributed import ProcessGroup
 
 from lion_dist.kernels.update import LionTensors
 from lion_dist.local_shard import LocalShard
+from lion_dist.metrics.phase_clock import WAITING, Interval, PhaseClock
 from lion_dist.metrics.statistics import COLUMNS, measure
 from lion_dist.sharding import collectives
-from lion_dist.sharding.phases import PHASES, WAITING, Interval, PhaseClock
+from lion_dist.sharding.phases import PHASES
 from lion_dist.sharding.process_groups import RankGroups
 
 Axes = tuple[tuple, ...]  # (mesh, axis) pairs along which a tensor is cut

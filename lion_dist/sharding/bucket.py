@@ -27,7 +27,7 @@ from lion_dist.sharding.collectives import COMPLETED, Work
 from lion_dist.sharding.comm_stream import CommStream
 from lion_dist.sharding.layout import BucketLayout
 from lion_dist.sharding.memory_format import MemoryFormat, move_in
-from lion_dist.sharding.phases import NO_CLOCK, PhaseClock, in_phase
+from lion_dist.sharding.phases import NO_CLOCK, PhaseLabels, in_phase
 from lion_dist.sharding.process_groups import ShardGroups
 from lion_dist.sharding.transport import Transport
 
@@ -93,7 +93,7 @@ class Bucket:
         reduce_dtype: torch.dtype,
         ordered_sum: bool,
         stream: CommStream,
-        clock: PhaseClock = NO_CLOCK,
+        clock: PhaseLabels = NO_CLOCK,
         row_major: bool = False,
     ):
         self.params, self.names, self.groups = list(params), list(names), groups

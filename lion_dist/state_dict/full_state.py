@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from lion_dist.boxes import BoxedTensor, Part, read_box
+from lion_dist.boxed_tensor import BoxedTensor, Part, read_box
 from lion_dist.shard_state import ShardState
 from lion_dist.sharding import collectives
 from lion_dist.sharding.buffers import views_of

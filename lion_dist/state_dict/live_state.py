@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import Parameter
 
-from lion_dist.boxes import BoxedTensor
+from lion_dist.boxed_tensor import BoxedTensor
 from lion_dist.shard_state import ShardState
 
 

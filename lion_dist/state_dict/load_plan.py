@@ -15,7 +15,8 @@ from torch.nn import Parameter
 from lion_dist import values
 from lion_dist.adopted_state import adopt_groups, warn_of_lost_average
 from lion_dist.averages import KIND as AVERAGE
-from lion_dist.boxes import Box, BoxedTensor, can_read, read_box
+from lion_dist.boxed_tensor import BoxedTensor, can_read, read_box
+from lion_dist.boxes import Box
 from lion_dist.local_shard import local_tensor
 from lion_dist.main_params import main_param_as
 from lion_dist.shard_state import ShardState

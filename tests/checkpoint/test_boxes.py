@@ -10,16 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lion_dist.boxes import (
-    Box,
-    BoxedTensor,
-    Part,
-    boxes_of_range,
-    boxes_over,
-    can_read,
-    read_box,
-    this_ranks_part,
-)
+from lion_dist.boxed_tensor import BoxedTensor, Part, can_read, read_box, this_ranks_part
+from lion_dist.boxes import Box, boxes_of_range, boxes_over
 
 
 @st.composite

@@ -10,7 +10,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorPr
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from lion_dist import ShardedLion, ShardingConfig, boxes, checkpoint
-from lion_dist.boxes import Box, BoxedTensor, boxes_over
+from lion_dist.boxed_tensor import BoxedTensor
+from lion_dist.boxes import Box, boxes_over
 from lion_dist.checkpoint.metadata import read_metadata
 from lion_dist.sharding.layout import BucketLayout, pack_into_buckets
 from tests import gloo_workers

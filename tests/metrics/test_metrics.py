@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lion_dist import Lion, PrecisionPolicy
-from lion_dist.sharding import phases
+from lion_dist.metrics import phase_clock
 from tests.metrics.metrics_oracle import NORMS, SHARES, MeasuredLion, assert_same_metrics
 from tests.models import mlp
 
@@ -161,7 +161,7 @@ def test_measuring_reads_nothing_on_the_host(scaler):
 
 def test_times_are_those_of_the_step_and_what_lies_before_it(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr(phases.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(phase_clock.time, "perf_counter", lambda: float(next(clock)))
     model = mlp(4, 4)
     opt = Lion(model.parameters(), metrics_every=1)
     for step in range(2):

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from lion_dist.sharding import collectives, phases
-from lion_dist.sharding.phases import PHASES, PhaseClock
+from lion_dist.metrics import phase_clock
+from lion_dist.metrics.phase_clock import PhaseClock
+from lion_dist.sharding import collectives
+from lion_dist.sharding.phases import PHASES
 
 
 @pytest.fixture
 def clock(monkeypatch) -> PhaseClock:
     seconds = iter(range(1000))
-    monkeypatch.setattr(phases.time, "perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(phase_clock.time, "perf_counter", lambda: float(next(seconds)))
     return PhaseClock(torch.device("cpu"))
 
 
@@ -35,7 +37,7 @@ def test_bytes_belong_to_the_phase_in_which_they_were_sent(clock):
 
 
 def test_a_clock_that_does_not_run_looks_at_no_time(clock, monkeypatch):
-    monkeypatch.setattr(phases.time, "perf_counter", lambda: pytest.fail("looked at the time"))
+    monkeypatch.setattr(phase_clock.time, "perf_counter", lambda: pytest.fail("looked at the time"))
     with clock.phase("norm"):
         pass
     clock.stop()
