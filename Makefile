@@ -20,6 +20,8 @@ PYTEST_ARGS ?=
 INSTALLED := $(VENV)/.installed
 SIDE_BY_SIDE := -n $(WORKERS) --dist worksteal --durations 10
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+# Every process of the tests would compile the package anew where the environment forbids to write bytecode.
+BYTECODE := PYTHONDONTWRITEBYTECODE=
 
 .PHONY: help env train lint test test-all mutants docs clean
 
@@ -45,11 +47,11 @@ lint: $(INSTALLED) ## ruff, the contract on imports, and types
 	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python --min-severity error --output-format min-text
 
 test: lint ## lint and the quick tests (WORKERS, PYTEST_ARGS)
-	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m "not slow" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BYTECODE) $(VENV)/bin/python -m pytest -m "not slow" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 # pytest exits with 5 when no test is marked slow.
 test-all: $(INSTALLED) ## the slow tests (WORKERS, PYTEST_ARGS)
-	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m slow $(SIDE_BY_SIDE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(ONE_THREAD) $(BYTECODE) $(VENV)/bin/python -m pytest -m slow $(SIDE_BY_SIDE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 mutants: $(INSTALLED) ## do the tests notice known faults, put into a copy one by one? about 10 minutes (ARGS)
 	$(ONE_THREAD) $(VENV)/bin/python -m tests.mutants.run $(ARGS)

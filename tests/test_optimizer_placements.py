@@ -55,9 +55,8 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def train(shape, mesh_shape, of_param, of_grad, settings: dict, dtype=torch.float32) -> None:
+def train(shape, mesh: DeviceMesh, of_param, of_grad, settings: dict, dtype=torch.float32) -> None:
     """Lion equals plain Lion on the full gradient, and SGD (through DTensor's dispatch) plain SGD."""
-    mesh = dist.init_device_mesh("cpu", mesh_shape)
     start = values(shape, 7).to(dtype) / 8
     params = [nn.Parameter(place(start, mesh, of_param)) for _ in range(2)]
     plain = [nn.Parameter(start.clone()) for _ in range(2)]
@@ -74,9 +73,10 @@ def train(shape, mesh_shape, of_param, of_grad, settings: dict, dtype=torch.floa
 
 
 def table_of_one_axis() -> None:
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     for of_param, of_grad in itertools.product((S0, S1, R), (S0, S1, R, SUM, AVG)):
         for shape in ((5, 7), (6, 4)):
-            train(shape, (dist.get_world_size(),), (of_param,), (of_grad,), SETTINGS)
+            train(shape, mesh, (of_param,), (of_grad,), SETTINGS)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -85,10 +85,11 @@ def test_every_placement_of_a_gradient_for_every_placement_of_a_parameter(gloo, 
 
 
 def table_of_two_axes(kinds: list[tuple[Placement, ...]]) -> None:
+    mesh = dist.init_device_mesh("cpu", (2, 2))
     placements = [*itertools.product((R, S0, S1), repeat=2), STRIDED]
     for of_param in kinds:
         for of_grad in [*placements, (SUM, S0), (S1, SUM), (SUM, SUM), (AVG, R), (SUM, AVG)]:
-            train((8, 6), (2, 2), of_param, of_grad, SETTINGS)
+            train((8, 6), mesh, of_param, of_grad, SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -101,10 +102,11 @@ def test_placements_on_a_mesh_of_two_axes(gloo, kinds):
 
 
 def train_in_bf16() -> None:
+    mesh = dist.init_device_mesh("cpu", (2,))
     for policy in (PrecisionPolicy(), PrecisionPolicy("fp32"), PrecisionPolicy("none", seed=3)):
         for of_param, of_grad in ((R, SUM), (S0, SUM), (S0, R)):
             settings = SETTINGS | {"precision": policy}
-            train((6, 4), (2,), (of_param,), (of_grad,), settings, torch.bfloat16)
+            train((6, 4), mesh, (of_param,), (of_grad,), settings, torch.bfloat16)
 
 
 def test_placements_in_bf16_with_every_kind_of_main_params(gloo):

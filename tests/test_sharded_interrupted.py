@@ -51,14 +51,19 @@ class Calls:
         sys.setprofile(None)
 
     def _look(self, frame, event: str, arg) -> None:
-        if event == "return" or not frame.f_code.co_filename.startswith(LIBRARY):
+        code = frame.f_code
+        if event == "return" or not code.co_filename.startswith(LIBRARY):
             return
+        self._met += event == "call" and code.co_name in ("count_sent", "_barrier")
+        if self.place is not None and not self.place[1].endswith(code.co_qualname):
+            return  # most calls: only those of the place need be counted
         called = "" if event == "call" else getattr(arg, "__name__", "")
-        where = self.phase, f"{event} {frame.f_code.co_qualname}", called
+        where = self.phase, f"{event} {code.co_qualname}", called
         self._count[where] += 1
-        self._met += event == "call" and frame.f_code.co_name in ("count_sent", "_barrier")
-        self.places.append((*where, self._count[where], self._met))
-        if self.places[-1] == self.place:
+        place = *where, self._count[where], self._met
+        if self.place is None:
+            self.places.append(place)
+        elif place == self.place:
             raise self.error(f"injected at {self.place}")
 
 

@@ -42,6 +42,7 @@ ODD_BYTES = {
     "two": b'{"step": 1} {"step": 2}\n',
     "surrogate": b'{"model_type": "\\ud800", "step": "\\ud800"}\n',
 }
+ODD_NAMES = [b"a$b$\\foo", b"_hidden", b"\xff\xfe", b"two\nlines", b"%s {0}"]
 ODD_VALUES = [None, True, "", "x", -1, 0, 1.5, 10**400, 1e308, [], [1], {}, {"a": 1}, "\ud800", 10**12, "a\nb"]
 
 
@@ -158,14 +159,27 @@ def test_plot_draws_what_a_run_may_have_come_to(value, tmp_path, capsys, recwarn
     assert (tmp_path / "runs.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", [b"a$b$\\foo", b"_hidden", b"\xff\xfe", b"two\nlines", b"%s {0}"], ids=repr)
-def test_plot_of_a_run_with_an_odd_name(name, tmp_path):
-    """In a process of its own, whose stdout is a pipe."""
+def run_named(name: bytes, tmp_path: Path) -> bytes:
     folder = os.path.join(os.fsencode(tmp_path), name)
     os.mkdir(folder)
     with open(os.path.join(folder, b"metrics.jsonl"), "w") as file:
         file.write(json.dumps(ROW) + "\n")
-    command = [preloaded.python(), "-m", "lion_dist.cli", "plot", folder, "--out", tmp_path / "runs.png"]
+    return folder
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=repr)
+def test_plot_of_a_run_with_an_odd_name(name, tmp_path, capsys):
+    """Whose name is the title of the picture."""
+    folder = os.fsdecode(run_named(name, tmp_path))
+    assert cli.main(["plot", folder, "--out", str(tmp_path / "runs.png")]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+    assert (tmp_path / "runs.png").stat().st_size > 1000
+
+
+def test_plot_of_runs_with_odd_names_into_a_pipe(tmp_path):
+    """In a process of its own, whose arguments are bytes and whose stdout is a pipe."""
+    folders = [run_named(name, tmp_path) for name in ODD_NAMES]
+    command = [preloaded.python(), "-m", "lion_dist.cli", "plot", *folders, "--out", tmp_path / "runs.png"]
     result = subprocess.run(command, capture_output=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
     assert result.returncode == 0 and b"Traceback" not in result.stderr, result.stderr
     assert (tmp_path / "runs.png").stat().st_size > 1000
