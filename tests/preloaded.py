@@ -229,6 +229,10 @@ def become(request: dict, files: list[int], own: dict, stand_in: str) -> None:
     for number, file in zip(request["files"], moved, strict=True):
         os.dup2(file, number)
         os.close(file)
+    # What Python made of the server's files knows whether one can seek in those.
+    sys.stdin = open(0, closefd=False)
+    sys.stdout = open(1, "w", errors=sys.stdout.errors, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.setpgid(0, 0)
     os.chdir(request["folder"])
     paths = [own["environment"].get("PYTHONPATH", ""), request["environment"].get("PYTHONPATH", "")]
