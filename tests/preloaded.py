@@ -27,6 +27,7 @@ import pickle
 import random
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import struct
@@ -100,6 +101,7 @@ def python() -> str:
     stand_in.chmod(0o755)
     command = [sys.executable, "-m", "tests.preloaded", str(address), str(stand_in)]
     server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.stdin.close)  # it ends with us
     if server.stdout.read(1) != b"y":
         raise RuntimeError(f"{' '.join(command)} has ended with {server.wait()}")
