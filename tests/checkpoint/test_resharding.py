@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from lion_dist import ShardedLion, ShardingConfig, boxes, checkpoint
+from lion_dist import ShardedLion, ShardingConfig, boxed_tensor, checkpoint
 from lion_dist.boxed_tensor import BoxedTensor
 from lion_dist.boxes import Box, boxes_over
 from lion_dist.checkpoint.metadata import read_metadata
@@ -102,7 +102,7 @@ def copied_once(shape, source, target):
 @settings(max_examples=200)
 def test_n_ranks_to_m_ranks_and_back_is_the_identity(case):
     shapes, ((cut_n, n, bucket_n), (cut_m, m, bucket_m)) = case
-    boxes_before, boxes.PIECE_BYTES = boxes.PIECE_BYTES, 64  # pieces of 8 elements
+    limit, boxed_tensor.PIECE_BYTES = boxed_tensor.PIECE_BYTES, 64  # pieces of 8 elements
     try:
         held_n, held_m = cut_n(shapes, n, bucket_n), cut_m(shapes, m, bucket_m)
         for i, shape in enumerate(shapes):
@@ -118,7 +118,7 @@ def test_n_ranks_to_m_ranks_and_back_is_the_identity(case):
                 assert list(before.boxes) == list(after.boxes)
                 assert all(torch.equal(before.boxes[box], after.boxes[box]) for box in before.boxes)
     finally:
-        boxes.PIECE_BYTES = boxes_before
+        boxed_tensor.PIECE_BYTES = limit
 
 
 @given(st.lists(st.integers(1, 7), max_size=4), st.integers(1, 40))
