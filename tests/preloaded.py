@@ -54,6 +54,7 @@ READ_AT_IMPORT = tuple("PYTHON OMP_ MKL_ KMP_ LD_ MALLOC_ TORCH_LOGS TORCHDYNAMO
 PASSED_ON = ("PYTHONPATH", "PYTHONUNBUFFERED")
 ABOVE = 512  # so many open files are neither the server's nor a program's at its start
 ANSWER = struct.Struct("i")  # an exit code; minus a signal
+NAMESPACES = ("net", "mnt", "pid", "user")
 ROOT = Path(__file__).parents[1]
 
 # A new interpreter without any import of its own but these: 20 ms. ``{...}`` are filled in.
@@ -61,9 +62,8 @@ STAND_IN = """#!{executable} -SE
 import array, os, pickle, signal, socket, struct, sys
 
 def ask():
-    name = lambda kind: os.readlink("/proc/self/ns/" + kind)
     request = dict(argv=sys.argv[1:], folder=os.getcwd(), environment=dict(os.environ),
-                   namespaces=[name("net"), name("mnt"), name("pid"), name("user")],
+                   namespaces=[os.readlink("/proc/self/ns/" + kind) for kind in {namespaces!r}],
                    limits=open("/proc/self/limits").read())
     is_open = lambda file: os.path.exists("/proc/self/fd/%d" % file)
     request["files"] = [file for file in map(int, os.listdir("/proc/self/fd")) if is_open(file)]
@@ -97,7 +97,7 @@ def python() -> str:
     """The path of what is started in place of ``sys.executable``; the process behind it starts with the first call."""
     folder = Path(tempfile.mkdtemp(prefix="preloaded"))
     address, stand_in = folder / "socket", folder / "python"
-    stand_in.write_text(STAND_IN.format(executable=sys.executable, address=str(address)))
+    stand_in.write_text(STAND_IN.format(executable=sys.executable, address=str(address), namespaces=NAMESPACES))
     stand_in.chmod(0o755)
     command = [sys.executable, "-m", "tests.preloaded", str(address), str(stand_in)]
     server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -137,26 +137,32 @@ def serve(address: str, stand_in: str) -> None:
         for key, _ in selector.select():
             if key.fileobj == 0:
                 os._exit(0)
-            elif key.fileobj is listener:
-                line, _ = listener.accept()
-                request, files = receive(line)
-                if not can_be_forked(request, own):
-                    line.send(b"n")
-                    line.close()
-                else:
-                    pid = os.fork()
-                    if pid == 0:
-                        forget(selector, line)
-                        become(request, files, own, stand_in)
-                        return
-                    line.send(b"y")
-                    started = Started(line, pid)
-                    selector.register(line, selectors.EVENT_READ, started)
-                    selector.register(started.ended, selectors.EVENT_READ, started)
-                for file in files:
-                    os.close(file)
-            else:
+            elif key.fileobj is not listener:
                 attend(key, selector)
+            elif start(listener.accept()[0], selector, own, stand_in):
+                return
+
+
+def start(line: socket.socket, selector: selectors.BaseSelector, own: dict, stand_in: str) -> bool:
+    """Fork a process for the stand-in at the other end of ``line``, or send it to a new interpreter. Returns whether
+    this is the process that has been forked."""
+    request, files = receive(line)
+    if can_be_forked(request, own):
+        pid = os.fork()
+        if pid == 0:
+            forget(selector, line)
+            become(request, files, own, stand_in)
+            return True
+        started = Started(line, pid)
+        selector.register(line, selectors.EVENT_READ, started)
+        selector.register(started.ended, selectors.EVENT_READ, started)
+        line.send(b"y")
+    else:
+        line.send(b"n")
+        line.close()
+    for file in files:
+        os.close(file)
+    return False
 
 
 def forget(selector: selectors.BaseSelector, line: socket.socket) -> None:
@@ -205,7 +211,7 @@ def receive(line: socket.socket) -> tuple[dict, list[int]]:
 
 
 def namespaces() -> list[str]:
-    return [os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "mnt", "pid", "user")]
+    return [os.readlink(f"/proc/self/ns/{kind}") for kind in NAMESPACES]
 
 
 def can_be_forked(request: dict, own: dict) -> bool:
@@ -249,11 +255,9 @@ def become(request: dict, files: list[int], own: dict, stand_in: str) -> None:
 
 def run_program() -> None:
     """Run ``sys.argv`` as an interpreter runs its arguments."""
-    arguments = sys.argv
-    if arguments[0] == "-u":
-        arguments = arguments[1:]
-        sys.stdout.reconfigure(write_through=True)
-    if os.environ.get("PYTHONUNBUFFERED"):
+    is_unbuffered = sys.argv[0] == "-u"
+    arguments = sys.argv[is_unbuffered:]
+    if is_unbuffered or os.environ.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)
     kind, *rest = arguments
     if kind == "-m":

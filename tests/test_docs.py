@@ -14,6 +14,7 @@ import torch
 import lion_dist
 from lion_dist import checkpoint
 from tests import preloaded
+from tests.launch import jobs
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -89,20 +90,10 @@ def test_the_fifteen_lines_of_the_readme_print_what_it_says(tmp_path):
     (printed,) = re.findall(r"^```text\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     assert len([line for line in program.splitlines() if line]) == 15
     (tmp_path / "program.py").write_text(program)
-    torchrun = [
-        preloaded.python(),
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "program.py",
-    ]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [*torchrun, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = jobs.torchrun(2, "program.py")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     # Workers of torchrun write unbuffered, a text and its line end apart: one rank's line can end in another's.
     assert sorted(re.findall("rank .*?momentum", done.stdout)) == printed.splitlines()

@@ -20,7 +20,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from lion_dist import PrecisionPolicy, ShardedLion, sharded_params
 from lion_dist.sharding import memory_format
 
-
 sharded_params.check_param = lambda param, name: None  # nobody trains these, and meta parameters are refused
 memory_format.with_own_storage = lambda view: view  # meta tensors have no memory to share
 dist.init_process_group("fake", store=FakeStore(), rank=int(sys.argv[2]), world_size=int(sys.argv[1]))

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lion_dist import PrecisionPolicy, ShardedLion, ShardingConfig
+from lion_dist.benchmarks.ranks import join
 from lion_dist.benchmarks.report import Rows, version_of
 from lion_dist.benchmarks.timing import seconds_of_additions
 
@@ -30,6 +31,7 @@ TENSORS = 147  # of the 1.35 B Llama-shaped model
 BUCKET_NUMEL = 6720  # can be cut into so many equal tensors as a bucket has here
 PARTS = ("forward", "backward", "clip", "step", "zero_grad")
 WARM_UP = 10
+PRETENDED_RANKS = 4  # where torchrun has started none
 
 
 class Layer(nn.Module):
@@ -99,34 +101,17 @@ def measure(buckets: int, device: torch.device, steps: int) -> dict:
     return row | {"alone_ms": round(of_alone, 3), "steps": steps, "version": version_of("lion-dist")}
 
 
-def join() -> torch.device:
-    """This process is one of torchrun's ranks, or the first of four that are pretended; on this device."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if not torch.cuda.is_available():
-        device = torch.device("cpu")
-    else:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        on_gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    else:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    return device
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--buckets", type=int, nargs="+", default=[14, 27], metavar="N")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    device = join()
+    device = join(None if "RANK" in os.environ else PRETENDED_RANKS)
     first = dist.get_rank() == 0
     rows = Rows(args.csv if first else None, device)
     for buckets in args.buckets:
-        row = rows.add(measure(buckets, device, args.steps) | {"additions_s": round(seconds_of_additions(), 2)})
+        row = rows.add(measure(buckets, device, args.steps) | {"host_speed_s": round(seconds_of_additions(), 2)})
         if first:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     dist.destroy_process_group()

@@ -15,7 +15,6 @@ With pretended ranks (torch's fake process group) collectives take no time and m
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from lion_dist.benchmarks.engines import BASELINE, IN_A_GRAPH, Step, engines, graphs
 from lion_dist.benchmarks.llama import SIZES, make_llama
+from lion_dist.benchmarks.ranks import join
 from lion_dist.benchmarks.report import Rows
 from lion_dist.benchmarks.timing import free_gpu_memory, seconds_of_additions
 from lion_dist.peer_memory import memory as peer_memory
@@ -175,18 +175,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if args.pretend_ranks:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.pretend_ranks)
-    elif device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    device = join(args.pretend_ranks)
     rows = Rows(args.csv if dist.get_rank() == 0 else None, device)
     host = round(seconds_of_additions(), 2)
     say(f"host: ten million additions in Python take {host} s")

@@ -52,10 +52,10 @@ class LaunchShape:
 
 # By the widest element that the kernel touches, and whether it draws random bits. With 8 fp32 elements a thread, stores
 # would go through shared memory and a barrier: Triton stores at most 16 bytes a thread at once. Random bits take
-# registers: with 16 elements a thread a kernel of plain steps needs up to 80 and reached 88 to 94% of the copy.
-# The last two are for memory as fast as an H200's, where arithmetic shows (on an H100 every shape from 512 to 2048 is
-# within 1.5%): a bf16 average of one bf16 tensor takes 1.42 times the plain step instead of 1.48, cautious decay of a
-# list 0.99 instead of 1.04. Neither is good for the other, nor for the plain step.
+# registers: with 16 elements a thread, rounding the momentum stochastically takes 2.5% longer on an H100. The last two
+# are for memory as fast as an H200's, where arithmetic shows: a bf16 average of one bf16 tensor takes 1.42 times the
+# plain step instead of 1.48, cautious decay of a list 0.99 instead of 1.04; on an H100 they change 0.6% at most. All
+# that was measured is in docs/step-notebook.md.
 LAUNCH_SHAPES = {
     "32 bit": LaunchShape(block=1024, num_warps=4, vector=4),
     "16 bit": LaunchShape(block=2048, num_warps=4, vector=8),

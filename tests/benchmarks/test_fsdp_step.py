@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lion_dist.benchmarks import fsdp_step
-from tests import preloaded
+from tests.launch import jobs
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 def test_rows_carry_ratios_and_versions_and_peers_in_trouble_are_named(tmp_path):
     (tmp_path / "flashoptim.py").write_text("def FlashLion(*_, **__): raise RuntimeError('no shards')")
     (tmp_path / "optimi.py").write_text("raise ImportError('no optimi')")
-    command = [preloaded.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "lion_dist.benchmarks.fsdp_step", "--size", "tiny", "--seq-len", "16", "--micro-batch", "1"]
+    command = jobs.torchrun(2, "-m", "lion_dist.benchmarks.fsdp_step")
+    command += ["--size", "tiny", "--seq-len", "16", "--micro-batch", "1"]
     command += ["--blocks", "6", "--steps", "1", "--warm-up", "1", "--csv", str(tmp_path / "rows.csv")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,6 +1,7 @@
 """The host's part of a step: the benchmark really runs, and the library's part of its work is bounded."""
 
 import csv
+import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lion_dist.benchmarks import host
+from tests.launch import jobs
 
 
 @pytest.fixture
@@ -50,6 +52,16 @@ def test_rows_say_what_the_library_adds(tmp_path, monkeypatch):
         assert all(added > 0 for added in parts) and sum(parts) == float(row["host_ms"])
         assert float(row["alone_ms"]) == 0
     assert all(row["torch"] and row["device"] and row["date"] for row in rows)
+
+
+def test_ranks_of_torchrun_measure_together_and_the_first_one_reports(tmp_path):
+    path = tmp_path / "host.csv"
+    command = jobs.torchrun(2, "-m", "lion_dist.benchmarks.host", "--buckets", "14", "--steps", "2", "--csv", path)
+    done = subprocess.run(command, env=jobs.ENVIRONMENT, cwd=jobs.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (row,) = csv.DictReader(path.open())
+    assert row["buckets"] == "14" and float(row["host_speed_s"]) > 0
+    assert done.stdout.count("host_ms") == 1
 
 
 def test_a_step_calls_a_bounded_number_of_the_librarys_functions(pretended_ranks):

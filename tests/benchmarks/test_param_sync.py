@@ -7,14 +7,15 @@ import subprocess
 import pytest
 
 from tests import preloaded
+from tests.launch import jobs
 
 SMALL = ["--layers", "1", "--dim", "64", "--vocab", "512", "--seq-len", "8", "--steps", "1", "--burst", "2"]
 
 
 @pytest.mark.slow
 def test_codes_send_less_than_a_gather_and_train_alike(tmp_path):
-    command = [preloaded.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "lion_dist.benchmarks.param_sync", *SMALL, "--csv", str(tmp_path / "sync.csv")]
+    command = jobs.torchrun(2, "-m", "lion_dist.benchmarks.param_sync")
+    command += [*SMALL, "--csv", str(tmp_path / "sync.csv")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

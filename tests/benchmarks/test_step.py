@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lion_dist.benchmarks.engines import engines
 from lion_dist.benchmarks.llama import SIZES, Llama
-from tests import preloaded
+from tests.launch import jobs
 
 
 def train_by(name: str) -> bool:
@@ -33,8 +33,8 @@ def test_adamw_stands_beside_every_engine(gloo):
 
 
 def test_rows_carry_ratios_memory_and_versions(tmp_path):
-    command = [preloaded.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "lion_dist.benchmarks.step", "--size", "tiny", "--seq-len", "16", "--steps", "3"]
+    command = jobs.torchrun(2, "-m", "lion_dist.benchmarks.step")
+    command += ["--size", "tiny", "--seq-len", "16", "--steps", "3"]
     command += ["--micro-batch", "1", "--micro-batches", "2", "--warm-up", "1", "--engines", "stage"]
     command += ["--csv", str(tmp_path / "step.csv"), "--png", str(tmp_path / "step.png")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -19,7 +19,7 @@ from lion_dist.cli import collective_check, machine_checks
 from lion_dist.cli.findings import BROKEN, NOTE, OK, Finding, report
 from lion_dist.cpu_backend import native
 from lion_dist.kernels.update import lion_update_
-from tests import preloaded
+from tests.launch import jobs
 
 SOUND = Finding("collectives", OK, "as they should be")
 
@@ -193,8 +193,9 @@ def under_torchrun(folder: Path, on_rank_1: str) -> subprocess.CompletedProcess:
         f"if os.environ['RANK'] == '1':\n    {on_rank_1}\n"
         "sys.exit(main(['doctor']))\n"
     )
-    command = [preloaded.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    return subprocess.run(
+        jobs.torchrun(2, program), capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2]
+    )
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ from lion_dist import ModelParallel, ShardedLion, TwoLevels, sharded_params
 from lion_dist.composed import axes
 from lion_dist.sharding import memory_format
 
-
 sharded_params.check_param = lambda param, name: None  # nobody trains these, and meta parameters are refused
 memory_format.with_own_storage = lambda view: view  # meta tensors have no memory to share
 axes.checksum = lambda param: 0

@@ -29,6 +29,7 @@ from tests.integrations.deepspeed_ranks import (
     states_of,
     take_exact_step,
 )
+from tests.launch.jobs import meeting_place
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -120,8 +121,8 @@ CHECKS = {
 }
 
 
-def _rank(rank: int, world_size: int, port: int, path: Path) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+def _rank(rank: int, world_size: int, where: dict[str, str], path: Path) -> None:
+    os.environ.update(where)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.cuda.set_device(rank)
     # For DeepSpeed's own ops, which are compiled here: it cannot read the 9.0a that some images have in this variable.
@@ -142,9 +143,10 @@ def _rank(rank: int, world_size: int, port: int, path: Path) -> None:
 def failures(tmp_path_factory) -> dict[str, str]:
     """{check: what went wrong on any rank}."""
     path = tmp_path_factory.mktemp("deepspeed") / "rank"
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that stays its own
+    store, where = meeting_place()
     ranks = torch.cuda.device_count()
-    mp.spawn(_rank, args=(ranks, store.port, path), nprocs=ranks)
+    mp.spawn(_rank, args=(ranks, where, path), nprocs=ranks)
+    del store  # until here: its port is the ranks'
     found = [pickle.loads(path.with_name(f"rank{rank}").read_bytes()) for rank in range(ranks)]
     return {name: text for by_name in found for name, text in by_name.items()}
 

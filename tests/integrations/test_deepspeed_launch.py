@@ -13,7 +13,7 @@ import torch.distributed as dist
 import compare_engines
 from comparison import deepspeed_engine
 from lion_dist.integrations.deepspeed import read_params
-from tests import preloaded
+from tests.launch import jobs
 
 pytest.importorskip("deepspeed")
 
@@ -72,7 +72,7 @@ def start(tmp_path_factory):
     environment["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")  # a lock left by a killed build would hang it
 
     def start(out: Path, *flags: object) -> tuple[list[dict], str]:
-        torchrun = [preloaded.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        torchrun = jobs.torchrun(2)
         command = [*torchrun, str(COMPARE), "--engine", "deepspeed", *TINY, "--data", str(text), "--out", str(out)]
         process = subprocess.Popen(
             [*command, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests import preloaded
+from tests.launch import jobs
 
 pytest.importorskip("deepspeed")
 
 PROGRAMS = Path(__file__).with_name("trainer_programs.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RUNNER = ["-m", "lion_dist.integrations.deepspeed"]
 
 REPORTING_SCRIPT = """
@@ -21,7 +21,6 @@ import json, os, sys
 import deepspeed.ops.lion
 import sibling
 from lion_dist.integrations.deepspeed import DeepSpeedLion
-
 
 found = {
     "argv": sys.argv, "name": __name__, "sibling": sibling.VALUE,
@@ -68,8 +67,8 @@ def test_script_runs_registered_with_its_own_arguments(script, tmp_path):
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_launchers_start_the_runner_on_two_ranks(script, tmp_path, launcher):
     if launcher == "torchrun":
-        command, flags = [preloaded.python(), *TORCHRUN], [[], []]
-        run([*command, *RUNNER, str(script), str(tmp_path)])
+        flags = [[], []]
+        run(jobs.torchrun(2, *RUNNER, script, tmp_path))
     else:
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--module"]
         flags = [["--local_rank=0"], ["--local_rank=1"]]
@@ -95,7 +94,7 @@ CONFIG = {
 def train_by(framework: str, config: dict, tmp_path: Path) -> dict:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
-    run([preloaded.python(), *TORCHRUN, *RUNNER, str(PROGRAMS), framework, str(path), str(tmp_path)])
+    run(jobs.torchrun(2, *RUNNER, PROGRAMS, framework, path, tmp_path))
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["optimizer"] == "lion_dist.integrations.deepspeed.DeepSpeedLion"
     assert found["state"] == ["exp_avg torch.bfloat16"]

@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests import preloaded
+from tests.launch import jobs
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def train(program: str, out: Path, *resume: str) -> dict:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [preloaded.python(), *TORCHRUN, "-m", "tests.integrations.fsdp_programs", program, str(out), *resume]
+    command = jobs.torchrun(2, "-m", "tests.integrations.fsdp_programs", program, out, *resume)
     process = subprocess.Popen(
         command, cwd=out, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import compare_engines
-from tests import preloaded
+from tests.launch import jobs
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def start(tmp_path_factory):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def start(ranks: int, engine: str, out: Path, *flags: str) -> tuple[list[dict], dict, str]:
-        torchrun = [preloaded.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        torchrun = jobs.torchrun(ranks)
         command = [*torchrun, compare_engines.__file__, "--engine", engine, *TINY.split(), *flags]
         command += ["--data", str(text), "--out", str(out)]
         process = subprocess.Popen(
