@@ -22,6 +22,12 @@ hypothesis.settings.load_profile("ci")  # the same examples everywhere, and no d
 MODULES = pytest.StashKey[int]()
 
 
+def pytest_configure():
+    from tests.gloo_workers import collect_garbage_seldom
+
+    collect_garbage_seldom()
+
+
 def pytest_runtest_setup(item):
     """What has been imported, by the collection or by a test, need not be looked through in every later test."""
     from tests.gloo_workers import put_imports_aside

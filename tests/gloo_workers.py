@@ -25,12 +25,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from tests import triton_interpreter
 
 MAX_RANKS = 4
 TASK_TIMEOUT = 120.0  # seconds; the machine may be busy with other things
-MAX_THREADS = 150  # of a worker: torch's caches of DTensors keep meshes, whose gloo threads wake 100 times a second
+MAX_THREADS = 150  # of a worker: torch's caches of DTensors keep meshes, and each of their groups keeps two threads
+# Imported before ranks are forked: what most tasks need, and those of the frameworks that this process has imported.
+PRELOADED = (
+    "pytest",
+    "lion_dist.checkpoint",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.debug",
+)
+FRAMEWORKS = ("accelerate", "deepspeed", "lightning.pytorch", "torch.distributed.pipelining", "transformers")
 GRACE = 10.0  # seconds that other ranks get after one has failed: they may be waiting for it in a collective
 
 
@@ -69,8 +80,11 @@ class GlooPool:
         self._start(world_size)
         self._tasks += 1
         task = pickle.dumps((function, args, world_size, self._tasks, timeout))
-        for _, connection in self._workers[:world_size]:
-            connection.send_bytes(task)
+        for rank, (_, connection) in enumerate(self._workers[:world_size]):
+            try:
+                connection.send_bytes(task)
+            except ConnectionError:
+                raise RankError({rank: f"after the task before, {self._death_of(rank)}"}) from None
         results, errors = self._collect(world_size, timeout)
         if any(_threads_of(process.pid) > MAX_THREADS for process, _ in self._workers):
             self.stop()  # the next task starts others
@@ -83,7 +97,7 @@ class GlooPool:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         # Forked from a process that has imported torch, which is most of what a start costs. (It runs no threads yet.)
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "lion_dist.checkpoint"])
+        context.set_forkserver_preload([*PRELOADED, *(name for name in FRAMEWORKS if name in sys.modules)])
         new = []
         for rank in range(len(self._workers), count):
             ours, theirs = context.Pipe()
@@ -112,17 +126,22 @@ class GlooPool:
                 rank = pending.pop(connection)
                 try:
                     succeeded, value = pickle.loads(connection.recv_bytes())
-                except EOFError:
-                    self._workers[rank][0].join(GRACE)
-                    code = self._workers[rank][0].exitcode
-                    self.stop()
-                    return results, errors | {rank: f"the process died with exit code {code}"}
+                except (EOFError, ConnectionError):
+                    return results, errors | {rank: self._death_of(rank)}
                 if succeeded:
                     results[rank] = value
                 else:
                     errors[rank] = value
                     deadline = min(deadline, time.monotonic() + GRACE)
         return results, errors
+
+    def _death_of(self, rank: int) -> str:
+        """What is known of it; the pool starts anew with the next task."""
+        process = self._workers[rank][0]
+        process.join(GRACE)
+        code = process.exitcode
+        self.stop()
+        return f"the process died with exit code {code}\n{(self._stacks / str(rank)).read_text()}"
 
     def _stacks_of(self, ranks) -> dict[int, str]:
         ranks = list(ranks)
@@ -163,11 +182,31 @@ def _meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> None
         os._exit(1)
 
 
+def share_one_device() -> None:
+    """Let every process group that this process makes from now on use one gloo device.
+
+    A device is a thread that wakes 100 times a second, and torch makes one for each group. Groups live long: torch's
+    caches of DTensors keep meshes. The idle devices of 16 ranks took 44% of two cores.
+    """
+    device = ProcessGroupGloo.create_default_device()
+    make = ProcessGroupGloo.__init__
+
+    def make_with_it(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices, options._timeout = [device], timeout
+        make(self, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = make_with_it
+
+
 def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
     """The loop of a worker: take a function, run it in a new process group, send back what became of it."""
     torch.set_num_threads(1)
+    collect_garbage_seldom()
+    share_one_device()
     stacks_file = (stacks / str(rank)).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks_file)
+    faulthandler.enable(stacks_file)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     connection.send_bytes(b"ready")
     modules = put_imports_aside(0)
@@ -188,7 +227,12 @@ def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
         modules = put_imports_aside(modules)
-        gc.collect()  # optimizers are cycles; they keep a process group and its threads, which wake 100 times a second
+        gc.collect()  # optimizers are cycles; they keep a process group and its threads
+
+
+def collect_garbage_seldom() -> None:
+    """In a process of tests, which collects after each: what Python does by itself took a sixth of their time."""
+    gc.set_threshold(50_000, 50, 50)
 
 
 def put_imports_aside(modules: int) -> int:

@@ -51,7 +51,9 @@ IMPORTED = (
 )
 # Read while torch is imported, or before Python starts.
 READ_AT_IMPORT = tuple("PYTHON OMP_ MKL_ KMP_ LD_ MALLOC_ TORCH_LOGS TORCHDYNAMO TORCHINDUCTOR TRITON_".split())
-PASSED_ON = ("PYTHONPATH", "PYTHONUNBUFFERED")
+# Of these, what is read later. (torch sets the inductor's folder itself in a process that has once asked for it, as the
+# collection of all tests does: without this, no program was forked in a whole run.)
+PASSED_ON = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 ABOVE = 512  # so many open files are neither the server's nor a program's at its start
 ANSWER = struct.Struct("i")  # an exit code; minus a signal
 NAMESPACES = ("net", "mnt", "pid", "user")

@@ -92,6 +92,13 @@ def test_what_cannot_be_passed_on_is_left_to_a_new_interpreter(options):
     assert run("-c", IS_FORKED, **options).stdout == "False\n"
 
 
+@pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
+def test_a_folder_that_is_looked_up_when_it_is_used_is_passed_on(name):
+    """torch sets it in any process that has once asked for it, and not in what was read of the environment before."""
+    for environment in (os.environ | {name: "/tmp/somewhere"}, {k: v for k, v in os.environ.items() if k != name}):
+        assert run("-c", IS_FORKED, env=environment).stdout == "True\n"
+
+
 def test_options_of_python_are_left_to_a_new_interpreter():
     assert run("-W", "error", "-c", IS_FORKED).stdout == "False\n"
 

@@ -23,6 +23,7 @@ def profile_of_training(in_backward: bool = False, guard: SpikeGuard | None = No
             if not in_backward:
                 opt.clip_grad_norm_(1.0)
             opt.step()
+        opt.finish_param_sync()  # or gloo's threads may write into a profile that has ended, and crash when it is freed
     return profile
 
 

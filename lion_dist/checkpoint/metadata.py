@@ -73,12 +73,21 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if module == "torch" and name in DTYPES:
             return name  # a string, which has no attributes to set
+        if (module, name) == ("builtins", "getattr"):
+            return _member_by_name
         if name not in _CLASSES.get(module, ()):
             raise CheckpointError(f"it asks for {module}.{name}, which is no part of a checkpoint's metadata")
         return self._classes.setdefault(name, type(name, (_StandIn,), {}))
 
     def persistent_load(self, pid):
         raise CheckpointError("it refers to an object outside, which metadata does not")
+
+
+def _member_by_name(kind: object, name: object) -> _StandIn:
+    """Stands in for ``getattr``, by which Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickle members of an enum."""
+    if not isinstance(kind, type) or kind.__name__ != "_MEM_FORMAT_ENCODING" or not isinstance(name, str):
+        raise CheckpointError(f"it asks for an attribute of {kind!r}, and metadata does so of memory formats alone")
+    return kind(name)
 
 
 def read_metadata(directory: Path, files: Mapping[str, dict] | None = None) -> Metadata:

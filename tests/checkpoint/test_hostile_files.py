@@ -15,7 +15,12 @@ import zipfile
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from lion_dist import checkpoint
 from lion_dist.checkpoint import manifest
@@ -99,7 +104,8 @@ def metadata_object(rng, path):
         nested = [nested]
     objects = [
         nested, {}, [], None, 3, "x", torch.Size([1]), pathlib.Path("x"), Pickled(os.system, ("exit 3",)),
-        Pickled(getattr, (pathlib.Path, "exists")), Pickled(torch.Size, ([2**62] * 8,)),
+        Pickled(getattr, (pathlib.Path, "exists")), Pickled(getattr, (_MEM_FORMAT_ENCODING, "__class__")),
+        Pickled(torch.Size, ([2**62] * 8,)),
     ]  # fmt: skip
     write_file(path, ".metadata", pickle.dumps(rng.choice(objects)))
 

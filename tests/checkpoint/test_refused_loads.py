@@ -1,14 +1,17 @@
 """``load`` refuses before it changes anything: shapes and dtypes of state, settings of groups, pieces that are none."""
 
+import pathlib
+import pickle
 import shutil
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from lion_dist import Lion, checkpoint
 from lion_dist.checkpoint.consolidated import import_consolidated
-from tests.checkpoint.hostile import change_group, change_metadata, refused, small
+from tests.checkpoint.hostile import change_group, change_metadata, refused, small, write_file
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,25 @@ def test_what_was_saved_loads_as_changed_by_nobody(path):
     change_metadata(path, lambda metadata: None)
     change_group(path, lr=0.5)
     assert refused(path) is None
+
+
+def test_what_python_3_11_2_saved_loads(path, monkeypatch):
+    """Its enums are pickled by name: by a call of getattr, which nothing else of a checkpoint may make."""
+    by_name = lambda self, protocol: (getattr, (type(self), self.name))  # noqa: E731
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    change_metadata(path, lambda metadata: None)
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    assert refused(path) is None
+
+
+@pytest.mark.parametrize("attribute", [(pathlib.Path, "exists"), (torch.Size, "numel"), (_MEM_FORMAT_ENCODING, 1)])
+def test_no_other_attribute_is_got(path, attribute):
+    class Stored:
+        def __reduce__(self):
+            return getattr, attribute
+
+    write_file(path, ".metadata", pickle.dumps(Stored()))
+    assert "it asks for an attribute of" in refused(path)
 
 
 NAN = float("nan")

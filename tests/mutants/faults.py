@@ -386,6 +386,13 @@ BESIDE = [
         (DURABLE,),
     ),
     Fault(
+        "checkpoint: an enum that Python 3.11.2 has pickled is refused",
+        "lion_dist/checkpoint/metadata.py",
+        '        if (module, name) == ("builtins", "getattr"):\n            return _member_by_name\n',
+        "",
+        ("tests/checkpoint/test_refused_loads.py::test_what_python_3_11_2_saved_loads",),
+    ),
+    Fault(
         "checkpoint: the last rows of a range are shifted",
         "lion_dist/boxes.py",
         "tail = _within_row(shape, last, 0, stop % row)",
