@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 from pathlib import Path
 
@@ -104,8 +103,7 @@ def test_the_wheel_works_where_nothing_else_of_the_project_is(built, tmp_path):
 @pytest.mark.slow
 def test_the_source_distribution_runs_its_tests(built, tmp_path):
     (archive,) = built.glob("*.tar.gz")
-    with tarfile.open(archive) as opened:
-        opened.extractall(tmp_path, filter="data")
+    subprocess.run(["tar", "-xf", archive, "-C", tmp_path], check=True)  # tarfile's filters are of Python 3.11.4
     (folder,) = tmp_path.iterdir()
     missing = [name for name in PUBLISHED if not (folder / name).exists()]
     assert missing == []

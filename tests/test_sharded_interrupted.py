@@ -39,16 +39,23 @@ class Calls:
     def __init__(self, place: Place | None = None, error: type[BaseException] | None = None):
         self.place, self.error = place, error
         self.places: list[Place] = []
-        self.phase = ""
+        self._is_entered = False
+        self._phase = ""
         self._count: Counter = Counter()
-        self._met = 0  # so often have ranks met, or begun to
+        self._met = 0  # so often have ranks met in this phase, or begun to
 
     def __enter__(self) -> Calls:
-        sys.setprofile(self._look)
+        self._is_entered = True
         return self
 
     def __exit__(self, *_exception) -> None:
         sys.setprofile(None)
+
+    def begin(self, phase: str) -> None:
+        """Of the step. Others than that of the place are not looked at, which would take twice their own time."""
+        self._phase, self._met = phase, 0
+        if self._is_entered:
+            sys.setprofile(self._look if self.place is None or self.place[0] == phase else None)
 
     def _look(self, frame, event: str, arg) -> None:
         code = frame.f_code
@@ -58,7 +65,7 @@ class Calls:
         if self.place is not None and not self.place[1].endswith(code.co_qualname):
             return  # most calls: only those of the place need be counted
         called = "" if event == "call" else getattr(arg, "__name__", "")
-        where = self.phase, f"{event} {code.co_qualname}", called
+        where = self._phase, f"{event} {code.co_qualname}", called
         self._count[where] += 1
         place = *where, self._count[where], self._met
         if self.place is None:
@@ -86,21 +93,21 @@ class Run:
 
     def step(self, calls: Calls) -> None:
         opt, x = self.opt, torch.full((2, 8), 1.0 + dist.get_rank(), dtype=self.dtype)
-        calls.phase = "zero_grad"
+        calls.begin("zero_grad")
         opt.zero_grad()
         with opt.no_sync():
-            calls.phase = "forward"
+            calls.begin("forward")
             loss = self.model(x).square().mean()
-            calls.phase = "backward"
+            calls.begin("backward")
             loss.backward()
-        calls.phase = "backward"
+        calls.begin("backward")
         self.model(x + 1).square().mean().backward()
         if not self.sharding.update_in_backward:
-            calls.phase = "clip"
+            calls.begin("clip")
             opt.clip_grad_norm_(0.1)
-        calls.phase = "step"
+        calls.begin("step")
         opt.step()
-        calls.phase = "sync"
+        calls.begin("sync")
         opt.finish_param_sync()
 
     def tensors(self) -> list[Tensor]:
