@@ -136,7 +136,7 @@ class GlooPool:
         return results, errors
 
     def _death_of(self, rank: int) -> str:
-        """What is known of it; the pool starts anew with the next task."""
+        """Say how this rank's process ended and where it was. The pool starts anew with the next task."""
         process = self._workers[rank][0]
         process.join(GRACE)
         code = process.exitcode

@@ -26,7 +26,8 @@ from tests.shared_files import over_shared_files
 
 LIBRARY = str(Path(lion_dist.__file__).parent)
 ERRORS = (torch.OutOfMemoryError, KeyboardInterrupt)
-Place = tuple[str, str, str, int, int]  # phase of the step, event and function, what it calls; and how often before
+# Phase of the step, event and function, what it calls; how often until then, and meetings of ranks in the phase.
+Place = tuple[str, str, str, int, int]
 SEED = 0
 
 
@@ -52,7 +53,7 @@ class Calls:
         sys.setprofile(None)
 
     def begin(self, phase: str) -> None:
-        """Of the step. Others than that of the place are not looked at, which would take twice their own time."""
+        """A phase of the step begins. Only the phase of the place is looked at, because that slows it."""
         self._phase, self._met = phase, 0
         if self._is_entered:
             sys.setprofile(self._look if self.place is None or self.place[0] == phase else None)
