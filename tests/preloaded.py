@@ -8,9 +8,11 @@ program's process is forked from it, with the arguments, the folder, the environ
 asked: a process of its own, that can be killed and whose exit code is its own. What stands in for it, and is what
 ``Popen`` holds, passes signals on and ends as it does.
 
-What cannot be passed on to a process that is forked is left to a new interpreter: another network namespace, limits of
-memory, variables that are read while torch is imported, options of Python but ``-u``, ``-c`` and ``-m``. The package
-under test is never imported ahead, nor are the frameworks: they are imported anew by each program.
+A program that uses a framework takes ``preloaded.python(*preloaded.DEEPSPEED)``, which has imported that, too: one more
+process, forked from the first. The package under test is never imported ahead.
+
+What cannot be passed on to a process that is forked is left to a new interpreter: limits of memory, variables that are
+read while torch or a framework is imported, options of Python but ``-u``, ``-c`` and ``-m``.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import array
 import atexit
 import contextlib
+import ctypes
 import fcntl
 import functools
 import gc
@@ -38,6 +41,7 @@ import types
 from pathlib import Path
 
 IMPORTED = (
+    "matplotlib.pyplot",
     "numpy",
     "torch",
     "torch._dynamo",
@@ -50,13 +54,19 @@ IMPORTED = (
     "torch.utils.data",
 )
 # Read while torch is imported, or before Python starts.
-READ_AT_IMPORT = tuple("PYTHON OMP_ MKL_ KMP_ LD_ MALLOC_ TORCH_LOGS TORCHDYNAMO TORCHINDUCTOR TRITON_".split())
+READ_AT_IMPORT = tuple("PYTHON MPL OMP_ MKL_ KMP_ LD_ MALLOC_ TORCH_LOGS TORCHDYNAMO TORCHINDUCTOR TRITON_".split())
 # Of these, what is read later. (torch sets the inductor's folder itself in a process that has once asked for it, as the
 # collection of all tests does: without this, no program was forked in a whole run.)
-PASSED_ON = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+PASSED_ON = ("PYTHON", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+DEEPSPEED = ("tests.integrations.deepspeed_ahead",)
+TRAINER = (*DEEPSPEED, "transformers.trainer")  # and Accelerate, which imports DeepSpeed where it is installed
+ON_CPUS = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+# Read while frameworks are imported.
+READ_BY_FRAMEWORKS = tuple("CUDA_VISIBLE_DEVICES DS_ HF_ TRANSFORMERS_ ACCELERATE_".split())
 ABOVE = 512  # so many open files are neither the server's nor a program's at its start
 ANSWER = struct.Struct("i")  # an exit code; minus a signal
-NAMESPACES = ("net", "mnt", "pid", "user")
+ENTERED = ("net", "mnt")  # namespaces that a process enters after it has been forked, in this order
+NAMESPACES = (*ENTERED, "pid", "user")
 ROOT = Path(__file__).parents[1]
 
 # A new interpreter without any import of its own but these: 20 ms. ``{...}`` are filled in.
@@ -64,7 +74,7 @@ STAND_IN = """#!{executable} -SE
 import array, os, pickle, signal, socket, struct, sys
 
 def ask():
-    request = dict(argv=sys.argv[1:], folder=os.getcwd(), environment=dict(os.environ),
+    request = dict(argv=sys.argv[1:], folder=os.getcwd(), environment=dict(os.environ), pid=os.getpid(),
                    namespaces=[os.readlink("/proc/self/ns/" + kind) for kind in {namespaces!r}],
                    limits=open("/proc/self/limits").read())
     is_open = lambda file: os.path.exists("/proc/self/fd/%d" % file)
@@ -77,14 +87,18 @@ def ask():
     line.sendall(message)
     return line, line.recv(1)
 
+passed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)  # the program may run before this does
 try:
     line, agrees = ask()
 except OSError:
     agrees = b""
 if agrees != b"y":
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
     os.execv({executable!r}, [{executable!r}, *sys.argv[1:]])
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+for number in passed_on:
     signal.signal(number, lambda number, _frame: line.send(bytes([number])))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
 answer = line.recv(4)
 code = struct.unpack("i", answer)[0] if len(answer) == 4 else -signal.SIGKILL
 if code < 0:
@@ -95,14 +109,19 @@ os._exit(code)
 
 
 @functools.cache
-def python() -> str:
-    """The path of what is started in place of ``sys.executable``; the process behind it starts with the first call."""
+def python(*modules: str) -> str:
+    """The path of what is started in place of ``sys.executable``; the process behind it starts with the first call.
+
+    ``modules``: frameworks that have been imported as well, on CPUs.
+    """
     folder = Path(tempfile.mkdtemp(prefix="preloaded"))
     address, stand_in = folder / "socket", folder / "python"
     stand_in.write_text(STAND_IN.format(executable=sys.executable, address=str(address), namespaces=NAMESPACES))
     stand_in.chmod(0o755)
-    command = [sys.executable, "-m", "tests.preloaded", str(address), str(stand_in)]
-    server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    start = python() if modules else sys.executable
+    command = [start, "-m", "tests.preloaded", str(address), str(stand_in), *modules]
+    environment = os.environ | (ON_CPUS if modules else {})
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.stdin.close)  # it ends with us
     if server.stdout.read(1) != b"y":
@@ -121,10 +140,11 @@ class Started:
         self.line, self.pid, self.ended = line, pid, os.pidfd_open(pid)
 
 
-def serve(address: str, stand_in: str) -> None:
+def serve(address: str, stand_in: str, *frameworks: str) -> None:
     """Fork a process for each stand-in that asks, until standard input ends. Returns in those that are forked."""
     own = {"environment": dict(os.environ), "namespaces": namespaces(), "limits": Path("/proc/self/limits").read_text()}
-    for name in IMPORTED:
+    own["early"] = READ_AT_IMPORT + (READ_BY_FRAMEWORKS if frameworks else ())
+    for name in (*IMPORTED, *frameworks):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
@@ -158,13 +178,18 @@ def start(line: socket.socket, selector: selectors.BaseSelector, own: dict, stan
         started = Started(line, pid)
         selector.register(line, selectors.EVENT_READ, started)
         selector.register(started.ended, selectors.EVENT_READ, started)
-        line.send(b"y")
+        answer(line, b"y")
     else:
-        line.send(b"n")
+        answer(line, b"n")
         line.close()
     for file in files:
         os.close(file)
     return False
+
+
+def answer(line: socket.socket, message: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the stand-in has been killed
+        line.send(message)
 
 
 def forget(selector: selectors.BaseSelector, line: socket.socket) -> None:
@@ -194,8 +219,7 @@ def attend(key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None
                 os.kill(started.pid, signal.SIGKILL)
         return
     _, status = os.waitpid(started.pid, 0)
-    with contextlib.suppress(BrokenPipeError):
-        started.line.send(ANSWER.pack(os.waitstatus_to_exitcode(status)))
+    answer(started.line, ANSWER.pack(os.waitstatus_to_exitcode(status)))
     with contextlib.suppress(KeyError):
         selector.unregister(started.line)
     selector.unregister(started.ended)
@@ -218,14 +242,14 @@ def namespaces() -> list[str]:
 
 def can_be_forked(request: dict, own: dict) -> bool:
     def read_early(environment: dict[str, str]) -> dict[str, str]:
-        early = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+        early = {name: value for name, value in environment.items() if name.startswith(own["early"])}
         return {name: value for name, value in early.items() if name not in PASSED_ON}
 
     arguments = [argument for argument in request["argv"] if argument != "-u"]
     return (
         bool(arguments)
         and (arguments[0] in ("-c", "-m") or not arguments[0].startswith("-"))
-        and request["namespaces"] == own["namespaces"]
+        and request["namespaces"][len(ENTERED) :] == own["namespaces"][len(ENTERED) :]
         and request["limits"] == own["limits"]
         and read_early(request["environment"]) == read_early(own["environment"])
     )
@@ -233,6 +257,7 @@ def can_be_forked(request: dict, own: dict) -> bool:
 
 def become(request: dict, files: list[int], own: dict, stand_in: str) -> None:
     """This process is the program's from here on."""
+    enter(request, own)
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD, ABOVE) for file in files]
     for file in files:
         os.close(file)
@@ -253,6 +278,18 @@ def become(request: dict, files: list[int], own: dict, stand_in: str) -> None:
     random.seed()
     sys.executable = stand_in  # what it starts, starts so, too: ranks
     sys.argv = request["argv"]
+
+
+def enter(request: dict, own: dict) -> None:
+    """The namespaces of the stand-in, which waits for an answer."""
+    of_each = zip(NAMESPACES, request["namespaces"], own["namespaces"], strict=True)
+    others = [kind for kind, theirs, ours in of_each if theirs != ours]
+    files = [os.open(f"/proc/{request['pid']}/ns/{kind}", os.O_RDONLY) for kind in others]
+    libc = ctypes.CDLL(None, use_errno=True)
+    for file in files:
+        if libc.setns(file, 0):
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(file)
 
 
 def run_program() -> None:

@@ -106,3 +106,26 @@ def test_options_of_python_are_left_to_a_new_interpreter():
 def test_what_it_starts_with_its_own_python_has_torch_too():
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {IS_FORKED!r}], check=True)"
     assert run("-c", code).stdout == "True\n"
+
+
+def test_frameworks_are_imported_ahead_where_they_are_asked_for():
+    code = "import sys; print('accelerate' in sys.modules, 'lion_dist' in sys.modules)"
+    command = [preloaded.python("accelerate"), "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | preloaded.ON_CPUS)
+    assert done.stdout == "True False\n"
+
+
+def test_what_a_framework_reads_while_it_is_imported_is_left_to_a_new_interpreter():
+    environment = os.environ | preloaded.ON_CPUS | {"HF_HOME": "/tmp/somewhere"}
+    command = [preloaded.python("accelerate"), "-c", IS_FORKED]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment).stdout == "False\n"
+
+
+def test_it_is_in_the_network_of_whoever_asked():
+    network = "import os, sys; print('torch._dynamo' in sys.modules, os.readlink('/proc/self/ns/net'))"
+    command = ["unshare", "--net", "--mount", preloaded.python(), "-c", network]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if "unshare failed" in done.stderr:
+        pytest.skip(f"needs network namespaces: {done.stderr.strip()}")
+    is_forked, where = done.stdout.split()
+    assert is_forked == "True" and where != os.readlink("/proc/self/ns/net")

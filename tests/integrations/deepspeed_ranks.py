@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -99,19 +98,19 @@ def ds_config(stage: int, precision: str = "bf16", params: dict | None = None, *
 
 
 def start_deepspeed() -> None:
-    """DeepSpeed over the process group that there is, and without its 30 s build of a shared-memory all-reduce."""
-    import deepspeed  # noqa: F401
+    """DeepSpeed over the process group that there is."""
     from deepspeed.comm import comm
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
+
+    import tests.integrations.deepspeed_ahead  # noqa: F401
 
     global _process_group
     if _process_group is dist.group.WORLD:
         return
     _process_group = dist.group.WORLD
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     # What it remembers of earlier tests: their process group, and what numbers stage 3 has given on this rank.
     comm.cdb = groups._WORLD_GROUP = None
     Init.param_id = 0

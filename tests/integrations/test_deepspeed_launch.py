@@ -13,6 +13,7 @@ import torch.distributed as dist
 import compare_engines
 from comparison import deepspeed_engine
 from lion_dist.integrations.deepspeed import read_params
+from tests import preloaded
 from tests.launch import jobs
 
 pytest.importorskip("deepspeed")
@@ -68,11 +69,11 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
     text = folder / "text.txt"
     text.write_text("".join(f"{i} green bottles hanging on the wall\n" for i in range(500)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | preloaded.ON_CPUS | {"OMP_NUM_THREADS": "1"}
     environment["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")  # a lock left by a killed build would hang it
 
     def start(out: Path, *flags: object) -> tuple[list[dict], str]:
-        torchrun = jobs.torchrun(2)
+        torchrun = jobs.torchrun(2, frameworks=preloaded.DEEPSPEED)
         command = [*torchrun, str(COMPARE), "--engine", "deepspeed", *TINY, "--data", str(text), "--out", str(out)]
         process = subprocess.Popen(
             [*command, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment

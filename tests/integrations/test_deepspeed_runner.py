@@ -31,7 +31,7 @@ open(os.path.join(sys.argv[-1], f"found{os.environ.get('RANK', '')}.json"), "w")
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess:
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | preloaded.ON_CPUS | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -57,7 +57,8 @@ def assert_registered(found: dict, argv: list[str]) -> None:
 
 
 def test_script_runs_registered_with_its_own_arguments(script, tmp_path):
-    done = run([preloaded.python(), *RUNNER, "--local_rank=0", str(script), "--flag", str(tmp_path)])
+    python = preloaded.python(*preloaded.DEEPSPEED)
+    done = run([python, *RUNNER, "--local_rank=0", str(script), "--flag", str(tmp_path)])
     found = json.loads((tmp_path / "found.json").read_text())
     assert_registered(found, [str(script), "--local_rank=0", "--flag", str(tmp_path)])
     assert "replaced deepspeed.ops.lion.FusedLion by lion_dist.integrations.deepspeed.DeepSpeedLion" in done.stdout
@@ -68,9 +69,10 @@ def test_script_runs_registered_with_its_own_arguments(script, tmp_path):
 def test_launchers_start_the_runner_on_two_ranks(script, tmp_path, launcher):
     if launcher == "torchrun":
         flags = [[], []]
-        run(jobs.torchrun(2, *RUNNER, script, tmp_path))
+        run(jobs.torchrun(2, *RUNNER, script, tmp_path, frameworks=preloaded.DEEPSPEED))
     else:
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--module"]
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        command = [preloaded.python(*preloaded.DEEPSPEED), str(deepspeed), "--num_gpus", "2", "--module"]
         flags = [["--local_rank=0"], ["--local_rank=1"]]
         run([*command, "lion_dist.integrations.deepspeed", str(script), str(tmp_path)])
     for rank in (0, 1):
@@ -94,7 +96,7 @@ CONFIG = {
 def train_by(framework: str, config: dict, tmp_path: Path) -> dict:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
-    run(jobs.torchrun(2, *RUNNER, PROGRAMS, framework, path, tmp_path))
+    run(jobs.torchrun(2, *RUNNER, PROGRAMS, framework, path, tmp_path, frameworks=preloaded.TRAINER))
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["optimizer"] == "lion_dist.integrations.deepspeed.DeepSpeedLion"
     assert found["state"] == ["exp_avg torch.bfloat16"]

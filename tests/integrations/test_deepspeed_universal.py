@@ -35,10 +35,11 @@ def train_and_save(config: dict, folder: Path):
 
 
 def convert(folder: Path) -> None:
-    command = [preloaded.python(), "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [preloaded.python(*preloaded.DEEPSPEED), "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--inject_missing_state"]
     command += ["--input_folder", str(folder / "saved"), "--output_folder", str(folder / "universal")]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    done = subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | preloaded.ON_CPUS, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import preloaded
 from tests.launch import jobs
 
 pytest.importorskip("transformers")
@@ -17,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def train(program: str, out: Path, *resume: str) -> dict:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = jobs.torchrun(2, "-m", "tests.integrations.fsdp_programs", program, out, *resume)
+    environment = os.environ | preloaded.ON_CPUS | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = ["-m", "tests.integrations.fsdp_programs", program, out, *resume]
+    command = jobs.torchrun(2, *program, frameworks=preloaded.TRAINER)
     process = subprocess.Popen(
         command, cwd=out, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

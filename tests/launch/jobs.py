@@ -24,8 +24,10 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def torchrun(ranks: int, *flags: object) -> list[str]:
-    start = [preloaded.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def torchrun(ranks: int, *flags: object, frameworks: tuple[str, ...] = ()) -> list[str]:
+    """``frameworks``: that the program imports (see ``preloaded.python``)."""
+    python = preloaded.python(*frameworks)
+    start = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*start, *map(str, flags)]
 
 

@@ -20,7 +20,8 @@ def test_training_program_runs_under_deepspeeds_launcher(text, tmp_path):
     """On this node, two CPU ranks. (More nodes need ssh or Slurm.)"""
     flags = [*jobs.TINY, "--data", text, "--steps", 4, "--out", tmp_path]
     store, where = jobs.meeting_place()  # the launcher's own port is 29500, whoever else has it
-    launcher = [preloaded.python(), "-m", "deepspeed.launcher.runner", "--hostfile", "", "--num_gpus", "2"]
+    launcher = [preloaded.python(*preloaded.DEEPSPEED), "-m", "deepspeed.launcher.runner"]
+    launcher += ["--hostfile", "", "--num_gpus", "2"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(store.port), "--no_local_rank"]
     command = [*launcher, str(jobs.TRAIN), *map(str, flags)]
     result = jobs.finish(jobs.start(command, jobs.ENVIRONMENT | where | {"DS_ACCELERATOR": "cpu"}))
