@@ -1,10 +1,10 @@
 import fcntl
 import json
+import logging
 import os
 import pickle
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +16,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported, here and in spawned workers
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of spawned workers
 torch.set_num_threads(1)  # several ranks share the cores
+if hasattr(os, "SCHED_BATCH"):  # of Linux
+    # Inherited by all that tests start. gloo's thread polls without pause while the thread that holds its connection's
+    # lock waits for a core: one that wakes must not take the core from it. (A fifth of the time of tests on 4 ranks.)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 hypothesis.settings.load_profile("ci")  # the same examples everywhere, and no deadline: the machine may be busy
 
 
@@ -26,6 +30,19 @@ def pytest_configure():
     from tests.gloo_workers import collect_garbage_seldom
 
     collect_garbage_seldom()
+
+
+def pytest_collection_finish(session):
+    # Once for all tests what pytest's ``log_level``, and its handlers in loggers that pass nothing on (torch has 60),
+    # would be three times in each: 2 ms. (At DEBUG, torch.distributed.checkpoint logs every call.)
+    logging.root.setLevel(logging.INFO)
+    for logger in logging.root.manager.loggerDict.values():
+        logger.propagate = True
+    needs_ranks = any("gloo" in item.fixturenames for item in session.items)
+    if needs_ranks and not session.config.option.collectonly and not torch.cuda.is_available():
+        from tests.gloo_workers import fork_server
+
+        fork_server()
 
 
 def pytest_runtest_setup(item):
@@ -68,15 +85,26 @@ def once(tmp_path_factory) -> Callable:
     return ask
 
 
+# What is imported of Triton before a program is forked interprets, as this process does; its binary part is shared.
+COMPILE_AHEAD = """
+import os, runpy, sys
+os.environ.pop("TRITON_INTERPRET", None)
+for name in list(sys.modules):
+    if name.split(".")[0] == "triton" and not name.startswith("triton._C"):
+        del sys.modules[name]
+runpy.run_module(sys.argv[1], run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="session")
 def compiled_by(once) -> Callable[[str], dict[str, dict[str, int]]]:
     """``compiled_by("tests.kernels.compile_ahead")`` is what ``python -m tests.kernels.compile_ahead`` prints: for each
     kernel its instructions, and how many of each. No GPU is needed."""
+    from tests import preloaded
 
     def run(module: str, cache: Path) -> dict[str, dict[str, int]]:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(cache)
-        command = [sys.executable, "-m", module]
+        environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
+        command = [preloaded.python(), "-c", COMPILE_AHEAD, module]
         root = Path(__file__).parents[1]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

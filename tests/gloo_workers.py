@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib
+import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, arbitrary_address, wait
 from pathlib import Path
 
 import torch
@@ -32,16 +37,15 @@ from tests import triton_interpreter
 MAX_RANKS = 4
 TASK_TIMEOUT = 120.0  # seconds; the machine may be busy with other things
 MAX_THREADS = 150  # of a worker: torch's caches of DTensors keep meshes, and each of their groups keeps two threads
-# Imported before ranks are forked: what most tasks need, and those of the frameworks that this process has imported.
+# What most tasks need.
 PRELOADED = (
-    "pytest",
     "lion_dist.checkpoint",
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.optim",
     "torch.distributed.tensor.debug",
 )
-FRAMEWORKS = ("accelerate", "deepspeed", "lightning.pytorch", "torch.distributed.pipelining", "transformers")
+COMPILER = "torch._inductor.pattern_matcher"  # a second of each rank that compiles, "aot_eager" included
 GRACE = 10.0  # seconds that other ranks get after one has failed: they may be waiting for it in a collective
 
 
@@ -95,9 +99,8 @@ class GlooPool:
     def _start(self, count: int) -> None:
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        # Forked from a process that has imported torch, which is most of what a start costs. (It runs no threads yet.)
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, *(name for name in FRAMEWORKS if name in sys.modules)])
+        context.set_forkserver_preload(["pytest", *PRELOADED])  # where fork_server() has not been called
         new = []
         for rank in range(len(self._workers), count):
             ours, theirs = context.Pipe()
@@ -162,6 +165,34 @@ class GlooPool:
         self._workers.clear()
 
 
+def fork_server() -> None:
+    """Make a copy of this process, as it is now, the server that ranks are forked from.
+
+    ``multiprocessing`` would start a new interpreter, which imports torch, the frameworks and the tests once more: 8 s.
+    To be called before any test has run, because torch's own threads, once started, are missing in a copy; and not
+    where there is a GPU, because a process that has asked for it cannot be forked.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        for name in (*PRELOADED, *([COMPILER] if "tests.integrations.fsdp_ranks" in sys.modules else [])):
+            importlib.import_module(name)
+    put_imports_aside(0)
+    server, address = forkserver._forkserver, arbitrary_address("AF_UNIX")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        alive, ours = os.pipe()  # it ends when this process has: then nobody has the other end
+        server._forkserver_pid = os.fork()
+        if server._forkserver_pid == 0:
+            os.close(ours)
+            logging.root.handlers.clear()  # pytest's
+            try:
+                forkserver.main(listener.fileno(), alive, [])
+            finally:
+                os._exit(1)
+        os.close(alive)
+    server._forkserver_address, server._forkserver_alive_fd = address, ours
+
+
 def _threads_of(pid: int) -> int:
     try:
         return len(os.listdir(f"/proc/{pid}/task"))
@@ -204,6 +235,7 @@ def _serve(rank: int, connection: Connection, port: int, stacks: Path) -> None:
     torch.set_num_threads(1)
     collect_garbage_seldom()
     share_one_device()
+    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # it empties the caches, 27 ms a graph, for a log
     stacks_file = (stacks / str(rank)).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks_file)
     faulthandler.enable(stacks_file)
