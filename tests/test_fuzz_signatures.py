@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import decimal
 import fractions
+import gc
 import inspect
 import json
 import random
@@ -240,6 +241,7 @@ def attempt(target: Target, folder: Path, fed: dict) -> None:
         assert len(text) < 20_000 if paths else len(text) < 1500, f"{target}({shown(fed)}): {len(text)} characters"
     except Exception as error:
         raise AssertionError(f"{target}({shown(fed)}) raised {type(error).__name__}: {error}") from error
+    gc.collect(0)  # optimizers are cycles, and ShardedLion looks for wrappers among all objects that there are
 
 
 def shown(fed: dict) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ for name in ("triton", "deepspeed", "transformers", "lion_pytorch"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 """
 
-TRAIN = """
+TRAIN_AND_ASK_FOR_TRITON = """
 import torch, lion_dist
 model = torch.nn.Linear(4, 4)
 for opt in (lion_dist.Lion(model.parameters()), lion_dist.ShardedLion(model.parameters(), module=model)):
@@ -25,10 +24,6 @@ for opt in (lion_dist.Lion(model.parameters()), lion_dist.ShardedLion(model.para
     opt.step()
     opt.zero_grad()
 print("trained")
-"""
-
-NO_TRITON = """
-import torch, lion_dist
 param = torch.nn.Parameter(torch.ones(3))
 param.grad = torch.ones(3)
 try:
@@ -44,24 +39,28 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def test_trains_without_triton_and_deepspeed():
-    assert python(BLOCK + TRAIN).strip() == "trained"
+@pytest.fixture
+def said(once) -> list[str]:
+    return once("without_triton", lambda folder: python(BLOCK + TRAIN_AND_ASK_FOR_TRITON)).splitlines()
 
 
-def test_use_triton_without_triton_says_what_to_install():
-    assert "triton is not installed: pip install 'lion-dist[triton]'" in python(BLOCK + NO_TRITON)
+def test_trains_without_triton_and_deepspeed(said):
+    assert said[0] == "trained"
 
 
-@functools.cache
-def loaded() -> list[str]:
-    return python(
-        "import sys, torch; before = set(sys.modules); import lion_dist; print(*(set(sys.modules) - before))"
-    ).split()
+def test_use_triton_without_triton_says_what_to_install(said):
+    assert "triton is not installed: pip install 'lion-dist[triton]'" in said[1]
+
+
+@pytest.fixture
+def loaded(once) -> list[str]:
+    code = "import sys, torch; before = set(sys.modules); import lion_dist; print(*(set(sys.modules) - before))"
+    return once("imported_with_the_package", lambda folder: python(code)).split()
 
 
 @pytest.mark.parametrize("module", ["triton", "deepspeed", "torch._dynamo", "torch._inductor"])
-def test_import_loads_nothing_heavy(module):
-    assert "lion_dist.lion" in loaded() and module not in loaded()
+def test_import_loads_nothing_heavy(module, loaded):
+    assert "lion_dist.lion" in loaded and module not in loaded
 
 
 def test_public_names_are_those_of_all():

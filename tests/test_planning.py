@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -37,6 +38,7 @@ def make(size: str, dtype: torch.dtype) -> Llama:
     return Llama(**SIZES[size]).to(dtype)
 
 
+@functools.cache
 def shapes(size: str) -> ModelShapes:
     s = SIZES[size]
     with torch.device("meta"):

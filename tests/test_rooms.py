@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import lion_dist
+from tests import preloaded
 from tests.test_budgets import ROOMS
 
 PACKAGE = Path(lion_dist.__file__).parent
@@ -74,7 +74,7 @@ def said(once) -> str:
 
 def train_without_each(folder: Path) -> str:
     copies = [str(without(name, folder)) for name in ("nothing", *ROOMS)]
-    command = [sys.executable, "-c", STEPS + EACH_IN_A_FORK, *copies]
+    command = [preloaded.python(), "-c", STEPS + EACH_IN_A_FORK, *copies]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from lion_pytorch import Lion as PublishedLion
+from torch import Tensor
 
 from lion_dist import Lion, ShardedLion, ShardingConfig
 from lion_dist.sharding import collectives
 from lion_dist.state_dict import full_state
 from tests.checkpoint.engines import POLICIES
-from tests.full_states import assert_same_tensors, build, same_params, train, trained
+from tests.full_states import assert_same_tensors, build, has_params, never_stopped, same_params, train, trained
 from tests.models import mlp
 
 
@@ -50,9 +51,7 @@ def save_whole(path: str, policy: str) -> None:
         torch.save({"model": model.state_dict(), "opt": whole}, path)
 
 
-def go_on_from(path: str, policy: str, engine: str) -> None:
-    expected, reference = trained(policy, "plain")
-    train(expected, reference, range(3, 5))
+def go_on_from(path: str, policy: str, engine: str, expected: list[Tensor]) -> None:
     saved = torch.load(path)
     model, opt = build(policy, engine)
     model.load_state_dict(saved["model"])
@@ -61,7 +60,7 @@ def go_on_from(path: str, policy: str, engine: str) -> None:
         assert opt.taken_steps() == 3
     train(model, opt, range(3, 5))
     opt.zero_grad()
-    assert same_params(model, expected)
+    assert has_params(model, expected)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -69,7 +68,7 @@ def test_a_whole_state_goes_on_bit_identically_on_any_ranks_and_under_plain_lion
     path = str(tmp_path / "o.pt")
     gloo.run(2, save_whole, path, policy)
     for ranks, engine in ((1, "plain"), (1, "sharded"), (2, "sharded"), (4, "sharded"), (4, "sharded hsdp")):
-        gloo.run(ranks, go_on_from, path, policy, engine)
+        gloo.run(ranks, go_on_from, path, policy, engine, never_stopped(policy))
 
 
 def load_into_published_lion() -> None:

@@ -255,9 +255,12 @@ def go_on(path: str, name: str, formatted: bool, engine: str) -> list[Tensor]:
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("loaded", ["formatted", "row-major", "plain Lion"])
 @pytest.mark.parametrize("saved", ["formatted", "row-major"])
-def test_checkpoints_do_not_depend_on_the_memory_format(gloo, tmp_path, saved, loaded, name):
-    path = str(tmp_path / "checkpoint")
-    expected = gloo.run(4, save_in_the_middle, path, name, saved == "formatted")[0]
+def test_checkpoints_do_not_depend_on_the_memory_format(gloo, once, saved, loaded, name):
+    def save(folder):
+        path = str(folder / "checkpoint")
+        return path, gloo.run(4, save_in_the_middle, path, name, saved == "formatted")[0]
+
+    path, expected = once(f"formats, {saved}, {name}", save)  # what all loads of it share
     engine = "plain" if loaded == "plain Lion" else "sharded"
     found = gloo.run(1 if engine == "plain" else 2, go_on, path, name, loaded == "formatted", engine)[0]
     for mine, other in zip(found, expected, strict=True):

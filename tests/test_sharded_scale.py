@@ -41,7 +41,7 @@ def construct(world_size: int, rank: int) -> dict:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
 
 
-@pytest.mark.parametrize("world_size", [64, 4096])
+@pytest.mark.parametrize("world_size", [64, pytest.param(4096, marks=pytest.mark.slow)])
 def test_a_rank_of_a_70b_model_is_made_in_seconds_and_holds_what_the_formula_says(world_size):
     """bf16, split main params, bf16 momentum: 2 + 2/N + 2/N bytes a parameter, and 2/N of gradients."""
     made = construct(world_size, rank=world_size - 1)

@@ -28,8 +28,9 @@ def calls_of_the_library():
     calls = Counter()
 
     def count(frame, event, _argument):
-        package = frame.f_globals.get("__name__", "").split(".")[:2]
-        calls["lion_dist"] += event == "call" and package[0] == "lion_dist" and package[1:] != ["benchmarks"]
+        if event == "call":
+            package = frame.f_globals.get("__name__", "").split(".")[:2]
+            calls["lion_dist"] += package[0] == "lion_dist" and package[1:] != ["benchmarks"]
 
     sys.setprofile(count)
     try:

@@ -98,35 +98,35 @@ def change_save_and_go_on(folder, name):
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_parameter_changed_before_the_save_leads_its_main_params_after_the_load(gloo, tmp_path, name):
     gloo.run(ENGINES[name], change_save_and_go_on, str(tmp_path), name)
-    gloo.run(ENGINES[name], go_on_with, str(tmp_path), "saved", "resumed", name, "fp32 main params")
+    gloo.run(ENGINES[name], go_on_with, f"{tmp_path}/saved", f"{tmp_path}/resumed", name, "fp32 main params")
     assert_same_tensors(tmp_path / "never stopped", tmp_path / "resumed")
 
 
 # ---- engine, ranks and kind of main params at once
 
 
-def go_on_with(folder, old, new, name, policy):
+def go_on_with(old, new, name, policy):
     model, optimizer = engine(name, policy)
-    checkpoint.load(f"{folder}/{old}", model=model, optimizer=optimizer)
+    checkpoint.load(old, model=model, optimizer=optimizer)
     train(model, optimizer, range(3, 5))
-    checkpoint.save(f"{folder}/{new}", model=model, optimizer=optimizer)
+    checkpoint.save(new, model=model, optimizer=optimizer)
 
 
-def load_and_save(folder, old, new, name, policy):
+def load_and_save(old, new, name, policy):
     model, optimizer = engine(name, policy)
-    checkpoint.load(f"{folder}/{old}", model=model, optimizer=optimizer)
-    checkpoint.save(f"{folder}/{new}", model=model, optimizer=optimizer)
+    checkpoint.load(old, model=model, optimizer=optimizer)
+    checkpoint.save(new, model=model, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("loaded_by", ENGINES)
-def test_engine_ranks_and_kind_of_main_params_change_at_once_and_exactly(gloo, tmp_path, loaded_by):
+def test_engine_ranks_and_kind_of_main_params_change_at_once_and_exactly(gloo, saved, tmp_path, loaded_by):
     fp32, split = "fp32 main params", "split, fp32 momentum"
-    folder, ranks = str(tmp_path), ENGINES[loaded_by]
-    gloo.run(2, save_and_go_on, folder, "sharded", fp32)
-    gloo.run(ranks, go_on_with, folder, "saved", "resumed", loaded_by, split)
-    gloo.run(1, load_and_save, folder, "resumed", "back", "plain", fp32)
+    source, ranks = saved("sharded", fp32), ENGINES[loaded_by]
+    resumed, back = str(tmp_path / "resumed"), str(tmp_path / "back")
+    gloo.run(ranks, go_on_with, str(source / "saved"), resumed, loaded_by, split)
+    gloo.run(1, load_and_save, resumed, back, "plain", fp32)
     assert tensors_in(tmp_path / "resumed")["optimizer.0.weight.main_param"].dtype == torch.int16
-    assert_same_tensors(tmp_path / "never stopped", tmp_path / "back")
+    assert_same_tensors(source / "never stopped", tmp_path / "back")
 
 
 def load_model_by_torch_alone(path):
@@ -137,8 +137,8 @@ def load_model_by_torch_alone(path):
     return {name: param.full_tensor() for name, param in model.named_parameters()}
 
 
-def test_torch_alone_loads_the_model_of_a_checkpoint(gloo, tmp_path):
-    gloo.run(2, save_and_go_on, str(tmp_path), "sharded", "split")
-    saved = tensors_in(tmp_path / "saved")
-    for name, param in gloo.run(4, load_model_by_torch_alone, str(tmp_path / "saved"))[0].items():
-        assert torch.equal(param, saved[f"model.{name}"]), name
+def test_torch_alone_loads_the_model_of_a_checkpoint(gloo, saved):
+    path = saved("sharded", "split") / "saved"
+    tensors = tensors_in(path)
+    for name, param in gloo.run(4, load_model_by_torch_alone, str(path))[0].items():
+        assert torch.equal(param, tensors[f"model.{name}"]), name

@@ -63,20 +63,36 @@ def settings_of(where):
     return {key: value for key, value in where.items() if key != "ranks"}
 
 
+@pytest.fixture
+def saved(gloo, once):
+    """``saved(where, policy)``: the path of what was saved there, and the parameters of the run that went on.
+
+    All loads of it share them.
+    """
+
+    def save(where, policy, folder):
+        path = str(folder / "checkpoint")
+        return path, gloo.run(where["ranks"], save_after_three_steps, path, policy, settings_of(where))[0]
+
+    def ask(where, policy):
+        name = "-".join(map(str, where.values()))
+        return once(f"saved on {name}, {policy}", lambda folder: save(where, policy, folder))
+
+    return ask
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("saved_by, loaded_by", MOVES, ids=lambda w: "-".join(map(str, w.values())))
-def test_training_goes_on_bit_identically(gloo, tmp_path, policy, saved_by, loaded_by):
-    path = str(tmp_path / "checkpoint")
-    never_stopped = gloo.run(saved_by["ranks"], save_after_three_steps, path, policy, settings_of(saved_by))[0]
+def test_training_goes_on_bit_identically(gloo, saved, policy, saved_by, loaded_by):
+    path, never_stopped = saved(saved_by, policy)
     resumed = gloo.run(loaded_by["ranks"], go_on, path, policy, settings_of(loaded_by))[0]
     assert never_stopped.keys() == resumed.keys()
     for name in never_stopped:
         assert torch.equal(never_stopped[name], resumed[name]), name
 
 
-def test_momentum_is_stored_in_its_own_dtype(gloo, tmp_path):
-    path = str(tmp_path / "c")
-    gloo.run(2, save_after_three_steps, path, "fp32 parameters, bf16 momentum", settings_of(TWO))
+def test_momentum_is_stored_in_its_own_dtype(saved):
+    path, _ = saved(TWO, "fp32 parameters, bf16 momentum")
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     assert stored["optimizer.0.weight.exp_avg"].properties.dtype == torch.bfloat16
     assert stored["model.0.weight"].properties.dtype == torch.float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import itertools
+import multiprocessing.spawn
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lion_dist.cli import collective_check, machine_checks
 from lion_dist.cli.findings import BROKEN, NOTE, OK, Finding, report
 from lion_dist.cpu_backend import native
 from lion_dist.kernels.update import lion_update_
+from tests import preloaded
 from tests.launch import jobs
 
 SOUND = Finding("collectives", OK, "as they should be")
@@ -28,6 +30,15 @@ SOUND = Finding("collectives", OK, "as they should be")
 def no_ranks(monkeypatch):
     """The rest of the report, without starting processes."""
     monkeypatch.setattr(collective_check, "on_own_ranks", lambda: [SOUND])
+
+
+@pytest.fixture
+def forked_ranks():
+    """Ranks are spawned by what has imported torch."""
+    executable = multiprocessing.spawn.get_executable()
+    multiprocessing.spawn.set_executable(preloaded.python())
+    yield
+    multiprocessing.spawn.set_executable(executable)
 
 
 @pytest.fixture
@@ -51,7 +62,7 @@ def doctor_says(capsys) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
-def test_on_a_sound_machine_nothing_is_broken(capsys, monkeypatch):
+def test_on_a_sound_machine_nothing_is_broken(forked_ranks, capsys, monkeypatch):
     fake_deepspeed(monkeypatch, "0.19.8")
     code, printed = doctor_says(capsys)
     assert code == 0, printed
@@ -158,7 +169,7 @@ def dying_rank(rank: int, _ranks: int, _backend: str, _folder: str) -> None:
     raise TimeoutError("rank 0 waits for rank 1 in vain")
 
 
-def test_a_rank_that_dies_in_a_collective_is_broken(monkeypatch):
+def test_a_rank_that_dies_in_a_collective_is_broken(forked_ranks, monkeypatch):
     monkeypatch.setattr(collective_check, "_own_rank", dying_rank)
     found = collective_check.on_own_ranks()[0]
     assert found.state == BROKEN and "failed on rank" in found.fact and "network interface" in found.remedy

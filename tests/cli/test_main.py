@@ -11,6 +11,7 @@ import pytest
 
 from lion_dist import __version__, cli
 from lion_dist.cli.errors import UsageError
+from tests import preloaded
 
 VERBS = ("checkpoint", "doctor", "plan", "plot", "suggest")
 
@@ -51,14 +52,14 @@ def test_a_usage_error_is_one_line_on_stderr_and_exit_code_2(monkeypatch, capsys
 
 def test_module_and_script_are_the_same_program():
     script = Path(sys.executable).parent / "lion-dist"
-    commands = [[sys.executable, "-m", "lion_dist.cli"]] + ([[str(script)]] if script.exists() else [])
+    commands = [["-m", "lion_dist.cli"]] + ([[str(script)]] if script.exists() else [])
     for command in commands:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([preloaded.python(), *command, "--version"], capture_output=True, text=True, timeout=120)
         assert (done.returncode, done.stdout) == (0, f"lion-dist {__version__}\n"), done.stderr
 
 
 def test_a_reader_that_has_read_enough_is_no_traceback():
-    command = [sys.executable, "-m", "lion_dist.cli", *"plan --params 1b --ranks 8".split()]
+    command = [preloaded.python(), "-m", "lion_dist.cli", *"plan --params 1b --ranks 8".split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
@@ -67,9 +68,10 @@ def test_a_reader_that_has_read_enough_is_no_traceback():
 
 def test_help_imports_nothing_that_a_verb_might_need():
     code = (
-        "import sys, contextlib\nfrom lion_dist.cli import main\n"
-        "with contextlib.suppress(SystemExit): main(['--help'])\n"
-        "print(*sorted({'transformers', 'matplotlib', 'deepspeed', 'triton', 'tensorboard'} & set(sys.modules)))"
+        "import sys, contextlib\nheavy = {'transformers', 'matplotlib', 'deepspeed', 'triton', 'tensorboard'}\n"
+        "for name in heavy & set(sys.modules): del sys.modules[name]  # imported ahead\n"
+        "from lion_dist.cli import main\nwith contextlib.suppress(SystemExit): main(['--help'])\n"
+        "print(*sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([preloaded.python(), "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "", done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -23,8 +24,10 @@ ALL_BF16 = torch.arange(2**16).to(torch.int16).view(BF16)
 # Of a main param: the ends of what rounds to its bf16 value, around it, and the middle of each half.
 REMAINDERS = [-0x8000, -0x7FFF, -0x4000, -1, 0, 1, 0x4000, 0x7FFF]
 SIGNS = [-1, 0, 1]
+IN_CACHE = 2**17  # elements; of more at once, every operation goes through memory and takes twice as long
 
 
+@functools.cache
 def all_splits() -> tuple[Tensor, Tensor, Tensor]:
     """([n] bf16, [n] remainders, [n] signs): every main param that rounds to every bf16 value, near enough.
 
@@ -101,7 +104,11 @@ def test_least_main_rounds_to_its_parameter_and_what_lies_below_does_not(dtype):
 @pytest.mark.parametrize("lr", LRS)
 def test_every_step_of_every_bf16_parameter_is_coded_exactly_or_escapes(lr, weight_decay, cautious_wd):
     """And escapes are only what the reference says: it ends many times closer to zero than it began, or is a NaN."""
-    old, remainder, sign = all_splits()
+    for old, remainder, sign in zip(*(x.split(IN_CACHE) for x in all_splits()), strict=True):
+        step_is_coded_exactly_or_escapes(old, remainder, sign, lr, weight_decay, cautious_wd)
+
+
+def step_is_coded_exactly_or_escapes(old, remainder, sign, lr: float, weight_decay: float, cautious_wd: bool) -> None:
     new = move(old, remainder, sign, lr, weight_decay, cautious_wd=cautious_wd)
     rates = as_rates(lr, weight_decay)
     digits, escapes = codes.encode(old, new, *rates, SENARY, cautious_wd=cautious_wd)

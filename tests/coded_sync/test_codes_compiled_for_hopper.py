@@ -2,6 +2,7 @@
 
 import pytest
 
+pytestmark = pytest.mark.slow  # half a minute of compiling; tests/kernels/test_compiled_for_hopper.py is a quick one
 NAMES = ["main params under bf16", "main params under fp16", "main params, split", "fp32", "none"]
 
 

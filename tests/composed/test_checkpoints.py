@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -85,15 +88,43 @@ def train(model: nn.Module, optimizer, steps: int = 2) -> None:
         optimizer.step()
 
 
-def move(source: str, target: str, policy: str, folder: str) -> None:
+def save(source: str, policy: str, first: str) -> None:
     model, optimizer = engine(source, policy)
     train(model, optimizer)
-    checkpoint.save(f"{folder}/first", model=model, optimizer=optimizer, extra={"step": 2})
+    checkpoint.save(first, model=model, optimizer=optimizer, extra={"step": 2})
+
+
+def load_and_save(target: str, policy: str, first: str, second: str) -> None:
     model, optimizer = engine(target, policy)
     train(model, optimizer, 1)
-    assert checkpoint.load(f"{folder}/first", model=model, optimizer=optimizer) == {"step": 2}
-    checkpoint.save(f"{folder}/second", model=model, optimizer=optimizer)
-    assert_same_tensors(f"{folder}/first", f"{folder}/second")
+    assert checkpoint.load(first, model=model, optimizer=optimizer) == {"step": 2}
+    checkpoint.save(second, model=model, optimizer=optimizer)
+
+
+def without_buffers(function: Callable, *args) -> None:
+    Stage.has_buffers = False
+    try:
+        function(*args)
+    finally:
+        Stage.has_buffers = True
+
+
+@pytest.fixture
+def move(gloo, once, tmp_path) -> Callable[[str, str, str], Path]:
+    """``move(source, target, policy)``: what ``source`` has saved, which all loads of it share, is saved by ``target``
+    as it was. Returns where. (A stage's buffers are no other engine's.)"""
+
+    def save_first(source: str, policy: str, folder: Path) -> Path:
+        gloo.run(4, without_buffers, save, source, policy, str(folder / "first"))
+        return folder / "first"
+
+    def there(source: str, target: str, policy: str) -> Path:
+        first = once(f"composed, {source}, {policy}", lambda folder: save_first(source, policy, folder))
+        gloo.run(4, without_buffers, load_and_save, target, policy, str(first), str(tmp_path / "second"))
+        assert_same_tensors(first, tmp_path / "second")
+        return tmp_path / "second"
+
+    return there
 
 
 PAIRS = [
@@ -108,19 +139,16 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_tensor_parallel(gloo, tmp_path, source, target):
-    gloo.run(4, move, source, target, "split", str(tmp_path))
+def test_tensor_parallel(move, source, target):
+    move(source, target, "split")
 
 
 @pytest.mark.parametrize("policy", ["fp32", "none, stochastic"])
-def test_tensor_parallel_by_policy(gloo, tmp_path, policy):
-    gloo.run(4, move, "tp", "plain", policy, str(tmp_path))
+def test_tensor_parallel_by_policy(move, policy):
+    move("tp", "plain", policy)
 
 
-def move_averages(source: str, target: str, folder: str) -> None:
-    move_without_buffers(source, target, "split, averaged", folder)
-    names = checkpoint_names(f"{folder}/second")
-    assert sum(name.endswith(".weight_avg") for name in names) == sum(name.endswith(".exp_avg") for name in names) > 0
+def average(source: str) -> None:
     model, optimizer = engine(source, "split, averaged")
     train(model, optimizer)
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
@@ -131,24 +159,18 @@ def move_averages(source: str, target: str, folder: str) -> None:
 
 
 @pytest.mark.parametrize(("source", "target"), [("tp", "plain"), ("pp", "tp")])
-def test_averages_of_the_weights(gloo, tmp_path, source, target):
-    gloo.run(4, move_averages, source, target, str(tmp_path))
+def test_averages_of_the_weights(gloo, move, source, target):
+    names = checkpoint_names(move(source, target, "split, averaged"))
+    assert sum(name.endswith(".weight_avg") for name in names) == sum(name.endswith(".exp_avg") for name in names) > 0
+    gloo.run(4, average, source)
 
 
 # ---- pipeline stages
 
 
 @pytest.mark.parametrize(("source", "target"), [("pp", "plain"), ("plain", "pp"), ("pp", "tp"), ("tp", "pp")])
-def test_pipeline_stages(gloo, tmp_path, source, target):
-    gloo.run(4, move_without_buffers, source, target, "split", str(tmp_path))
-
-
-def move_without_buffers(source: str, target: str, policy: str, folder: str) -> None:
-    Stage.has_buffers = False
-    try:
-        move(source, target, policy, folder)
-    finally:
-        Stage.has_buffers = True
+def test_pipeline_stages(move, source, target):
+    move(source, target, "split")
 
 
 def save_buffers(folder: str) -> list[float]:
@@ -198,11 +220,11 @@ def tie(folder: str) -> None:
     for name, param in fresh.named_parameters():
         assert torch.equal(param, model.get_parameter(name)), name
     checkpoint.save(f"{folder}/second", model=fresh, optimizer=optimizer)
-    assert_same_tensors(f"{folder}/first", f"{folder}/second")
 
 
 def test_a_tied_parameter_is_saved_once_and_loaded_on_each_stage(gloo, tmp_path):
     gloo.run(4, tie, str(tmp_path))
+    assert_same_tensors(tmp_path / "first", tmp_path / "second")
     saved = checkpoint_names(tmp_path / "first")
     assert "model.embedding.weight" in saved and "model.head.weight" not in saved
 
@@ -280,13 +302,13 @@ def move_experts(kind: str, source: int, target: int, folder: str) -> None:
     model, optimizer = experts(kind, target)
     checkpoint.load(f"{folder}/first", model=model, optimizer=optimizer)
     checkpoint.save(f"{folder}/second", model=model, optimizer=optimizer)
-    assert_same_tensors(f"{folder}/first", f"{folder}/second")
 
 
 @pytest.mark.parametrize("kind", ["named", "stacked"])
 @pytest.mark.parametrize(("source", "target"), [(4, 2), (4, 1), (2, 4), (1, 4)])
 def test_experts(gloo, tmp_path, kind, source, target):
     gloo.run(4, move_experts, kind, source, target, str(tmp_path))
+    assert_same_tensors(tmp_path / "first", tmp_path / "second")
 
 
 def save_experts_of_one_name(folder: str) -> str:

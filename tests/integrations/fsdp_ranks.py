@@ -46,12 +46,12 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Two blocks and a head of 3 rows: uneven on two ranks, absent from the fourth of four."""
+    """Blocks and a head of 3 rows: uneven on two ranks, absent from the fourth of four."""
 
-    def __init__(self, dtype: torch.dtype = FP32):
+    def __init__(self, dtype: torch.dtype = FP32, blocks: int = 2):
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.head = nn.Linear(WIDTH, 3)
         self.to(dtype)
 

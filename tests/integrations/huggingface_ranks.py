@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from unittest import mock
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 VOCABULARY = 32
+metadata = functools.cache(importlib.metadata.metadata)  # Accelerate asks 20 times a run, and each time it is parsed
 
 
 @contextlib.contextmanager
@@ -21,7 +24,8 @@ def launched() -> Iterator[None]:
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     variables = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    with mock.patch.dict(os.environ, {name: str(value) for name, value in variables.items()}):
+    environment = mock.patch.dict(os.environ, {name: str(value) for name, value in variables.items()})
+    with environment, mock.patch.object(importlib.metadata, "metadata", metadata):
         try:
             yield
         finally:

@@ -27,10 +27,12 @@ from tests.integrations.fsdp_ranks import (
 )
 
 
-def make(policy: str = "fp32", axes: dict[str, int] | None = None, **options) -> tuple[Net, Lion, Twin]:
+def make(
+    policy: str = "fp32", axes: dict[str, int] | None = None, blocks: int = 2, **options
+) -> tuple[Net, Lion, Twin]:
     dtype, precision = POLICIES[policy]
     settings = SETTINGS | {"precision": precision}
-    model = Net(dtype)
+    model = Net(dtype, blocks)
     twin = Twin(model, **settings)
     axes = axes or {"shard": dist.get_world_size()}
     shard(model, mesh_of(**axes), tensor_parallel="tensor" in axes, **options)
@@ -60,7 +62,7 @@ def test_cpu_offload_policy(gloo, policy):
 
 
 def train_by_triton(policy: str) -> None:
-    model, opt, twin = make(policy)
+    model, opt, twin = make(policy, blocks=1)  # a tensor takes the interpreter 10 ms, of whatever size
     opt.use_triton, twin.opt.use_triton = True, False
     train(model, opt, twin)
     twin.assert_equal(model, opt)
@@ -139,10 +141,12 @@ def overflow_anywhere(kind: type, axes: dict[str, int]) -> list[tuple[bool, floa
     """An overflow in the last shard of one parameter after the other: whether anything moved, and the scale after."""
     model, opt, _ = make("fp32", axes)
     scaler = kind("cpu", init_scale=2.0**20)
+    scaler.scale(model(inputs(0))).backward()
+    grads = [p.grad.to_local().clone() for p in model.parameters()]
     found = []
     for param in model.parameters():
-        opt.zero_grad()
-        scaler.scale(model(inputs(0))).backward()
+        for each, grad in zip(model.parameters(), grads, strict=True):
+            each.grad.to_local().copy_(grad)
         if holds_last_shard(param):
             param.grad.to_local().view(-1)[0] = torch.inf
         before = [p.to_local().clone() for p in model.parameters()]
