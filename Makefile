@@ -54,7 +54,7 @@ test: lint ## lint and the quick tests (WORKERS, PYTEST_ARGS)
 test-all: $(INSTALLED) ## the slow tests (WORKERS, PYTEST_ARGS)
 	$(ONE_THREAD) $(BYTECODE) $(VENV)/bin/python -m pytest -m slow $(SIDE_BY_SIDE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
-mutants: $(INSTALLED) ## do the tests notice known faults, put into a copy one by one? about 10 minutes (ARGS)
+mutants: $(INSTALLED) ## do the tests notice known faults, put into a copy one by one? some minutes (ARGS)
 	$(ONE_THREAD) $(VENV)/bin/python -m tests.mutants.run $(ARGS)
 
 docs: $(INSTALLED) ## the API reference of the public names, from their docstrings, in build/api/index.html
